@@ -1,0 +1,7 @@
+"""Where series come from and how views of them are made."""
+
+from ncfast.data.augment import Augment
+from ncfast.data.dataset import Dataset, from_arrays
+from ncfast.data.sources import load_dataset
+
+__all__ = ["Augment", "Dataset", "from_arrays", "load_dataset"]
