@@ -1,0 +1,51 @@
+"""The projector between pooled latents and the SSL loss."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ncfast.ops import iter_norm
+
+
+class IterNorm(nn.Module):
+    """`ops.iter_norm` of the batch, then a learned scale and shift. No running statistics: it only ever trains."""
+
+    def __init__(self, dim: int, groups: int = 64) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, dim]
+        return iter_norm(x, groups=self.groups) * self.weight + self.bias
+
+
+class Projector(nn.Module):
+    """Linear, BatchNorm, ReLU, twice, and a last Linear [, IterNorm], on both views at once.
+
+    Both views share each matrix product; every normalisation takes its statistics from one view at a time, so the
+    result is that of two separate calls, view b first (the authors' order, which the running statistics remember).
+    """
+
+    def __init__(self, in_dim: int, dim: int, *, whiten: bool = False, groups: int = 64) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList([nn.Linear(in_dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)])
+        self.norms = nn.ModuleList([nn.BatchNorm1d(dim), nn.BatchNorm1d(dim)])
+        self.whiten = IterNorm(dim, min(groups, dim)) if whiten else nn.Identity()
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled latents of the two views, [N, in_dim] each -> projections [N, dim] each."""
+        b_rows = b.shape[0]
+        x = torch.cat([b, a])
+        for linear, norm in zip(self.linears, self.norms, strict=False):
+            x = linear(x)
+            x = torch.cat([norm(x[:b_rows]), norm(x[b_rows:])]).relu()
+        x = self.linears[-1](x)
+        return self.whiten(x[b_rows:]), self.whiten(x[:b_rows])
+
+
+def pool(z: Tensor) -> Tensor:
+    """Global average and maximum: z [B, D, H, W] -> [B, 2D]."""
+    # Quantised vectors repeat, so the maximum is often shared: max pooling sends its gradient to the first, amax to
+    # all of them.
+    return torch.cat([z.mean((2, 3)), F.adaptive_max_pool2d(z, 1).flatten(1)], dim=1)

@@ -1,0 +1,57 @@
+"""Short-time Fourier transform and its inverse as two real convolutions, for series of one fixed length."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class STFT(nn.Module):
+    """Equals torch.stft / torch.istft (periodic Hann window, centred, reflect padding, one-sided), in real arithmetic.
+
+    Real and imaginary parts are channels, so the whole model stays real, compiles, and has no host synchronisation. The
+    inverse returns exactly `length` samples, odd or even.
+    """
+
+    def __init__(self, length: int, n_fft: int = 8) -> None:
+        super().__init__()
+        if n_fft < 4 or n_fft % 4:
+            raise ValueError(f"STFT: n_fft is a multiple of 4 (the hop is n_fft / 4); got {n_fft}")
+        if length < n_fft:
+            raise ValueError(f"STFT: a series holds at least n_fft = {n_fft} samples; got length {length}")
+        self.length = length
+        self.n_fft = n_fft
+        self.hop = n_fft // 4
+        self.num_bins = n_fft // 2 + 1  # H
+        self.num_frames = length // self.hop + 1  # W
+
+        window = torch.hann_window(n_fft, dtype=torch.float64)
+        n = torch.arange(n_fft, dtype=torch.float64)
+        k = torch.arange(self.num_bins, dtype=torch.float64)[:, None]
+        angle = 2 * torch.pi * k * n / n_fft  # [H, n_fft]
+        forward = torch.stack([angle.cos(), -angle.sin()]) * window  # [2, H, n_fft]
+        # The bins strictly between 0 and Nyquist stand for two each.
+        fold = torch.full((self.num_bins, 1), 2.0, dtype=torch.float64)
+        fold[0] = fold[-1] = 1
+        inverse = torch.stack([angle.cos() * fold, -angle.sin() * fold]) * window / n_fft
+        envelope = F.conv_transpose1d(
+            torch.ones(1, 1, self.num_frames, dtype=torch.float64), window.square()[None, None], stride=self.hop
+        )
+        start = n_fft // 2
+        envelope = envelope[..., start : start + length]
+        self.register_buffer("forward_basis", forward.flatten(0, 1)[:, None].float(), persistent=False)
+        self.register_buffer("inverse_basis", inverse.flatten(0, 1)[:, None].float(), persistent=False)
+        self.register_buffer("gain", (1 / envelope).float(), persistent=False)  # [1, 1, L]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, L] -> u [B, 2C, H, W]: real and imaginary part of each channel."""
+        B, C, L = x.shape
+        x = F.pad(x.reshape(B * C, 1, L), (self.n_fft // 2, self.n_fft // 2), mode="reflect")
+        return F.conv1d(x, self.forward_basis, stride=self.hop).view(B, 2 * C, self.num_bins, self.num_frames)
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """u [B, 2C, H, W] -> x [B, C, L]."""
+        B, channels = u.shape[:2]
+        frames = u.reshape(B * channels // 2, 2 * self.num_bins, self.num_frames)
+        x = F.conv_transpose1d(frames, self.inverse_basis, stride=self.hop)
+        start = self.n_fft // 2
+        return (x[..., start : start + self.length] * self.gain).view(B, channels // 2, self.length)
