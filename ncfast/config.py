@@ -1,0 +1,144 @@
+"""The configuration of a run: one dataclass, its presets, and the command line made from it."""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ncfast.errors import UserError
+
+
+def option(default: Any, help: str, group: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help, "group": group, **more})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a training run computes. Field `a_b` is the flag `--a-b`."""
+
+    ssl: Literal["none", "barlow", "vicreg", "vibcreg"] = option(
+        "vicreg", "self-supervised loss between the two views; none trains a plain VQVAE", "Self-supervision"
+    )
+    augment: tuple[str, ...] = option(
+        ("gauss",), "recipes (gauss, slice, warp) or single operations, applied in this order", "Self-supervision"
+    )
+    ssl_weight: float | None = option(
+        None, "weight of the SSL loss [1 for barlow, 0.01 for vicreg and vibcreg]", "Self-supervision"
+    )
+    view_weight: float = option(0.1, "weight of the augmented view's reconstruction", "Self-supervision")
+    projector_dim: int = option(4096, "width of the projector", "Self-supervision", minimum=1)
+
+    n_fft: int = option(8, "STFT window in samples; the hop is a quarter of it", "VQVAE", minimum=4)
+    dim: int = option(64, "width of encoder, decoder and codes", "VQVAE", minimum=1)
+    residual_blocks: int = option(4, "residual blocks in encoder and decoder", "VQVAE", minimum=0)
+    codebook_size: int = option(32, "number of codes", "VQVAE", minimum=2, maximum=65535)
+    codebook_decay: float = option(0.9, "decay of the codebook's moving averages", "VQVAE", minimum=0, maximum=1)
+
+    prior_dim: int = option(256, "width of the prior's transformer", "Prior", minimum=1)
+    prior_layers: int = option(4, "transformer blocks", "Prior", minimum=1)
+    prior_heads: int = option(2, "attention heads", "Prior", minimum=1)
+    prior_head_dim: int = option(64, "width of a head", "Prior", minimum=1)
+    prior_ff_mult: int = option(1, "feed-forward width over model width", "Prior", minimum=1)
+    embeddings: Literal["learned", "random"] = option(
+        "learned", "token embeddings start as the stage-1 codebook, or at random; both then train", "Prior"
+    )
+    masking: Literal["masked", "kept"] = option(
+        "masked",
+        "whether the floor(n cos(pi t / 2)) drawn positions are masked (64 %% on average) or kept (36 %% masked)",
+        "Prior",
+    )
+    class_dropout: float = option(0.2, "share of labels replaced by 'no class'", "Prior", minimum=0, maximum=1)
+
+    decoding_steps: int = option(10, "steps of iterative decoding", "Sampling", minimum=1, maximum=1000)
+    choice_temperature: float = option(4.0, "Gumbel noise on the confidence, annealed to 0", "Sampling", minimum=0)
+    guidance_scale: float = option(1.0, "u + s (c - u) on the logits; 1 is plain conditional", "Sampling", minimum=0)
+
+    stage1_epochs: int | None = option(
+        None, "epochs of stage 1 [as many as make --stage1-steps]", "Training", minimum=1
+    )
+    stage2_epochs: int | None = option(
+        None, "epochs of stage 2 [as many as make --stage2-steps]", "Training", minimum=1
+    )
+    stage1_steps: int = option(2000, "optimiser steps of stage 1, unless epochs are given", "Training", minimum=1)
+    stage2_steps: int = option(2000, "optimiser steps of stage 2, unless epochs are given", "Training", minimum=1)
+    batch_size: int = option(128, "series a stage-1 step", "Training", minimum=2)
+    stage2_batch_size: int = option(256, "series a stage-2 step", "Training", minimum=1)
+    learning_rate: float = option(1e-3, "of AdamW, both stages; cosine to 0 over each", "Training", minimum=0)
+    weight_decay: float = option(1e-3, "of AdamW, both stages", "Training", minimum=0)
+    seed: int = option(0, "of everything random in the run", "Training", minimum=0, maximum=2**63 - 1)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # What the authors ran.
+    "paper": {"stage1_epochs": 1000, "stage2_epochs": 1000},
+}
+
+
+def make_config(preset: str = "default", **values: Any) -> Config:
+    """A checked Config: the preset's values, then the given ones. Unknown names and values raise UserError."""
+    if preset not in PRESETS:
+        raise UserError(f"preset is one of {', '.join(PRESETS)}; got {preset!r}")
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    hints = typing.get_type_hints(Config)
+    for name in values:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            raise UserError(f"no option {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    resolved = {
+        name: checked(fields[name], hints[name], value) for name, value in {**PRESETS[preset], **values}.items()
+    }
+    return Config(**resolved)
+
+
+def checked(f: dataclasses.Field, hint: Any, value: Any) -> Any:
+    flag = "--" + f.name.replace("_", "-")
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise UserError(f"{flag} is one of {', '.join(typing.get_args(hint))}; got {value!r}")
+        return value
+    if typing.get_origin(hint) is tuple:
+        return (value,) if isinstance(value, str) else tuple(value)
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    if isinstance(value, bool) or not isinstance(value, (int, float) if hint is float else int):
+        raise UserError(f"{flag} is a{'n integer' if hint is int else ' number'}; got {value!r}")
+    value = hint(value)
+    low, high = f.metadata.get("minimum"), f.metadata.get("maximum")
+    # Written so that NaN fails too.
+    if (low is not None and not value >= low) or (high is not None and not value <= high) or value - value != 0:
+        bounds = " and ".join([f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None))
+        raise UserError(f"{flag} is {bounds or 'a finite number'}; got {value}")
+    return value
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag a field, grouped; only flags that were given appear in the parsed namespace."""
+    hints = typing.get_type_hints(Config)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for f in dataclasses.fields(Config):
+        name = f.metadata["group"]
+        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
+        hint = hints[f.name]
+        kwargs: dict[str, Any] = {"help": f.metadata["help"], "default": argparse.SUPPRESS}
+        if typing.get_origin(hint) is Literal:
+            kwargs["choices"] = typing.get_args(hint)
+        elif typing.get_origin(hint) is tuple:
+            kwargs |= {"nargs": "+", "metavar": "NAME"}
+        else:
+            kwargs["type"] = float if float in (hint, *typing.get_args(hint)) else int
+            kwargs["metavar"] = "X" if kwargs["type"] is float else "N"
+        if f.default is not None:
+            default = " ".join(f.default) if isinstance(f.default, tuple) else f.default
+            kwargs["help"] += f" [{default}]"
+        group.add_argument("--" + f.name.replace("_", "-"), **kwargs)
+
+
+def given_config_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = {f.name for f in dataclasses.fields(Config)}
+    return {name: value for name, value in vars(arguments).items() if name in names}

@@ -1,0 +1,121 @@
+"""Stage 1: a VQVAE over spectrograms whose codes also obey a self-supervised loss (NC-VQVAE, arXiv 2408.16613)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ncfast.config import Config
+from ncfast.nn.encoder_decoder import Decoder, Encoder, num_downsampling_blocks
+from ncfast.nn.projector import Projector, pool
+from ncfast.nn.stft import STFT
+from ncfast.nn.vector_quantize import VectorQuantize
+from ncfast.ops import barlow_twins_loss, nearest_code, vibcreg_loss, vicreg_loss
+
+
+class VQVAE(nn.Module):
+    """x [B, C, L] --STFT--> u --encoder--> z [B, D, H, W'] --nearest code--> tokens [B, n] --decoder, ISTFT--> x̂."""
+
+    def __init__(self, config: Config, channels: int, length: int) -> None:
+        super().__init__()
+        self.stft = STFT(length, config.n_fft)
+        spectrum_size = (self.stft.num_bins, self.stft.num_frames)
+        num_down = num_downsampling_blocks(length, config.n_fft)
+        width = spectrum_size[1] >> num_down
+        if width < 1:
+            raise ValueError(f"series of length {length} leave no latent column after {num_down} halvings")
+        self.grid = (spectrum_size[0], width)  # (H, W')
+        self.encoder = Encoder(2 * channels, config.dim, num_down, config.residual_blocks)
+        self.vq = VectorQuantize(config.dim, config.codebook_size, decay=config.codebook_decay)
+        self.decoder = Decoder(2 * channels, config.dim, num_down, config.residual_blocks, spectrum_size)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def encode(self, u: Tensor) -> Tensor:
+        """u [B, 2C, H, W] -> continuous latents z [B, n, D]."""
+        return self.encoder(u).flatten(2).mT
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents z [B, n, D], quantised or not -> spectrogram û [B, 2C, H, W]."""
+        return self.decoder(self.as_grid(z))
+
+    def as_grid(self, z: Tensor) -> Tensor:
+        """z [B, n, D] -> [B, D, H, W']."""
+        return z.mT.unflatten(2, self.grid)
+
+    @torch.no_grad()
+    def tokenize(self, x: Tensor) -> Tensor:
+        """x [B, C, L] -> tokens [B, n]: the nearest codes."""
+        return nearest_code(self.encode(self.stft(x)), self.vq.codebook)
+
+    @torch.no_grad()
+    def detokenize(self, tokens: Tensor) -> Tensor:
+        """tokens [B, n] -> series [B, C, L]."""
+        return self.stft.inverse(self.decode(F.embedding(tokens, self.vq.codebook)))
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """x [B, C, L] -> x̂ [B, C, L] through the codebook."""
+        return self.detokenize(self.tokenize(x))
+
+
+SSL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "barlow": barlow_twins_loss,
+    "vicreg": vicreg_loss,
+    "vibcreg": vibcreg_loss,
+}
+SSL_WEIGHTS = {"barlow": 1.0, "vicreg": 0.01, "vibcreg": 0.01}
+
+
+class SelfSupervision(nn.Module):
+    """weight · L(P(pool(z_a)), P(pool(z_b))): the projector P trains with stage 1 and is then thrown away."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.projector = Projector(2 * config.dim, config.projector_dim, whiten=config.ssl == "vibcreg")
+        self.loss = SSL_LOSSES[config.ssl]
+        self.weight = SSL_WEIGHTS[config.ssl] if config.ssl_weight is None else config.ssl_weight
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        """Latent grids of the two views, [B, D, H, W'] each -> scalar."""
+        return self.weight * self.loss(*self.projector(pool(z_a), pool(z_b)))
+
+
+def stage1_losses(
+    model: VQVAE, ssl: SelfSupervision | None, x: Tensor, view: Tensor | None, view_weight: float
+) -> dict[str, Tensor]:
+    """The losses of one batch, "loss" being what is minimised.
+
+        L = MSE(x, x̂) + MSE(u, û) + commitment
+          + view_weight · (MSE(x', x̂') + MSE(u', û'))      x' goes through the decoder unquantised
+          + SSL(z_q, z')                                   quantised original, continuous view; gradients to both
+
+    Args:
+        x: normalised series [B, C, L].
+        view: augmented series [B, C, L], or None without SSL.
+
+    The two views pass encoder and decoder one after the other: each has its own batch statistics.
+    """
+    u = model.stft(x)
+    z = model.encode(u)
+    quantized = model.vq(z)
+    u_hat = model.decode(quantized.z_q)
+    losses = {
+        "reconstruction_time": F.mse_loss(model.stft.inverse(u_hat), x),
+        "reconstruction_spectrum": F.mse_loss(u_hat, u),
+        "commitment": quantized.commitment_loss,
+    }
+    loss = losses["reconstruction_time"] + losses["reconstruction_spectrum"] + losses["commitment"]
+    if ssl is not None:
+        u_view = model.stft(view)
+        z_view = model.encode(u_view)
+        u_view_hat = model.decode(z_view)
+        losses["reconstruction_view"] = F.mse_loss(model.stft.inverse(u_view_hat), view) + F.mse_loss(
+            u_view_hat, u_view
+        )
+        losses["ssl"] = ssl(model.as_grid(quantized.z_q), model.as_grid(z_view))
+        loss = loss + view_weight * losses["reconstruction_view"] + losses["ssl"]
+    return {"loss": loss, **losses, "perplexity": quantized.perplexity}

@@ -1,0 +1,97 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ncfast.config import make_config
+from ncfast.ops import vicreg_loss
+from ncfast.stage1 import VQVAE, SelfSupervision, stage1_losses
+
+
+def small_config(**options):
+    return make_config(**{"dim": 8, "residual_blocks": 1, "codebook_size": 6, "projector_dim": 16, **options})
+
+
+@pytest.mark.parametrize("length", [8, 9, 24, 65, 97, 140, 500])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_length_out_is_length_in(length, channels):
+    model = VQVAE(small_config(), channels, length).eval()
+    x = torch.randn(2, channels, length)
+    assert model.reconstruct(x).shape == x.shape
+    tokens = model.tokenize(x)
+    assert tokens.shape == (2, model.num_tokens) and tokens.max() < 6
+
+
+def test_tokens_of_the_papers_shapes():
+    with torch.device("meta"):
+        grids = {length: VQVAE(make_config(), 1, length).grid for length in (500, 96, 152, 1024, 945, 140, 398, 70, 65)}
+    assert grids == {
+        500: (5, 15),
+        96: (5, 12),
+        152: (5, 9),
+        1024: (5, 8),
+        945: (5, 14),
+        140: (5, 8),
+        398: (5, 12),
+        70: (5, 9),
+        65: (5, 8),
+    }
+
+
+def test_losses_are_the_published_sum():
+    """The whole loss of one batch against a transcription that calls each part on its own, in the authors' order."""
+    torch.manual_seed(0)
+    config = small_config(ssl="vicreg")
+    model, ssl = VQVAE(config, 1, 60), SelfSupervision(config)
+    reference = VQVAE(config, 1, 60)
+    reference.load_state_dict(model.state_dict())
+    x, view = torch.randn(7, 1, 60), torch.randn(7, 1, 60)
+
+    u = reference.stft(x)
+    z = reference.encoder(u)  # [B, D, H, W']
+    codebook = reference.vq.codebook
+    rows = z.permute(0, 2, 3, 1)
+    z_q = codebook[torch.cdist(rows.double(), codebook.double()).argmin(-1)].permute(0, 3, 1, 2)
+    straight_through = z + (z_q - z).detach()
+    u_hat = reference.decoder(straight_through)
+    expected = F.mse_loss(reference.stft.inverse(u_hat), x) + F.mse_loss(u_hat, u) + F.mse_loss(z, z_q.detach())
+    u_view = reference.stft(view)
+    z_view = reference.encoder(u_view)
+    u_view_hat = reference.decoder(z_view)
+    expected = expected + 0.1 * (F.mse_loss(reference.stft.inverse(u_view_hat), view) + F.mse_loss(u_view_hat, u_view))
+
+    def pooled(grid):
+        return torch.cat([F.adaptive_avg_pool2d(grid, 1), F.adaptive_max_pool2d(grid, 1)], 1).flatten(1)
+
+    expected = expected + 0.01 * vicreg_loss(*ssl.projector(pooled(straight_through), pooled(z_view)))
+
+    actual = stage1_losses(model, ssl, x, view, 0.1)["loss"]
+    torch.testing.assert_close(actual, expected)
+    actual.backward()
+    expected.backward()
+    for (name, p), q in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q[1].grad, rtol=1e-3, atol=1e-6, msg=name)
+    for (name, p), q in zip(model.encoder.named_buffers(), reference.encoder.buffers(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+
+
+def test_without_ssl_there_is_one_branch():
+    config = small_config(ssl="none")
+    losses = stage1_losses(VQVAE(config, 1, 60), None, torch.randn(4, 1, 60), None, 0.1)
+    assert set(losses) == {"loss", "reconstruction_time", "reconstruction_spectrum", "commitment", "perplexity"}
+    total = losses["reconstruction_time"] + losses["reconstruction_spectrum"] + losses["commitment"]
+    torch.testing.assert_close(losses["loss"], total)
+
+
+@pytest.mark.parametrize("ssl", ["barlow", "vicreg", "vibcreg"])
+def test_every_ssl_method_reaches_the_encoder_from_both_views(ssl):
+    torch.manual_seed(0)
+    config = small_config(ssl=ssl)
+    head = SelfSupervision(config)
+    z_a, z_b = (torch.randn(6, 8, 5, 4, requires_grad=True) for _ in range(2))
+    for gradient in torch.autograd.grad(head(z_a, z_b), (z_a, z_b)):
+        assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+def test_too_few_columns_are_refused():
+    with pytest.raises(ValueError, match="at least n_fft"):
+        VQVAE(small_config(), 1, 7)

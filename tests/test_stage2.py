@@ -1,0 +1,137 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ncfast.config import make_config
+from ncfast.stage1 import VQVAE
+from ncfast.stage2 import (
+    Prior,
+    TokenDistribution,
+    decode_iteratively,
+    mask_schedule,
+    random_mask,
+    stage2_losses,
+)
+
+SMALL = {"dim": 8, "residual_blocks": 1, "codebook_size": 5, "prior_dim": 16, "prior_layers": 2, "prior_head_dim": 8}
+
+
+def small_prior(**options):
+    torch.manual_seed(0)
+    return Prior(make_config(**{**SMALL, **options}), torch.randn(5, 8), num_tokens=10, num_classes=3)
+
+
+def test_parameter_count_is_the_papers():
+    with torch.device("meta"):
+        prior = Prior(make_config(), torch.empty(32, 64), num_tokens=75, num_classes=2)
+    # The published count leaves out the 32 trainable token embeddings of 64.
+    assert sum(p.numel() for p in prior.parameters()) == 1_116_704 + 32 * 64
+
+
+@pytest.mark.parametrize(("embeddings", "same"), [("learned", True), ("random", False)])
+def test_embeddings_start_at_the_codebook_or_not(embeddings, same):
+    codebook = torch.randn(5, 8)
+    prior = Prior(make_config(**SMALL, embeddings=embeddings), codebook, 10, 3)
+    assert torch.equal(prior.token_embedding[:5], codebook) == same
+    assert prior.token_embedding.requires_grad
+
+
+@pytest.mark.parametrize(("masking", "share"), [("masked", 2 / math.pi), ("kept", 1 - 2 / math.pi)])
+def test_mask_share_of_both_conventions(masking, share):
+    generator = torch.Generator().manual_seed(0)
+    masks = [random_mask((4, 64), masking, generator, torch.device("cpu")) for _ in range(2000)]
+    counts = torch.stack([mask.sum(1) for mask in masks])
+    assert (counts == counts[:, :1]).all()  # one ratio a batch
+    # floor() takes half a position on average.
+    expected = share - 0.5 / 64 if masking == "masked" else share + 0.5 / 64
+    assert abs(counts.double().mean() / 64 - expected) < 4 * 0.31 / math.sqrt(2000)
+    positions = torch.stack(masks).double().mean((0, 1))
+    assert (positions - positions.mean()).abs().max() < 0.03
+
+
+def test_loss_is_over_all_positions_and_classes_are_dropped():
+    prior = small_prior(class_dropout=0.0)
+    config = make_config(**SMALL, class_dropout=0.0)
+    tokens = torch.randint(0, 5, (6, 10), generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    mask = random_mask((6, 10), "masked", torch.Generator().manual_seed(3), torch.device("cpu"))
+    expected = F.cross_entropy(prior(tokens.masked_fill(mask, 5), labels).permute(0, 2, 1), tokens)
+    actual = stage2_losses(prior, tokens, labels, config, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(actual["loss"], expected)
+    torch.testing.assert_close(actual["masked_share"], mask.float().mean())
+
+    dropped = stage2_losses(
+        prior, tokens, labels, make_config(**SMALL, class_dropout=1.0), torch.Generator().manual_seed(3)
+    )
+    unlabelled = stage2_losses(prior, tokens, None, config, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(dropped["loss"], unlabelled["loss"])
+    assert not torch.equal(dropped["loss"], actual["loss"])
+
+
+@pytest.mark.parametrize("limit", [2**31, 0], ids=["probabilities", "latents"])
+def test_token_distribution_is_the_softmax_of_negative_distances(limit, monkeypatch):
+    monkeypatch.setattr(TokenDistribution, "MAX_BYTES", limit)
+    torch.manual_seed(0)
+    model = VQVAE(make_config(**SMALL), 1, 40).eval()
+    x = torch.randn(3, 1, 40)
+    distribution = TokenDistribution(model, x, batch_size=2)
+    z = model.encode(model.stft(x))
+    p = torch.softmax(-torch.cdist(z.double(), model.vq.codebook.double()).square(), -1)  # [3, n, K]
+    draws, rows = 4000, torch.tensor([2, 0])
+    generator = torch.Generator().manual_seed(0)
+    counts = sum(F.one_hot(distribution.draw(rows, generator), 5) for _ in range(draws))
+    expected = draws * p[rows]
+    seen = expected > 5
+    z_score = ((counts - expected) / (expected * (1 - p[rows])).sqrt().clamp_min(1e-9))[seen]
+    assert z_score.abs().max() < 4.5
+    assert 0.7 < z_score.square().mean() < 1.3
+
+
+def test_guidance():
+    prior = small_prior().eval()
+    tokens, labels = torch.full((2, 10), 5), torch.tensor([0, 2])
+    conditional, unconditional = prior(tokens, labels), prior(tokens, torch.tensor([3, 3]))
+    torch.testing.assert_close(prior.guided_logits(tokens, labels, 1.0), conditional, rtol=0, atol=0)
+    expected = unconditional + 2.5 * (conditional - unconditional)
+    torch.testing.assert_close(prior.guided_logits(tokens, labels, 2.5), expected)
+
+
+@pytest.mark.parametrize(("n", "steps"), [(75, 10), (40, 10), (8, 10), (1, 3), (30, 1)])
+def test_mask_schedule(n, steps):
+    schedule = mask_schedule(n, steps)
+    assert len(schedule) == steps and schedule[-1] == 0
+    assert all(a >= b for a, b in itertools.pairwise(schedule)) and schedule[0] <= n
+    for t, count in enumerate(schedule[:-1]):
+        assert count == int(n * np.cos(np.pi / 2 * (t + 1) / steps))
+
+
+def test_decoding_is_complete_seeded_and_independent_of_the_batch():
+    prior = small_prior().eval().double()  # in float64 a product does not care how many rows it has
+    labels, sample = torch.arange(8) % 4, torch.arange(100, 108)
+    options = {"steps": 5, "choice_temperature": 4.0, "guidance_scale": 1.5}
+    tokens = decode_iteratively(prior, labels, sample, seed=3, **options)
+    assert tokens.shape == (8, 10) and tokens.min() >= 0 and tokens.max() < 5
+    torch.testing.assert_close(tokens, decode_iteratively(prior, labels, sample, seed=3, **options))
+    torch.testing.assert_close(tokens[2:5], decode_iteratively(prior, labels[2:5], sample[2:5], seed=3, **options))
+    assert not torch.equal(tokens, decode_iteratively(prior, labels, sample, seed=4, **options))
+
+
+def test_decoding_with_one_step_has_the_priors_own_distribution():
+    prior = small_prior().eval()
+    B = 20_000
+    tokens = decode_iteratively(
+        prior,
+        torch.ones(B, dtype=torch.int64),
+        torch.arange(B),
+        seed=0,
+        steps=1,
+        choice_temperature=4.0,
+        guidance_scale=1.0,
+    )
+    p = prior(torch.full((1, 10), 5), torch.tensor([1])).softmax(-1)[0].detach()
+    observed = torch.stack([(tokens == k).float().mean(0) for k in range(5)], 1)
+    assert ((observed - p).abs() < 4.5 * (p * (1 - p) / B).sqrt()).all()
