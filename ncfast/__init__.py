@@ -1,0 +1,9 @@
+"""NC-VQVAE time-series generation (arXiv 2408.16613)."""
+
+from ncfast.errors import UserError
+from ncfast.ncvqvae import NCVQVAE, load
+from ncfast.ops import nearest_code
+from ncfast.training import fit
+from ncfast.version import __version__
+
+__all__ = ["NCVQVAE", "UserError", "__version__", "fit", "load", "nearest_code"]

@@ -1,0 +1,56 @@
+"""Pictures of a run (matplotlib, extra `eval`)."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ncfast.engine.checkpoint import atomic_path
+from ncfast.errors import UserError
+
+MAX_CLASSES = 12
+
+
+def plot_samples(
+    path: Path,
+    real: np.ndarray,
+    real_labels: np.ndarray | None,
+    generated: np.ndarray,
+    generated_labels: np.ndarray | None,
+    class_names: tuple[str, ...],
+    title: str,
+    series_each: int = 10,
+) -> None:
+    """Writes one figure: a row a class, real series on the left, generated on the right, the same axes.
+
+    Args:
+        path: the PNG.
+        real, generated: series [n, C, L] in data units; the first channel is drawn.
+        real_labels, generated_labels: class index of each series [n], or None.
+        series_each: how many series a panel overlays.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install 'ncfast[eval]'") from None
+    rows = list(range(len(class_names)))[:MAX_CLASSES] if real_labels is not None else [None]
+    figure = Figure(figsize=(11, 0.6 + 1.6 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 2, sharex=True, sharey="row", squeeze=False)
+    more = (
+        "" if len(rows) >= len(class_names) or rows == [None] else f" (first {len(rows)} of {len(class_names)} classes)"
+    )
+    figure.suptitle(title + more)
+    for row, pair in zip(rows, axes, strict=True):
+        panels = ((real, real_labels, "C0", "real"), (generated, generated_labels, "C3", "generated"))
+        for panel, (x, labels, color, name) in zip(pair, panels, strict=True):
+            chosen = x if row is None else x[labels == row]
+            # Overlaid thin lines show the spread; one thick line shows what a single series looks like.
+            panel.plot(chosen[1:series_each, 0].T, color=color, alpha=0.35, linewidth=0.7)
+            panel.plot(chosen[:1, 0].T, color=color, linewidth=1.4)
+            panel.margins(x=0)
+            panel.set_title(name if row is None else f"{name}, class {class_names[row]}", fontsize=9)
+            panel.tick_params(labelsize=8)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

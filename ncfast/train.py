@@ -1,0 +1,125 @@
+"""Train both stages on one data set: python -m ncfast.train --dataset FordA --ssl vicreg"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ncfast.cli import Parser, choose_device, run
+from ncfast.config import PRESETS, add_config_arguments, given_config_values, make_config
+from ncfast.data.sources import Dataset, load_dataset
+from ncfast.engine.loop import batch_ends
+from ncfast.errors import UserError
+from ncfast.evaluation.plots import plot_samples
+from ncfast.ncvqvae import NCVQVAE, DataFacts, build_models
+from ncfast.ops import dispatch
+from ncfast.ops.nearest_code import why_not
+from ncfast.stage1 import SelfSupervision
+from ncfast.training import resolve_config, train
+from ncfast.version import __version__
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m ncfast.train", description="Train both stages of an NC-VQVAE.")
+    parser.add_argument(
+        "--dataset", required=True, help="UCR/UEA name, or path of a .tsv .ts .csv .npz .npy .h5 file or folder"
+    )
+    parser.add_argument("--data-dir", help="folder where a name is looked up first")
+    parser.add_argument("--out", type=Path, help="folder of the run [runs/DATASET-SSL]")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="default", help="values of all options not given [default]"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=1, metavar="N", help="epochs between two saved states [1]"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
+    add_config_arguments(parser)
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
+    if arguments.checkpoint_every < 1:
+        raise UserError(f"--checkpoint-every is at least 1; got {arguments.checkpoint_every}")
+    config = make_config(arguments.preset, **given_config_values(arguments))
+
+    dataset = load_dataset(arguments.dataset, arguments.data_dir)
+    for note in dataset.notes:
+        print(f"warning: {note}")
+    config = resolve_config(config, dataset)
+    device, device_reason = choose_device(arguments.device)
+    out = arguments.out or Path("runs") / f"{dataset.name}-{config.ssl}"
+    describe(config, dataset, device, device_reason, out)
+    if arguments.dry_run:
+        return
+
+    model = train(
+        config,
+        dataset,
+        out=out,
+        device=device,
+        resume=arguments.resume,
+        checkpoint_every=arguments.checkpoint_every,
+    )
+    picture = draw_samples(model, dataset, out)
+    print(f"run: {out}{picture}")
+    print(f"next: python -m ncfast.generate --run {out} --num-samples 1000 --out {dataset.name}.h5")
+
+
+def describe(config, dataset: Dataset, device: torch.device, device_reason: str, out: Path) -> None:
+    """Everything that was decided, before any time is spent."""
+    data = DataFacts.of(dataset)
+    with torch.device("meta"):
+        vqvae, prior = build_models(config, data)
+        projector = SelfSupervision(config) if config.ssl != "none" else None
+    counts = [sum(p.numel() for p in m.parameters()) for m in (vqvae, prior, projector) if m is not None]
+    names = ["VQVAE", "prior", "projector"][: len(counts)]
+    steps1 = len(batch_ends(data.num_series, config.batch_size))
+    steps2 = len(batch_ends(data.num_series, config.stage2_batch_size))
+    classes = f"{len(data.class_names)} classes" if data.class_names else "no labels"
+    lookup = dispatch.choose("nearest_code", "auto", why_not(device, torch.float32))
+    print(f"ncfast {__version__}")
+    print(
+        f"data       {data.name}: {data.num_series} series [{data.channels}, {data.length}], {classes} ({data.source})"
+    )
+    print(f"device     {device} ({device_reason}); nearest code: {lookup}")
+    grid = " x ".join(map(str, vqvae.grid))
+    print(
+        f"model      {grid} = {vqvae.num_tokens} tokens of {config.codebook_size} codes; parameters: "
+        + ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
+    )
+    print(
+        f"stage 1    {config.stage1_epochs} epochs x {steps1} steps; ssl {config.ssl}, views {' '.join(config.augment)}"
+    )
+    print(f"stage 2    {config.stage2_epochs} epochs x {steps2} steps")
+    print(f"out        {out}")
+    options = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items())
+    print(f"options    {options}", flush=True)
+
+
+def draw_samples(model: NCVQVAE, dataset: Dataset, out: Path) -> str:
+    """samples.png, or the reason why there is none."""
+    names = model.class_names
+    per_class = 10
+    x, y = model.sample(per_class * max(1, len(names)), label=list(names) or None, seed=model.config.seed)
+    labels = None if y is None else np.array([names.index(name) for name in y])
+    try:
+        plot_samples(
+            out / "samples.png",
+            dataset.X_train,
+            dataset.y_train,
+            x,
+            labels,
+            names,
+            f"{dataset.name}, {model.config.ssl}: {model.config.stage1_epochs} + {model.config.stage2_epochs} epochs",
+        )
+    except UserError as error:
+        return f" (no picture: {error})"
+    return f", picture: {out / 'samples.png'}"
+
+
+if __name__ == "__main__":
+    run(main, on_interrupt="interrupted; the same command with --resume continues from the last whole epoch")

@@ -1,0 +1,234 @@
+"""Training both stages: what `python -m ncfast.train` and `ncfast.fit` do between data and model."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ncfast.config import Config, make_config
+from ncfast.data.augment import Augment
+from ncfast.data.sources import Dataset, from_arrays
+from ncfast.engine.checkpoint import read_json, read_state, write_json, write_tensors
+from ncfast.engine.logging import RunLog
+from ncfast.engine.loop import Progress, Stage, batch_ends, derived_seed, train_stage
+from ncfast.errors import UserError
+from ncfast.ncvqvae import NCVQVAE, DataFacts, build_models, load_weights, read_config, write_config
+from ncfast.stage1 import VQVAE, SelfSupervision, stage1_losses
+from ncfast.stage2 import Prior, TokenDistribution, stage2_losses
+
+
+def fit(
+    X: np.ndarray,
+    y: np.ndarray | None = None,
+    *,
+    preset: str = "default",
+    out: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    quiet: bool = False,
+    **options: Any,
+) -> NCVQVAE:
+    """Trains both stages on arrays.
+
+    Args:
+        X: series, float [n, L] or [n, C, L], all of one length, finite.
+        y: a label of any type for each series [n], or None.
+        preset: "default" or "paper".
+        out: folder of the run; None keeps the model in memory only.
+        device: "cpu" or "cuda".
+        quiet: no progress bars.
+        options: fields of `ncfast.config.Config`, such as ssl="vicreg", stage1_epochs=100.
+
+    Returns:
+        The trained model; `.sample(n)` draws series.
+
+    Raises:
+        UserError: data or options that cannot be used, with the reason.
+    """
+    dataset = from_arrays(X, y)
+    config = resolve_config(make_config(preset, **options), dataset)
+    out = None if out is None else Path(out)
+    return train(config, dataset, out=out, device=torch.device(device), quiet=quiet)
+
+
+def resolve_config(config: Config, dataset: Dataset) -> Config:
+    """The configuration with everything that depends on the data filled in: epochs in place of steps."""
+    n = len(dataset.X_train)
+    if config.ssl != "none" and n < 2:
+        raise UserError("self-supervision compares series, so it needs at least 2; add data or use --ssl none")
+    if dataset.length < config.n_fft:
+        raise UserError(
+            f"series hold at least n_fft = {config.n_fft} samples; {dataset.name} has length {dataset.length}: "
+            "lower --n-fft or use longer series"
+        )
+    if config.n_fft % 4:
+        raise UserError(f"--n-fft is a multiple of 4, since the hop is a quarter of it; got {config.n_fft}")
+    Augment(config.augment)  # an unknown name is refused before anything is written
+    epochs1 = config.stage1_epochs or math.ceil(config.stage1_steps / len(batch_ends(n, config.batch_size)))
+    epochs2 = config.stage2_epochs or math.ceil(config.stage2_steps / len(batch_ends(n, config.stage2_batch_size)))
+    return dataclasses.replace(config, stage1_epochs=epochs1, stage2_epochs=epochs2)
+
+
+def train(
+    config: Config,
+    dataset: Dataset,
+    *,
+    out: Path | None,
+    device: torch.device,
+    resume: bool = False,
+    checkpoint_every: int = 1,
+    quiet: bool = False,
+) -> NCVQVAE:
+    """Stage 1, then stage 2. With `out`, the run folder is written as it goes and can be continued after any kill.
+
+    Args:
+        config: resolved (`resolve_config`).
+        out: the run folder, or None.
+        resume: continue the run in `out`; without it, a folder that holds a run is refused.
+        checkpoint_every: epochs between two states on disk.
+    """
+    data = DataFacts.of(dataset)
+    if out is not None:
+        prepare_folder(out, config, data, resume)
+    x = data.normalise(dataset.X_train, device)  # [N, C, L]
+    labels = None if dataset.y_train is None else torch.from_numpy(dataset.y_train).to(device)
+    state = read_state(out / "state.pt", device) if out is not None and (out / "state.pt").exists() else None
+    loop = {
+        "seed": config.seed,
+        "device": device,
+        "state_path": None if out is None else out / "state.pt",
+        "checkpoint_every": checkpoint_every,
+        "quiet": quiet,
+    }
+
+    with RunLog(out) as log:
+        with seeded(config.seed, 1):
+            vqvae, _ = build_models(config, data)
+        if state is not None and state["stage"] == 2:
+            load_weights(out / "stage1.safetensors", vqvae)
+            vqvae = vqvae.to(device).eval()
+        else:
+            progress = train_stage(stage1(config, vqvae, x, device), log=log, state=state, **loop)
+            state = None
+            vqvae.eval()
+            if out is not None:
+                write_tensors(out / "stage1.safetensors", vqvae.state_dict())
+                record_metrics(out, "stage1", {**summary(progress), **reconstruction(vqvae, data, dataset)})
+
+        with seeded(config.seed, 2):
+            prior = Prior(config, vqvae.vq.codebook.cpu(), vqvae.num_tokens, len(data.class_names))
+        progress = train_stage(stage2(config, vqvae, prior, x, labels, device), log=log, state=state, **loop)
+        if out is not None:
+            write_tensors(out / "stage2.safetensors", prior.state_dict())
+            record_metrics(out, "stage2", summary(progress))
+    return NCVQVAE(config, data, vqvae, prior, device)
+
+
+def stage1(config: Config, vqvae: VQVAE, x: Tensor, device: torch.device) -> Stage:
+    modules = nn.ModuleDict({"vqvae": vqvae})
+    ssl, augment = None, None
+    if config.ssl != "none":
+        with seeded(config.seed, 1, 1):
+            modules["ssl"] = ssl = SelfSupervision(config)
+        augment = Augment(config.augment)
+    modules.to(device)
+
+    def step(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        batch = x[rows]
+        view = None if augment is None else augment(batch, generator)
+        return stage1_losses(vqvae, ssl, batch, view, config.view_weight)
+
+    return Stage(
+        number=1,
+        name="stage 1 (VQVAE)",
+        modules=modules,
+        step=step,
+        num_series=len(x),
+        batch_size=config.batch_size,
+        epochs=config.stage1_epochs,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
+
+
+def stage2(config: Config, vqvae: VQVAE, prior: Prior, x: Tensor, labels: Tensor | None, device: torch.device) -> Stage:
+    distribution = TokenDistribution(vqvae, x)
+    modules = nn.ModuleDict({"prior": prior}).to(device)
+
+    def step(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        tokens = distribution.draw(rows, generator)
+        return stage2_losses(prior, tokens, None if labels is None else labels[rows], config, generator)
+
+    return Stage(
+        number=2,
+        name="stage 2 (prior)",
+        modules=modules,
+        step=step,
+        num_series=len(x),
+        batch_size=config.stage2_batch_size,
+        epochs=config.stage2_epochs,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
+
+
+@contextlib.contextmanager
+def seeded(*words: int) -> Iterator[None]:
+    """Torch's CPU generator set from `words` inside the block and put back after it: for initial weights."""
+    previous = torch.get_rng_state()
+    torch.default_generator.manual_seed(derived_seed(*words))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(previous)
+
+
+def prepare_folder(out: Path, config: Config, data: DataFacts, resume: bool) -> None:
+    """A new folder for a new run, or the check that `out` holds this very run."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {out}: {error.strerror}; choose another --out") from error
+    if not (out / "config.json").exists():
+        write_config(out, config, data)
+        return
+    if not resume:
+        raise UserError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
+    old_config, old_data = read_config(out)
+    changed = [
+        f"{f.name} was {getattr(old_config, f.name)!r} and is {getattr(config, f.name)!r}"
+        for f in dataclasses.fields(Config)
+        if getattr(old_config, f.name) != getattr(config, f.name)
+    ]
+    if changed:
+        raise UserError(f"{out} was started with other options ({'; '.join(changed)}); use the same, or another --out")
+    ignored = {"source": "", "notes": ()}
+    if dataclasses.replace(old_data, **ignored) != dataclasses.replace(data, **ignored):
+        raise UserError(
+            f"{out} was trained on other data ({old_data.name}, {old_data.num_series} series); choose another --out"
+        )
+
+
+def summary(progress: Progress) -> dict[str, Any]:
+    return {"epochs": progress.epochs, "seconds": round(progress.seconds, 1), **progress.losses}
+
+
+@torch.no_grad()
+def reconstruction(vqvae: VQVAE, data: DataFacts, dataset: Dataset) -> dict[str, float]:
+    """Mean squared error of the test series through the codebook, in normalised units."""
+    if dataset.X_test is None:
+        return {}
+    x = data.normalise(dataset.X_test, next(vqvae.parameters()).device)
+    error = sum(float((vqvae.reconstruct(block) - block).square().sum()) for block in x.split(256))
+    return {"test_reconstruction_mse": error / x.numel()}
+
+
+def record_metrics(out: Path, name: str, values: dict[str, Any]) -> None:
+    path = out / "metrics.json"
+    metrics = read_json(path) if path.exists() else {}
+    write_json(path, {**metrics, name: values})

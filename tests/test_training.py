@@ -1,0 +1,300 @@
+"""Both stages end to end on small data: results, run folder, resuming, errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import ncfast
+from ncfast.engine.checkpoint import read_state
+from ncfast.engine.loop import batch_ends
+
+SMALL = {
+    "dim": 8,
+    "residual_blocks": 1,
+    "codebook_size": 8,
+    "projector_dim": 32,
+    "prior_dim": 32,
+    "prior_layers": 1,
+    "prior_head_dim": 16,
+    "batch_size": 16,
+    "stage2_batch_size": 16,
+}
+FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+
+
+def waves(n=40, length=61, channels=1, seed=0):
+    """Two classes that differ in frequency."""
+    generator = np.random.default_rng(seed)
+    y = np.arange(n) % 2
+    phase = generator.uniform(0, 2 * np.pi, (n, channels, 1))
+    t = np.arange(length) / length
+    x = (
+        5
+        + 3 * np.sin(2 * np.pi * (2 + 3 * y[:, None, None]) * t + phase)
+        + 0.1 * generator.normal(size=(n, channels, length))
+    )
+    return x.astype(np.float32), np.array(["slow", "fast"])[y]
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "waves.npz"
+    x, y = waves()
+    np.savez(path, X_train=x, y_train=y, X_test=x[:10], y_test=y[:10])
+    return path
+
+
+def program(name, *arguments, **options):
+    command = [sys.executable, "-m", f"ncfast.{name}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def train_arguments(data_file, out, *more):
+    return ["--dataset", data_file, "--out", out, "--stage1-epochs", 4, "--stage2-epochs", 4, *FLAGS, *more]
+
+
+def weights(out):
+    return {stage: safetensors.torch.load_file(Path(out) / f"stage{stage}.safetensors") for stage in (1, 2)}
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    for stage in (1, 2):
+        assert a[stage].keys() == b[stage].keys()
+        for name, value in a[stage].items():
+            assert torch.equal(value, b[stage][name]), f"stage {stage}: {name}"
+
+
+@pytest.fixture(scope="module")
+def finished_run(data_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    result = program("train", *train_arguments(data_file, out))
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_fit_learns_and_samples():
+    x, y = waves()
+    options = {**SMALL, "learning_rate": 4e-3, "augment": ("warp", "gauss")}
+    model = ncfast.fit(x, y, ssl="vicreg", stage1_epochs=120, stage2_epochs=60, quiet=True, **options)
+    assert np.square(model.reconstruct(x) - x).mean() < 0.3 * x.var()
+    generated, labels = model.sample(64, label=["slow", "fast"], seed=1)
+    assert generated.shape == (64, 1, 61) and np.isfinite(generated).all()
+    # In data units: the mean of the waves is 5.
+    assert abs(generated.mean() - 5) < 1 and 0.5 < generated.std() / x.std() < 1.5
+    # Each class has its own frequency: more power at 5 cycles than at 2 in the fast one, less in the slow one.
+    power = np.square(np.abs(np.fft.rfft(generated[:, 0] - generated[:, 0].mean(1, keepdims=True))))
+    assert ((power[:, 5] > power[:, 2]) == (labels == "fast")).mean() > 0.8
+
+
+@pytest.mark.parametrize("ssl", ["none", "barlow", "vibcreg"])
+def test_every_ssl_method_trains(ssl):
+    x, y = waves(20)
+    model = ncfast.fit(x, y, ssl=ssl, stage1_epochs=2, stage2_epochs=1, quiet=True, **SMALL)
+    assert np.isfinite(model.sample(3)[0]).all()
+
+
+def test_unlabelled_and_multivariate():
+    x, _ = waves(channels=3, length=50)
+    model = ncfast.fit(x, stage1_epochs=1, stage2_epochs=1, quiet=True, **SMALL)
+    generated, labels = model.sample(3)
+    assert generated.shape == (3, 3, 50) and labels is None
+    with pytest.raises(ncfast.UserError, match="without labels"):
+        model.sample(3, label="slow")
+
+
+def test_same_seed_same_weights_and_the_callers_generator_is_left_alone():
+    x, y = waves(20)
+    options = dict(stage1_epochs=2, stage2_epochs=2, quiet=True, **SMALL)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    a = ncfast.fit(x, y, seed=3, **options)
+    torch.testing.assert_close(torch.rand(3), expected)
+    b = ncfast.fit(x, y, seed=3, **options)
+    c = ncfast.fit(x, y, seed=4, **options)
+    for p, q, r in zip(a.prior.parameters(), b.prior.parameters(), c.prior.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert p.dim() < 2 or not torch.equal(p, r)
+
+
+def test_sampling_does_not_depend_on_how_the_range_is_split(finished_run):
+    model = ncfast.load(finished_run)
+    whole, labels = model.sample(150, seed=9)
+    parts = [model.sample(n, seed=9, start=start) for start, n in ((0, 1), (1, 69), (70, 80))]
+    np.testing.assert_array_equal(whole, np.concatenate([x for x, _ in parts]))
+    np.testing.assert_array_equal(labels, np.concatenate([y for _, y in parts]))
+    assert not np.array_equal(whole[:5], model.sample(5, seed=10)[0])
+
+
+def test_labels_in_turn_and_in_proportion(finished_run):
+    model = ncfast.load(finished_run)
+    assert model.sample(3, label="fast")[1].tolist() == ["fast"] * 3
+    assert model.sample(4, label=["slow", "fast"])[1].tolist() == ["slow", "fast"] * 2
+    drawn = model.draw_labels(torch.arange(4000), None, seed=0).double().mean()
+    assert abs(drawn - 0.5) < 4 * 0.5 / 4000**0.5
+    with pytest.raises(ncfast.UserError, match="no class 'medium'; this model knows fast, slow"):
+        model.sample(1, label="medium")
+
+
+def test_run_folder(finished_run):
+    config = json.loads((finished_run / "config.json").read_text())
+    assert config["config"]["stage1_epochs"] == 4 and config["data"]["class_names"] == ["fast", "slow"]
+    lines = [json.loads(line) for line in (finished_run / "log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["epoch"]) for line in lines] == [(s, e) for s in (1, 2) for e in (1, 2, 3, 4)]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    metrics = json.loads((finished_run / "metrics.json").read_text())
+    assert metrics["stage1"]["test_reconstruction_mse"] > 0
+    assert not list(finished_run.glob(".*"))  # nothing temporary is left
+
+
+def wait_for_epoch(process, out, stage, epoch):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        log = out / "log.jsonl"
+        records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        if any((r["stage"], r["epoch"]) >= (stage, epoch) for r in records):
+            return
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    raise AssertionError("the run did not get there")
+
+
+@pytest.mark.parametrize(("stage", "epoch"), [(1, 2), (2, 2)])
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_killed_and_resumed_equals_uninterrupted(stage, epoch, kill, data_file, tmp_path):
+    arguments = ["--dataset", data_file, "--stage1-epochs", 6, "--stage2-epochs", 6, *FLAGS]
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert program("train", *arguments, "--out", straight).returncode == 0
+    command = [sys.executable, "-m", "ncfast.train", *map(str, arguments), "--out", str(broken)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for_epoch(process, broken, stage, epoch)
+    process.send_signal(kill)
+    _, stderr = process.communicate()
+    if kill == signal.SIGINT:
+        assert process.returncode == 130 and "--resume" in stderr.splitlines()[-1]
+    else:
+        assert process.returncode == -signal.SIGKILL
+    if process.returncode and not (broken / "stage2.safetensors").exists():
+        logged = json.loads((broken / "log.jsonl").read_text().splitlines()[-1])
+        state = read_state(broken / "state.pt", torch.device("cpu"))
+        assert (state["stage"], state["epoch"]) >= (logged["stage"], logged["epoch"] - 1)  # at most one epoch is lost
+    resumed = program("train", *arguments, "--out", broken, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_weights(straight, broken)
+    epochs = [(r["stage"], r["epoch"]) for r in map(json.loads, (broken / "log.jsonl").read_text().splitlines())]
+    assert epochs == [(s, e) for s in (1, 2) for e in range(1, 7)]
+
+
+def test_generate_writes_labelled_series_with_provenance(finished_run, tmp_path):
+    out = tmp_path / "series.h5"
+    result = program("generate", "--run", finished_run, "--num-samples", 70, "--out", out, "--seed", 3)
+    assert result.returncode == 0, result.stderr
+    expected, labels = ncfast.load(finished_run).sample(70, seed=3)
+    with h5py.File(out) as file:
+        np.testing.assert_array_equal(file["x"], expected)
+        assert file["x"].dtype == np.float32 and file["tokens"].dtype == np.uint16
+        names = np.array(list(file.attrs["class_names"]))
+        np.testing.assert_array_equal(names[file["y"][:]], labels)
+        np.testing.assert_array_equal(file["index"], np.arange(70))
+        assert file.attrs["complete"] and file.attrs["seed"] == 3 and len(file.attrs["weights_sha256"]) == 64
+        assert json.loads(file.attrs["config"])["codebook_size"] == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["series.h5"]
+
+    one_class = tmp_path / "fast.h5"
+    assert (
+        program("generate", "--run", finished_run, "--num-samples", 5, "--out", one_class, "--label", "fast").returncode
+        == 0
+    )
+    with h5py.File(one_class) as file:
+        assert file["y"][:].tolist() == [0] * 5
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("train", ["--dataset", "NoSuchSet"], "no data set"),
+        ("train", ["--dataset", "DATA", "--out", "RUN"], "already holds a run; add --resume"),
+        (
+            "train",
+            ["--dataset", "DATA", "--out", "RUN", "--resume", "--dim", "16"],
+            "other options (dim was 8 and is 16",
+        ),
+        ("train", ["--dataset", "DATA", "--ssl", "byol"], "invalid choice"),
+        ("train", ["--dataset", "DATA", "--augment", "gausss"], "gauss"),
+        ("train", ["--dataset", "DATA", "--batch-size", "1"], "--batch-size is at least 2"),
+        ("train", ["--dataset", "DATA", "--learning-rate", "nan"], "--learning-rate is at least 0"),
+        ("train", ["--dataset", "DATA", "--n-fft", "6"], "multiple of 4"),
+        ("train", ["--dataset", "DATA", "--n-fft", "64"], "at least n_fft = 64"),
+        ("train", ["--dataset", "DATA", "--device", "tpu"], "--device tpu cannot be used"),
+        ("train", [], "--dataset"),
+        ("generate", ["--run", "nowhere", "--num-samples", "1", "--out", "x.h5"], "nowhere is not the folder of a run"),
+        ("generate", ["--run", "RUN", "--num-samples", "0", "--out", "x.h5"], "at least 1"),
+        ("generate", ["--run", "RUN", "--num-samples", "1", "--out", "no/folder/x.h5"], "does not exist"),
+        ("generate", ["--run", "RUN", "--num-samples", "1", "--out", "x.h5", "--label", "red"], "no class 'red'"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(name, arguments, message, data_file, finished_run, tmp_path):
+    places = {"DATA": str(data_file), "RUN": str(finished_run)}
+    small = FLAGS if name == "train" and "--dim" not in arguments else []
+    given = {a.split("=")[0] for a in arguments}
+    small = [flag for flag in small if flag.split("=")[0] not in given]
+    environment = {
+        **os.environ,
+        "NCFAST_DATA": str(tmp_path),
+        "AEON_DATA": str(tmp_path),
+        "PYTHONPATH": str(Path(ncfast.__file__).parents[1]),
+    }
+    if "--dim" in arguments:
+        small = [flag for flag in FLAGS if not flag.startswith("--dim=")] + ["--stage1-epochs=4", "--stage2-epochs=4"]
+    result = program(name, *[places.get(a, a) for a in arguments], *small, cwd=tmp_path, env=environment)
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_damaged_runs_are_one_line(finished_run, tmp_path):
+    for file in ("config.json", "stage1.safetensors", "stage2.safetensors"):
+        broken = tmp_path / file
+        broken.mkdir()
+        for source in finished_run.glob("*.*"):
+            if source.is_file():
+                (broken / source.name).write_bytes(source.read_bytes())
+        whole = (broken / file).read_bytes()
+        (broken / file).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ncfast.UserError, match=file):
+            ncfast.load(broken)
+        (broken / file).unlink()
+        with pytest.raises(ncfast.UserError, match="not the folder of a run|has not finished"):
+            ncfast.load(broken)
+
+
+def test_dry_run_writes_nothing(data_file, tmp_path):
+    result = program("train", *train_arguments(data_file, tmp_path / "run"), "--dry-run")
+    assert result.returncode == 0 and "40 series [1, 61], 2 classes" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_batches_cover_every_series_and_never_hold_one():
+    assert batch_ends(257, 128) == [128, 257]
+    assert batch_ends(256, 128) == [128, 256]
+    assert batch_ends(130, 128) == [128, 130]
+    assert batch_ends(20, 128) == [20]
+    assert batch_ends(1, 128) == [1]
+
+
+def test_divergence_is_reported_and_keeps_the_last_good_state(data_file, tmp_path):
+    arguments = train_arguments(data_file, tmp_path / "run", "--learning-rate", "1e30")
+    result = program("train", *arguments)
+    assert result.returncode == 2
+    assert "no longer finite" in result.stderr and "--learning-rate" in result.stderr
