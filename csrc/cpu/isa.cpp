@@ -1,0 +1,45 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace ncfast::cpu {
+namespace {
+
+struct NamedIsa {
+  Isa isa;
+  const char* name;
+};
+
+std::vector<NamedIsa> available() {
+  std::vector<NamedIsa> isas;
+#ifdef NCFAST_X86
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f")) isas.push_back({Isa::avx512, "avx512"});
+  if (avx2) isas.push_back({Isa::avx2, "avx2"});
+#endif
+  isas.push_back({Isa::portable, "portable"});
+  return isas;
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const NamedIsa& isa : available()) names.emplace_back(isa.name);
+  return names;
+}
+
+Isa chosen_isa() {
+  const std::vector<NamedIsa> isas = available();
+  const char* wanted = std::getenv("NCFAST_ISA");
+  if (wanted == nullptr || *wanted == '\0') return isas.front().isa;
+  std::string names;
+  for (const NamedIsa& isa : isas) {
+    if (std::string(wanted) == isa.name) return isa.isa;
+    names += (names.empty() ? "" : ", ") + std::string(isa.name);
+  }
+  throw std::invalid_argument("NCFAST_ISA=" + std::string(wanted) + " is not available; this machine has " + names);
+}
+
+}  // namespace ncfast::cpu

@@ -1,0 +1,268 @@
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+
+#ifdef NCFAST_X86
+// GCC 12 warns about the undefined operands inside its own AVX-512 intrinsics.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#ifndef __clang__
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+// Between NCFAST_TARGET(...) and NCFAST_TARGET_END every function, template or not, is compiled for those instruction
+// sets. Code there must not instantiate std:: templates: the linker could pick that copy for the whole program.
+#ifdef NCFAST_X86
+#if defined(__clang__)
+#define NCFAST_PRAGMA(text) _Pragma(#text)
+#define NCFAST_TARGET(isas) NCFAST_PRAGMA(clang attribute push(__attribute__((target(isas))), apply_to = function))
+#define NCFAST_TARGET_END _Pragma("clang attribute pop")
+#else
+#define NCFAST_PRAGMA(text) _Pragma(#text)
+#define NCFAST_TARGET(isas) _Pragma("GCC push_options") NCFAST_PRAGMA(GCC target(isas))
+#define NCFAST_TARGET_END _Pragma("GCC pop_options")
+#endif
+#define NCFAST_TARGET_AVX2 NCFAST_TARGET("avx2,fma,f16c")
+#define NCFAST_TARGET_AVX512 NCFAST_TARGET("avx512f,avx2,fma,f16c")
+#endif
+
+#if defined(__clang__)
+#define NCFAST_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define NCFAST_UNROLL _Pragma("GCC unroll 16")
+#else
+#define NCFAST_UNROLL
+#endif
+
+#if defined(__GNUC__)
+#define NCFAST_NOINLINE __attribute__((noinline))
+#else
+#define NCFAST_NOINLINE __declspec(noinline)
+#endif
+
+// Vec<T>: one register of T, the same interface in every namespace. tile_rows is how many rows, at two registers of
+// accumulators each, leave room for the operands.
+namespace ncfast::cpu {
+
+inline int lowest_bit(uint32_t mask) {
+#if defined(__GNUC__)
+  return __builtin_ctz(mask);
+#else
+  int bit = 0;
+  while (!(mask >> bit & 1)) ++bit;
+  return bit;
+#endif
+}
+
+namespace portable {
+
+// 16-byte vectors where the compiler has them (SSE2, NEON), scalars elsewhere.
+template <class T>
+struct Vec {
+#if defined(__GNUC__)
+  typedef T Lanes __attribute__((vector_size(16)));
+#else
+  typedef T Lanes;
+#endif
+  static constexpr int width = sizeof(Lanes) / sizeof(T);
+  static constexpr int tile_rows = 6;
+  Lanes lanes;
+
+  static Vec load(const T* from) {
+    Vec to;
+    std::memcpy(&to.lanes, from, sizeof(Lanes));
+    return to;
+  }
+  static Vec broadcast(T value) { return {Lanes{} + value}; }
+  void store(T* to) const { std::memcpy(to, &lanes, sizeof(Lanes)); }
+  static Vec multiply_add(Vec a, Vec b, Vec c) { return {a.lanes * b.lanes + c.lanes}; }
+  static bool any_at_least(Vec a, Vec b, T bound) {
+    const auto hit = (a.lanes >= bound) | (b.lanes >= bound);
+    uint64_t bits[2] = {0, 0};
+    static_assert(sizeof(hit) <= sizeof(bits));
+    std::memcpy(bits, &hit, sizeof(hit));
+    return (bits[0] | bits[1]) != 0;
+  }
+  uint32_t lanes_at_least(T bound) const {
+    T lane[width];
+    store(lane);
+    uint32_t mask = 0;
+    for (int i = 0; i < width; ++i) mask |= uint32_t(lane[i] >= bound) << i;
+    return mask;
+  }
+  static Vec max(Vec a, Vec b) {
+    T lane_a[width], lane_b[width];
+    a.store(lane_a);
+    b.store(lane_b);
+    for (int i = 0; i < width; ++i) lane_a[i] = lane_b[i] > lane_a[i] ? lane_b[i] : lane_a[i];
+    return load(lane_a);
+  }
+  T largest() const {
+    T lane[width];
+    store(lane);
+    T most = lane[0];
+    for (int i = 1; i < width; ++i) most = lane[i] > most ? lane[i] : most;
+    return most;
+  }
+  T sum() const {
+    T lane[width];
+    store(lane);
+    T total = 0;
+    for (int i = 0; i < width; ++i) total += lane[i];
+    return total;
+  }
+};
+
+inline void widen_f16(const uint16_t* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    // Shifted into place, the exponent is 112 short; multiplying by 2^112 corrects it, subnormals included. What was
+    // infinite or NaN is then 2^16 or more, and gets the exponent of those back.
+    const uint32_t shifted = uint32_t(from[i] & 0x7fff) << 13;
+    float magnitude;
+    std::memcpy(&magnitude, &shifted, sizeof(float));
+    magnitude *= 0x1p112f;
+    uint32_t bits;
+    std::memcpy(&bits, &magnitude, sizeof(float));
+    if (magnitude >= 65536.0f) bits |= 0x7f800000u;
+    bits |= uint32_t(from[i] & 0x8000) << 16;
+    std::memcpy(to + i, &bits, sizeof(float));
+  }
+}
+
+}  // namespace portable
+
+#ifdef NCFAST_X86
+
+NCFAST_TARGET_AVX2
+namespace avx2 {
+
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  static constexpr int width = 8;
+  static constexpr int tile_rows = 6;
+  __m256 lanes;
+
+  static Vec load(const float* from) { return {_mm256_loadu_ps(from)}; }
+  static Vec broadcast(float value) { return {_mm256_set1_ps(value)}; }
+  void store(float* to) const { _mm256_storeu_ps(to, lanes); }
+  static Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.lanes, b.lanes, c.lanes)}; }
+  static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.lanes, b.lanes)}; }
+  static bool any_at_least(Vec a, Vec b, float bound) { return max(a, b).lanes_at_least(bound) != 0; }
+  uint32_t lanes_at_least(float bound) const {
+    return _mm256_movemask_ps(_mm256_cmp_ps(lanes, _mm256_set1_ps(bound), _CMP_GE_OQ));
+  }
+  float largest() const {
+    const __m128 m4 = _mm_max_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    const __m128 m2 = _mm_max_ps(m4, _mm_movehl_ps(m4, m4));
+    return _mm_cvtss_f32(_mm_max_ss(m2, _mm_movehdup_ps(m2)));
+  }
+  float sum() const {
+    const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
+    return _mm_cvtss_f32(_mm_add_ss(s2, _mm_movehdup_ps(s2)));
+  }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int width = 4;
+  static constexpr int tile_rows = 6;
+  __m256d lanes;
+
+  static Vec load(const double* from) { return {_mm256_loadu_pd(from)}; }
+  static Vec broadcast(double value) { return {_mm256_set1_pd(value)}; }
+  void store(double* to) const { _mm256_storeu_pd(to, lanes); }
+  static Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.lanes, b.lanes, c.lanes)}; }
+  static Vec max(Vec a, Vec b) { return {_mm256_max_pd(a.lanes, b.lanes)}; }
+  static bool any_at_least(Vec a, Vec b, double bound) { return max(a, b).lanes_at_least(bound) != 0; }
+  uint32_t lanes_at_least(double bound) const {
+    return _mm256_movemask_pd(_mm256_cmp_pd(lanes, _mm256_set1_pd(bound), _CMP_GE_OQ));
+  }
+  double largest() const {
+    const __m128d m2 = _mm_max_pd(_mm256_castpd256_pd128(lanes), _mm256_extractf128_pd(lanes, 1));
+    return _mm_cvtsd_f64(_mm_max_sd(m2, _mm_unpackhi_pd(m2, m2)));
+  }
+  double sum() const {
+    const __m128d s2 = _mm_add_pd(_mm256_castpd256_pd128(lanes), _mm256_extractf128_pd(lanes, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(s2, _mm_unpackhi_pd(s2, s2)));
+  }
+};
+
+inline void widen_f16(const uint16_t* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  }
+  for (; i < count; ++i) to[i] = _cvtsh_ss(from[i]);
+}
+
+}  // namespace avx2
+NCFAST_TARGET_END
+
+NCFAST_TARGET_AVX512
+namespace avx512 {
+
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  static constexpr int width = 16;
+  static constexpr int tile_rows = 14;
+  __m512 lanes;
+
+  static Vec load(const float* from) { return {_mm512_loadu_ps(from)}; }
+  static Vec broadcast(float value) { return {_mm512_set1_ps(value)}; }
+  void store(float* to) const { _mm512_storeu_ps(to, lanes); }
+  static Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.lanes, b.lanes, c.lanes)}; }
+  static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.lanes, b.lanes)}; }
+  static bool any_at_least(Vec a, Vec b, float bound) {
+    const __m512 limit = _mm512_set1_ps(bound);
+    const __mmask16 hit_a = _mm512_cmp_ps_mask(a.lanes, limit, _CMP_GE_OQ);
+    const __mmask16 hit_b = _mm512_cmp_ps_mask(b.lanes, limit, _CMP_GE_OQ);
+    return !_mm512_kortestz(hit_a, hit_b);
+  }
+  uint32_t lanes_at_least(float bound) const { return _mm512_cmp_ps_mask(lanes, _mm512_set1_ps(bound), _CMP_GE_OQ); }
+  float largest() const { return _mm512_reduce_max_ps(lanes); }
+  float sum() const { return _mm512_reduce_add_ps(lanes); }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int width = 8;
+  static constexpr int tile_rows = 14;
+  __m512d lanes;
+
+  static Vec load(const double* from) { return {_mm512_loadu_pd(from)}; }
+  static Vec broadcast(double value) { return {_mm512_set1_pd(value)}; }
+  void store(double* to) const { _mm512_storeu_pd(to, lanes); }
+  static Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.lanes, b.lanes, c.lanes)}; }
+  static Vec max(Vec a, Vec b) { return {_mm512_max_pd(a.lanes, b.lanes)}; }
+  static bool any_at_least(Vec a, Vec b, double bound) {
+    const __m512d limit = _mm512_set1_pd(bound);
+    const __mmask8 hit_a = _mm512_cmp_pd_mask(a.lanes, limit, _CMP_GE_OQ);
+    const __mmask8 hit_b = _mm512_cmp_pd_mask(b.lanes, limit, _CMP_GE_OQ);
+    return !_mm512_kortestz(hit_a, hit_b);
+  }
+  uint32_t lanes_at_least(double bound) const { return _mm512_cmp_pd_mask(lanes, _mm512_set1_pd(bound), _CMP_GE_OQ); }
+  double largest() const { return _mm512_reduce_max_pd(lanes); }
+  double sum() const { return _mm512_reduce_add_pd(lanes); }
+};
+
+inline void widen_f16(const uint16_t* from, float* to, int64_t count) { avx2::widen_f16(from, to, count); }
+
+}  // namespace avx512
+NCFAST_TARGET_END
+
+#endif
+
+}  // namespace ncfast::cpu

@@ -1,0 +1,26 @@
+"""The operations, one file each: plain-PyTorch reference, public function, implementations, registration."""
+
+from ncfast.ops.barlow_twins_loss import barlow_twins_loss, barlow_twins_loss_reference
+from ncfast.ops.code_stats import code_stats, code_stats_reference
+from ncfast.ops.iter_norm import iter_norm, iter_norm_reference
+from ncfast.ops.nearest_code import nearest_code, nearest_code_reference
+from ncfast.ops.unmask_step import unmask_step, unmask_step_reference
+from ncfast.ops.vibcreg_loss import vibcreg_loss, vibcreg_loss_reference
+from ncfast.ops.vicreg_loss import vicreg_loss, vicreg_loss_reference
+
+__all__ = [
+    "barlow_twins_loss",
+    "barlow_twins_loss_reference",
+    "code_stats",
+    "code_stats_reference",
+    "iter_norm",
+    "iter_norm_reference",
+    "nearest_code",
+    "nearest_code_reference",
+    "unmask_step",
+    "unmask_step_reference",
+    "vibcreg_loss",
+    "vibcreg_loss_reference",
+    "vicreg_loss",
+    "vicreg_loss_reference",
+]

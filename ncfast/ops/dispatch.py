@@ -1,0 +1,110 @@
+"""Which implementation of an operation runs: one knob (`impl=`), one environment variable (NCFAST_IMPL), one rule.
+
+Each operation hands `choose` a table from implementation name to None ("can run this call") or the reason why it
+cannot, fastest first. `auto` takes the first that can; a request by name that cannot be met raises, with the reason.
+"""
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+NAMES = ("auto", "reference", "cpp", "cuda", "triton")
+DEFAULT = os.environ.get("NCFAST_IMPL", "auto")
+
+# The codes of csrc/dtype.h.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+# One library holds every operator: torch.ops.ncfast.<stem>_<implementation>.
+library = torch.library.Library("ncfast", "DEF")
+
+
+def choose(operation: str, impl: str | None, why_not: dict[str, str | None]) -> str:
+    """The implementation to run. `impl` None or "auto" defers to NCFAST_IMPL, then to the fastest that can."""
+    if impl is None or impl == "auto":
+        # The variable is a preference over all operations: it binds those that have such an implementation.
+        if DEFAULT not in NAMES:
+            raise ValueError(f"NCFAST_IMPL is one of {', '.join(NAMES)}; got {DEFAULT!r}")
+        impl = DEFAULT if DEFAULT in why_not else "auto"
+    if impl == "auto":
+        for name in why_not:
+            if why_not[name] is None:
+                return name
+    if impl not in why_not:
+        raise ValueError(f"{operation} has the implementations {', '.join(why_not)} (or auto); got impl={impl!r}")
+    if why_not[impl] is not None:
+        raise RuntimeError(f"{operation}: impl={impl!r} cannot run this call: {why_not[impl]}")
+    return impl
+
+
+@functools.cache
+def build_facts() -> dict:
+    """What setup.py recorded: {"cpp": {"built": bool, "why": str}, "cuda": {...}}."""
+    path = Path(__file__).resolve().parents[1] / "_build.json"
+    if not path.exists():
+        fact = {"built": False, "why": "run from a source tree that was never built: pip install -e ."}
+        return {"cpp": fact, "cuda": fact}
+    return json.loads(path.read_text())
+
+
+@functools.cache
+def load_module(name: str) -> tuple[ModuleType | None, str | None]:
+    """(ncfast.<name>, None), or (None, why it is not there)."""
+    fact = build_facts()["cuda" if name == "_C_cuda" else "cpp"]
+    if not fact["built"]:
+        return None, fact["why"]
+    try:
+        return importlib.import_module(f"ncfast.{name}"), None
+    except ImportError as error:
+        return None, f"ncfast.{name} was built but does not load ({error}); reinstall ncfast with this Python"
+
+
+@torch.compiler.assume_constant_result
+def why_not_cpp(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the tensors are on {device.type}, and this is the CPU implementation"
+    return load_module("_C")[1]
+
+
+@functools.cache
+def why_not_cuda_here() -> str | None:
+    if not torch.version.cuda:
+        return f"this torch ({torch.__version__}) has no CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    return load_module("_C_cuda")[1]
+
+
+@torch.compiler.assume_constant_result
+def why_not_cuda(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return why_not_cuda_here() or f"the tensors are on {device.type}, and this is the CUDA implementation"
+    return why_not_cuda_here()
+
+
+@functools.cache
+def why_not_triton_here() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+@functools.cache
+def triton_interpreted() -> bool:
+    """Triton decides at import whether it compiles or interprets, so the variable is read once."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@torch.compiler.assume_constant_result
+def why_not_triton(device: torch.device) -> str | None:
+    missing = why_not_triton_here()
+    if missing is not None:
+        return missing
+    if device.type != "cuda" and not triton_interpreted():
+        return f"the tensors are on {device.type}; off a GPU Triton runs only under TRITON_INTERPRET=1"
+    return None
