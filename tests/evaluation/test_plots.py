@@ -1,0 +1,27 @@
+import sys
+
+import numpy as np
+import pytest
+
+from ncfast.errors import UserError
+from ncfast.evaluation.plots import plot_samples
+
+
+@pytest.mark.parametrize("classes", [0, 1, 3, 40])
+def test_writes_a_picture(tmp_path, classes):
+    pytest.importorskip("matplotlib")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 2, 30)).astype(np.float32)
+    y = np.arange(60) % classes if classes else None
+    names = tuple(str(c) for c in range(classes))
+    path = tmp_path / "samples.png"
+    plot_samples(path, x, y, x[:7], None if y is None else y[:7], names, "title")
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 10_000
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.png"]
+
+
+def test_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"ncfast\[eval\]"):
+        plot_samples(tmp_path / "x.png", np.zeros((1, 1, 8)), None, np.zeros((1, 1, 8)), None, (), "title")
