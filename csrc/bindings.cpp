@@ -8,9 +8,11 @@
 #ifdef NCFAST_CUDA_MODULE
 #include "cuda/nearest_code.h"
 #else
+#include "cpu/code_stats.h"
 #include "cpu/fma_peak.h"
 #include "cpu/isa.h"
 #include "cpu/nearest_code.h"
+#include "cpu/rotate_to_code.h"
 #endif
 
 namespace py = pybind11;
@@ -67,6 +69,34 @@ PYBIND11_MODULE(_C, m) {
          std::uintptr_t indices) {
         ncfast::cpu::nearest_code(pointer<const void>(z), DType(dtype), pointer<const void>(codebook), H, M, K, D,
                                   threads, pointer<int64_t>(indices));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "code_stats",
+      [](std::uintptr_t z, int dtype, std::uintptr_t indices, int64_t H, int64_t M, int64_t K, int64_t D, int threads,
+         std::uintptr_t counts, std::uintptr_t sums) {
+        ncfast::cpu::code_stats(pointer<const void>(z), DType(dtype), pointer<const int64_t>(indices), H, M, K, D,
+                                threads, pointer<void>(counts), pointer<void>(sums));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "rotate_to_code",
+      [](std::uintptr_t z, int dtype, std::uintptr_t codebook, std::uintptr_t indices, int64_t H, int64_t M, int64_t K,
+         int64_t D, int threads, std::uintptr_t q, std::uintptr_t loss, std::uintptr_t inverse_count) {
+        ncfast::cpu::rotate_to_code(pointer<const void>(z), DType(dtype), pointer<const void>(codebook),
+                                    pointer<const int64_t>(indices), H, M, K, D, threads, pointer<void>(q),
+                                    pointer<void>(loss), pointer<void>(inverse_count));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "rotate_to_code_backward",
+      [](std::uintptr_t grad_q, std::uintptr_t grad_loss, std::uintptr_t z, std::uintptr_t q, std::uintptr_t indices,
+         std::uintptr_t inverse_count, int dtype, int64_t rows, int64_t K, int64_t D, bool rotate, int threads,
+         std::uintptr_t grad_z) {
+        ncfast::cpu::rotate_to_code_backward(pointer<const void>(grad_q), pointer<const void>(grad_loss),
+                                             pointer<const void>(z), pointer<const void>(q),
+                                             pointer<const int64_t>(indices), pointer<const void>(inverse_count),
+                                             DType(dtype), rows, K, D, rotate, threads, pointer<void>(grad_z));
       },
       py::call_guard<py::gil_scoped_release>());
 }

@@ -15,6 +15,7 @@ from ncfast.version import __version__
 OPERATIONS = (
     "nearest_code",
     "code_stats",
+    "rotate_to_code",
     "barlow_twins_loss",
     "vicreg_loss",
     "vibcreg_loss",

@@ -8,6 +8,8 @@
 // So every code that may be the nearest scores within 2 eps of the best computed score. Those are kept as candidates,
 // and distances in double decide among them.
 
+#include "half_kernel.h"
+
 // -|e|²/2 for each code of one panel, and its codes transposed. Returns the largest |e|², infinite on overflow.
 template <class T>
 double pack_panel(const Codebook<T>& book, int64_t panel) {
@@ -198,18 +200,6 @@ NCFAST_NOINLINE double squared_distance(const T* z, const T* e, int64_t D) {  //
   double sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += sums[i];
   return sum;
-}
-
-inline void widen(const void* from, DType dtype, float* to, int64_t count) {
-  const uint16_t* half = static_cast<const uint16_t*>(from);
-  if (dtype == DType::f16) {
-    widen_f16(half, to, count);
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = uint32_t(half[i]) << 16;
-    std::memcpy(to + i, &bits, sizeof(float));
-  }
 }
 
 template <class T>

@@ -135,6 +135,26 @@ inline void widen_f16(const uint16_t* from, float* to, int64_t count) {
   }
 }
 
+inline void narrow_f16(const float* from, uint16_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof(float));
+    uint32_t magnitude = bits & 0x7fffffff;
+    if (magnitude >= 0x477ff000) {  // 65520 and more round to infinity; above it lie the NaNs
+      magnitude = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+    } else if (magnitude < 0x38800000) {  // subnormal below 2^-14: adding 1/2 leaves a multiple of 2^-24, rounded
+      float value;
+      std::memcpy(&value, &magnitude, sizeof(float));
+      value += 0.5f;
+      std::memcpy(&magnitude, &value, sizeof(float));
+      magnitude -= 0x3f000000;
+    } else {
+      magnitude = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+    }
+    to[i] = uint16_t(bits >> 16 & 0x8000) | uint16_t(magnitude);
+  }
+}
+
 }  // namespace portable
 
 #ifdef NCFAST_X86
@@ -205,6 +225,15 @@ inline void widen_f16(const uint16_t* from, float* to, int64_t count) {
   for (; i < count; ++i) to[i] = _cvtsh_ss(from[i]);
 }
 
+inline void narrow_f16(const float* from, uint16_t* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
+  }
+  for (; i < count; ++i) to[i] = uint16_t(_cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
 }  // namespace avx2
 NCFAST_TARGET_END
 
@@ -259,6 +288,7 @@ struct Vec<double> {
 };
 
 inline void widen_f16(const uint16_t* from, float* to, int64_t count) { avx2::widen_f16(from, to, count); }
+inline void narrow_f16(const float* from, uint16_t* to, int64_t count) { avx2::narrow_f16(from, to, count); }
 
 }  // namespace avx512
 NCFAST_TARGET_END

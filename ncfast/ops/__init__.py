@@ -4,6 +4,7 @@ from ncfast.ops.barlow_twins_loss import barlow_twins_loss, barlow_twins_loss_re
 from ncfast.ops.code_stats import code_stats, code_stats_reference
 from ncfast.ops.iter_norm import iter_norm, iter_norm_reference
 from ncfast.ops.nearest_code import nearest_code, nearest_code_reference
+from ncfast.ops.rotate_to_code import rotate_to_code, rotate_to_code_reference
 from ncfast.ops.unmask_step import unmask_step, unmask_step_reference
 from ncfast.ops.vibcreg_loss import vibcreg_loss, vibcreg_loss_reference
 from ncfast.ops.vicreg_loss import vicreg_loss, vicreg_loss_reference
@@ -17,6 +18,8 @@ __all__ = [
     "iter_norm_reference",
     "nearest_code",
     "nearest_code_reference",
+    "rotate_to_code",
+    "rotate_to_code_reference",
     "unmask_step",
     "unmask_step_reference",
     "vibcreg_loss",

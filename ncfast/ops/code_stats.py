@@ -7,35 +7,119 @@ from ncfast.ops import dispatch
 
 
 def code_stats_reference(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """z [M, D], indices [M] -> counts [K], sums [K, D]."""
+    """z [H, M, D], indices [H, M] -> counts [H, K], sums [H, K, D], in plain PyTorch.
+
+    Deterministic on the CPU; on a GPU index_add_ adds in any order.
+    """
+    H, _, D = z.shape
     z = z if z.dtype == torch.float64 else z.float()
-    counts = torch.zeros(num_codes, dtype=z.dtype, device=z.device)
-    counts = counts.index_add(0, indices, torch.ones_like(indices, dtype=z.dtype))
-    sums = torch.zeros(num_codes, z.shape[1], dtype=z.dtype, device=z.device).index_add(0, indices, z)
-    return counts, sums
+    used = (indices >= 0) & (indices < num_codes)
+    # Rows that count nowhere go to a bin of their own behind the last code.
+    bins = torch.where(used, indices, num_codes) + torch.arange(H, device=z.device)[:, None] * (num_codes + 1)
+    bins = bins.flatten()
+    counts = z.new_zeros(H * (num_codes + 1)).index_add(0, bins, torch.ones_like(bins, dtype=z.dtype))
+    sums = z.new_zeros(H * (num_codes + 1), D).index_add(0, bins, z.flatten(0, 1))
+    return counts.unflatten(0, (H, -1))[:, :-1].contiguous(), sums.unflatten(0, (H, -1))[:, :-1].contiguous()
 
 
 def code_stats(z: Tensor, indices: Tensor, num_codes: int, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """Counts and sums of the vectors of each code.
 
+    In C++ and Triton the vectors of a code are summed in a fixed order: the result is the same bit for bit on every
+    call, whatever the number of threads.
+
     Args:
-        z: vectors [M, D], any float dtype.
-        indices: the code of each vector, int64 [M], in 0..num_codes-1.
+        z: vectors, float32, float64, float16 or bfloat16 [M, D]; or [H, M, D], H sets of vectors, each with its own
+            codes.
+        indices: the code of each vector, int64 [M] or [H, M], in 0..num_codes-1. A vector with any other index, such
+            as the -1 of a masked one, counts nowhere.
         num_codes: K.
-        impl: "auto" or "reference".
+        impl: "auto" (the fastest that can run the call), "reference", "cpp" or "triton".
 
     Returns:
-        counts [K] and sums [K, D], float32 (float64 for float64 input). Not differentiable.
+        counts [K] and sums [K, D], or [H, K] and [H, K, D]; float32 (float64 for float64 input). Not differentiable.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit; an unknown impl.
+        RuntimeError: an `impl` asked for by name that cannot run here, with the reason.
     """
-    dispatch.choose("code_stats", impl, why_not(z.device))
-    if z.dim() != 2 or indices.shape != z.shape[:1]:
-        raise ValueError(f"code_stats: z is [M, D] and indices [M]; got {list(z.shape)} and {list(indices.shape)}")
-    return code_stats_reference(z.detach(), indices, num_codes)
+    check(z, indices, num_codes)
+    z, indices = z.detach(), indices.detach()
+    name = dispatch.choose("code_stats", impl, why_not(z.device, z.dtype))
+    batched = z.dim() == 3
+    if not batched:
+        z, indices = z[None], indices[None]
+    if name == "reference":
+        counts, sums = code_stats_reference(z, indices, num_codes)
+    else:
+        counts, sums = OPERATORS[name](z.contiguous(), indices.contiguous(), num_codes)
+    return (counts, sums) if batched else (counts[0], sums[0])
 
 
-def why_not(device: torch.device) -> dict[str, str | None]:
-    """Each implementation, fastest first, with None or the reason why it cannot run there."""
-    return {"reference": None}
+def check(z: Tensor, indices: Tensor, num_codes: int) -> None:
+    if z.dim() not in (2, 3) or indices.shape != z.shape[:-1]:
+        raise ValueError(
+            f"code_stats: z is [M, D] with indices [M], or [H, M, D] with [H, M]; got {list(z.shape)} and "
+            f"{list(indices.shape)}"
+        )
+    if z.dtype not in dispatch.DTYPE_CODES:
+        raise ValueError(f"code_stats: z is float32, float64, float16 or bfloat16; got {z.dtype}")
+    if indices.dtype != torch.int64:
+        raise ValueError(f"code_stats: indices are int64; got {indices.dtype}")
+    if z.device != indices.device:
+        raise ValueError(f"code_stats: z is on {z.device} and indices on {indices.device}; move one")
+    if num_codes < 1:
+        raise ValueError(f"code_stats: num_codes is 1 or more; got {num_codes}")
+
+
+def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
+    """Each implementation, fastest first, with None or the reason why it cannot run on these."""
+    double = "float64 input: Triton has no path for it" if dtype == torch.float64 else None
+    return {
+        "cpp": dispatch.why_not_cpp(device),
+        # Under the interpreter Triton is a test fixture: right, but the slowest of all.
+        **({"triton": dispatch.why_not_triton(device) or double} if device.type == "cuda" else {}),
+        "reference": None,
+        **({"triton": dispatch.why_not_triton(device) or double} if device.type != "cuda" else {}),
+    }
+
+
+def _cpp(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    H, M, D = z.shape
+    counts, sums = _fake(z, indices, num_codes)
+    module, _ = dispatch.load_module("_C")
+    module.code_stats(
+        z.data_ptr(),
+        dispatch.DTYPE_CODES[z.dtype],
+        indices.data_ptr(),
+        H,
+        M,
+        num_codes,
+        D,
+        torch.get_num_threads(),
+        counts.data_ptr(),
+        sums.data_ptr(),
+    )
+    return counts, sums
+
+
+def _triton(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    from ncfast.ops.triton.code_stats import code_stats_triton
+
+    return code_stats_triton(z, indices, num_codes)
+
+
+def _fake(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    H, _, D = z.shape
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return z.new_empty(H, num_codes, dtype=dtype), z.new_empty(H, num_codes, D, dtype=dtype)
+
+
+OPERATORS = {}
+for _name, _function, _keys in (("cpp", _cpp, ("CPU",)), ("triton", _triton, ("CUDA", "CPU"))):
+    # z [H, M, D] contiguous, indices [H, M] contiguous -> counts [H, K], sums [H, K, D]
+    dispatch.library.define(f"code_stats_{_name}(Tensor z, Tensor indices, SymInt num_codes) -> (Tensor, Tensor)")
+    for _key in _keys:
+        dispatch.library.impl(f"code_stats_{_name}", _function, _key)
+    torch.library.register_fake(f"ncfast::code_stats_{_name}", _fake, lib=dispatch.library)
+    OPERATORS[_name] = getattr(torch.ops.ncfast, f"code_stats_{_name}").default

@@ -1,0 +1,240 @@
+"""From vectors to their codes, with a gradient: the rotation trick or straight through, and the commitment loss."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ncfast.ops import dispatch
+from ncfast.ops.code_stats import code_stats
+
+LEAST_NORM = 1e-6  # norms are kept above it where they divide; rows shorter than it are not rotated
+
+
+def rotate_to_code_reference(
+    z: Tensor, codebook: Tensor, indices: Tensor, rotate: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The definition in plain PyTorch, differentiated by autograd. z [H, M, D], codebook [H, K, D], indices [H, M]."""
+    H, K, D = codebook.shape
+    used = (indices >= 0) & (indices < K)
+    heads = torch.arange(H, device=z.device)[:, None]
+    q = codebook[heads, torch.where(used, indices, 0)].to(z.dtype) * used[..., None]  # [H, M, D]
+    double = z.dtype == torch.float64
+    x, code = (z, q) if double else (z.float(), q.float())
+    count = (used.sum() * D).clamp(min=1)
+    loss = ((x - code).square() * used[..., None]).sum() / count
+    code = code.detach()
+    path = rotated(x, code) if rotate else x
+    path = torch.where(used[..., None], path, 0)
+    # Its value is the code, exactly; its gradient that of the path.
+    return (code + (path - path.detach())).to(z.dtype), loss
+
+
+def rotated(z: Tensor, q: Tensor) -> Tensor:
+    """λ R z = q, with the rotation R from z/|z| to q/|q| and λ = |q|/|z| taken as constants (arXiv 2410.06424, 4.2)."""
+    constant = z.detach()
+    norm_z, norm_q = constant.norm(dim=-1, keepdim=True), q.norm(dim=-1, keepdim=True)
+    u, v = constant / norm_z.clamp(min=LEAST_NORM), q / norm_q.clamp(min=LEAST_NORM)
+    w = (u + v) / (u + v).norm(dim=-1, keepdim=True).clamp(min=LEAST_NORM)
+    turned = z - 2 * (z * w).sum(-1, keepdim=True) * w + 2 * (z * u).sum(-1, keepdim=True) * v
+    return torch.where(norm_z >= LEAST_NORM, turned * (norm_q / norm_z.clamp(min=LEAST_NORM)), z)
+
+
+def rotate_to_code(
+    z: Tensor, codebook: Tensor, indices: Tensor, *, rotate: bool = True, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The code of each vector, with a gradient to the vector, and the commitment loss: one pass each way.
+
+    The value is `codebook[indices]`, exactly. The gradient of z is that of the rotation trick (Fifty et al.,
+    arXiv 2410.06424, section 4.2), or straight through: with u = z/|z|, v = code/|code|, s = u + v,
+
+        grad_z = |code|/|z| (g - 2 (g·s) s/|s|² + 2 (g·v) u)      or      grad_z = g,
+
+    plus that of the loss. A vector shorter than 1e-6 has no direction to rotate, and its gradient goes straight
+    through. A vector whose index is not in 0..K-1, such as the -1 of a masked one, gives zeros, gets no gradient and
+    does not count in the loss.
+
+    Args:
+        z: vectors, float32, float64, float16 or bfloat16 [M, D], or [H, M, D].
+        codebook: codes [K, D], or [H, K, D]. When it requires a gradient it gets that of the loss (van den Oord et
+            al., arXiv 1711.00937, eq. 3), not that of the output.
+        indices: int64 [M], or [H, M].
+        rotate: the rotation trick, or straight through.
+        impl: "auto" (the fastest that can run the call), "reference", "cpp" or "triton".
+
+    Returns:
+        codes, shaped and typed as z, and the mean of (z - code)² over all used elements, a scalar in float32 (float64
+        for float64 input). Differentiable once; a second derivative is refused, except of the reference.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; an unknown impl.
+        RuntimeError: an `impl` asked for by name that cannot run here, with the reason.
+    """
+    check(z, codebook, indices)
+    name = dispatch.choose("rotate_to_code", impl, why_not(z.device, z.dtype))
+    batched = z.dim() == 3
+    if not batched:
+        z, codebook, indices = z[None], codebook[None], indices[None]
+    if name == "reference":
+        q, loss = rotate_to_code_reference(z, codebook, indices, rotate)
+    else:
+        codebook = codebook.double() if z.dtype == torch.float64 else codebook.float()
+        q, loss = RotateToCode.apply(z.contiguous(), codebook.contiguous(), indices.contiguous(), rotate, name)
+    return q if batched else q[0], loss
+
+
+def check(z: Tensor, codebook: Tensor, indices: Tensor) -> None:
+    if z.dim() not in (2, 3) or indices.shape != z.shape[:-1]:
+        raise ValueError(
+            f"rotate_to_code: z is [M, D] with indices [M], or [H, M, D] with [H, M]; got {list(z.shape)} and "
+            f"{list(indices.shape)}"
+        )
+    if codebook.dim() != z.dim() or codebook.shape[-1] != z.shape[-1] or codebook.shape[:-2] != z.shape[:-2]:
+        raise ValueError(
+            f"rotate_to_code: codebook is [K, D] for z [M, D], [H, K, D] for z [H, M, D]; got {list(codebook.shape)} "
+            f"with z {list(z.shape)}"
+        )
+    if codebook.shape[-2] == 0:
+        raise ValueError("rotate_to_code: the codebook holds no code")
+    for name, tensor in (("z", z), ("codebook", codebook)):
+        if tensor.dtype not in dispatch.DTYPE_CODES:
+            raise ValueError(f"rotate_to_code: {name} is float32, float64, float16 or bfloat16; got {tensor.dtype}")
+    if indices.dtype != torch.int64:
+        raise ValueError(f"rotate_to_code: indices are int64; got {indices.dtype}")
+    if not z.device == codebook.device == indices.device:
+        raise ValueError(
+            f"rotate_to_code: z is on {z.device}, the codebook on {codebook.device} and indices on {indices.device}; "
+            "move them to one device"
+        )
+
+
+class RotateToCode(torch.autograd.Function):
+    """The gradient of an operator `name`: z [H, M, D], codebook [H, K, D] float32 or as z, indices [H, M]."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, codebook: Tensor, indices: Tensor, rotate: bool, name: str) -> tuple[Tensor, Tensor]:
+        q, loss, inverse_count = OPERATORS[name](z.detach(), codebook.detach(), indices)
+        # q stands in for the codebook, which an EMA step may overwrite before the backward pass.
+        ctx.save_for_backward(z, q, indices, inverse_count, codebook if codebook.requires_grad else None)
+        ctx.rotate, ctx.name, ctx.num_codes = rotate, name, codebook.shape[1]
+        return q, loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_q: Tensor, grad_loss: Tensor):
+        z, q, indices, inverse_count, codebook = ctx.saved_tensors
+        grad_z = grad_codebook = None
+        if ctx.needs_input_grad[0]:
+            grad_z = BACKWARD_OPERATORS[ctx.name](
+                grad_q.contiguous(), grad_loss, z, q, indices, inverse_count, ctx.num_codes, ctx.rotate
+            )
+        if ctx.needs_input_grad[1]:
+            counts, sums = code_stats(z, indices, ctx.num_codes)
+            codes = codebook.to(z.dtype).to(sums.dtype)
+            grad_codebook = 2 * grad_loss * inverse_count * (counts[..., None] * codes - sums)
+        return grad_z, grad_codebook, None, None, None
+
+
+def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
+    """Each implementation, fastest first, with None or the reason why it cannot run on these."""
+    double = "float64 input: Triton has no path for it" if dtype == torch.float64 else None
+    return {
+        "cpp": dispatch.why_not_cpp(device),
+        # Under the interpreter Triton is a test fixture: right, but the slowest of all.
+        **({"triton": dispatch.why_not_triton(device) or double} if device.type == "cuda" else {}),
+        "reference": None,
+        **({"triton": dispatch.why_not_triton(device) or double} if device.type != "cuda" else {}),
+    }
+
+
+def _cpp(z: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (H, M, D), K = z.shape, codebook.shape[1]
+    q, loss, inverse_count = _fake(z, codebook, indices)
+    module, _ = dispatch.load_module("_C")
+    module.rotate_to_code(
+        z.data_ptr(),
+        dispatch.DTYPE_CODES[z.dtype],
+        codebook.data_ptr(),
+        indices.data_ptr(),
+        H,
+        M,
+        K,
+        D,
+        torch.get_num_threads(),
+        q.data_ptr(),
+        loss.data_ptr(),
+        inverse_count.data_ptr(),
+    )
+    return q, loss, inverse_count
+
+
+def _cpp_backward(
+    grad_q: Tensor,
+    grad_loss: Tensor,
+    z: Tensor,
+    q: Tensor,
+    indices: Tensor,
+    inverse_count: Tensor,
+    num_codes: int,
+    rotate: bool,
+) -> Tensor:
+    grad_z = torch.empty_like(z)
+    module, _ = dispatch.load_module("_C")
+    module.rotate_to_code_backward(
+        grad_q.data_ptr(),
+        grad_loss.data_ptr(),
+        z.data_ptr(),
+        q.data_ptr(),
+        indices.data_ptr(),
+        inverse_count.data_ptr(),
+        dispatch.DTYPE_CODES[z.dtype],
+        indices.numel(),
+        num_codes,
+        z.shape[-1],
+        rotate,
+        torch.get_num_threads(),
+        grad_z.data_ptr(),
+    )
+    return grad_z
+
+
+def _triton(z: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from ncfast.ops.triton.rotate_to_code import rotate_to_code_triton
+
+    return rotate_to_code_triton(z, codebook, indices)
+
+
+def _triton_backward(grad_q, grad_loss, z, q, indices, inverse_count, num_codes, rotate) -> Tensor:
+    from ncfast.ops.triton.rotate_to_code import rotate_to_code_backward_triton
+
+    return rotate_to_code_backward_triton(grad_q, grad_loss, z, q, indices, inverse_count, num_codes, rotate)
+
+
+def _fake(z: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return torch.empty_like(z), z.new_empty((), dtype=dtype), z.new_empty((), dtype=dtype)
+
+
+def _fake_backward(grad_q, grad_loss, z, q, indices, inverse_count, num_codes, rotate) -> Tensor:
+    return torch.empty_like(z)
+
+
+OPERATORS, BACKWARD_OPERATORS = {}, {}
+for _name, _forward, _backward, _keys in (
+    ("cpp", _cpp, _cpp_backward, ("CPU",)),
+    ("triton", _triton, _triton_backward, ("CUDA", "CPU")),
+):
+    # All contiguous; the codebook float32 (float64 exactly when z is) -> codes as z, loss, 1 / elements in the mean.
+    dispatch.library.define(
+        f"rotate_to_code_{_name}(Tensor z, Tensor codebook, Tensor indices) -> (Tensor, Tensor, Tensor)"
+    )
+    dispatch.library.define(
+        f"rotate_to_code_backward_{_name}(Tensor grad_q, Tensor grad_loss, Tensor z, Tensor q, Tensor indices, "
+        "Tensor inverse_count, SymInt num_codes, bool rotate) -> Tensor"
+    )
+    for _key in _keys:
+        dispatch.library.impl(f"rotate_to_code_{_name}", _forward, _key)
+        dispatch.library.impl(f"rotate_to_code_backward_{_name}", _backward, _key)
+    torch.library.register_fake(f"ncfast::rotate_to_code_{_name}", _fake, lib=dispatch.library)
+    torch.library.register_fake(f"ncfast::rotate_to_code_backward_{_name}", _fake_backward, lib=dispatch.library)
+    OPERATORS[_name] = getattr(torch.ops.ncfast, f"rotate_to_code_{_name}").default
+    BACKWARD_OPERATORS[_name] = getattr(torch.ops.ncfast, f"rotate_to_code_backward_{_name}").default
