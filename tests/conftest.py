@@ -28,3 +28,11 @@ def poisoned_empty(monkeypatch):
         return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min + 1)
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

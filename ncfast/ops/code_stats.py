@@ -12,14 +12,16 @@ def code_stats_reference(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Te
     Deterministic on the CPU; on a GPU index_add_ adds in any order.
     """
     H, _, D = z.shape
-    z = z if z.dtype == torch.float64 else z.float()
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     used = (indices >= 0) & (indices < num_codes)
     # Rows that count nowhere go to a bin of their own behind the last code.
     bins = torch.where(used, indices, num_codes) + torch.arange(H, device=z.device)[:, None] * (num_codes + 1)
     bins = bins.flatten()
-    counts = z.new_zeros(H * (num_codes + 1)).index_add(0, bins, torch.ones_like(bins, dtype=z.dtype))
-    sums = z.new_zeros(H * (num_codes + 1), D).index_add(0, bins, z.flatten(0, 1))
-    return counts.unflatten(0, (H, -1))[:, :-1].contiguous(), sums.unflatten(0, (H, -1))[:, :-1].contiguous()
+    counts = bins.new_zeros(H * (num_codes + 1)).index_add(0, bins, torch.ones_like(bins))
+    # One accumulator takes all rows of a code: in float64, as there may be very many.
+    sums = z.new_zeros(H * (num_codes + 1), D, dtype=torch.float64).index_add(0, bins, z.flatten(0, 1).double())
+    counts, sums = counts.reshape(H, num_codes + 1).to(dtype), sums.reshape(H, num_codes + 1, D).to(dtype)
+    return counts[:, :-1].contiguous(), sums[:, :-1].contiguous()
 
 
 def code_stats(z: Tensor, indices: Tensor, num_codes: int, *, impl: str = "auto") -> tuple[Tensor, Tensor]:

@@ -17,14 +17,14 @@ def rotate_to_code_reference(
     H, K, D = codebook.shape
     used = (indices >= 0) & (indices < K)
     heads = torch.arange(H, device=z.device)[:, None]
-    q = codebook[heads, torch.where(used, indices, 0)].to(z.dtype) * used[..., None]  # [H, M, D]
-    double = z.dtype == torch.float64
-    x, code = (z, q) if double else (z.float(), q.float())
-    count = (used.sum() * D).clamp(min=1)
-    loss = ((x - code).square() * used[..., None]).sum() / count
+    q = codebook[heads, torch.where(used, indices, 0)].to(z.dtype)  # [H, M, D]
+    # Rows without a code are zeros from here on, whatever they held.
+    x, code = (torch.where(used[..., None], rows, 0) for rows in (z, q))
+    if z.dtype != torch.float64:
+        x, code = x.float(), code.float()
+    loss = (x - code).square().sum() / (used.sum() * D).clamp(min=1)
     code = code.detach()
     path = rotated(x, code) if rotate else x
-    path = torch.where(used[..., None], path, 0)
     # Its value is the code, exactly; its gradient that of the path.
     return (code + (path - path.detach())).to(z.dtype), loss
 

@@ -1,29 +1,323 @@
 import numpy as np
 import pytest
 import torch
+from implementations import compile_offline, each, implementations, isa, needs_triton, poisoned_memory
 
 from ncfast.ops import code_stats
+from ncfast.ops.code_stats import OPERATORS, why_not
+
+IMPLEMENTATIONS = implementations(code_stats, why_not)
+every_implementation, every_cpp = each(IMPLEMENTATIONS), each(IMPLEMENTATIONS, "cpp")
+every_kernel = each(IMPLEMENTATIONS, "cpp", "triton")
+one_of_each = each(IMPLEMENTATIONS, "reference", "cpp-portable", "triton")
+# What overflows in the interpreter is NumPy's to report and the kernel's to expect.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+NOWHERE = (-1, -(2**40), 2**40)  # and K itself: indices of vectors that count nowhere
 
 
-@pytest.mark.parametrize(("M", "K", "D"), [(0, 4, 3), (1, 1, 1), (63, 5, 7), (500, 32, 64)])
-def test_counts_and_sums(M, K, D):
-    generator = torch.Generator().manual_seed(M)
-    z = torch.randn(M, D, generator=generator, dtype=torch.float64)
+def data(M, K, D, *, dtype=torch.float32, seed=0):
+    """z [M, D] and indices [M], a tenth of which are out of range."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(M, D, generator=generator, dtype=torch.float64).to(dtype)
     indices = torch.randint(0, K, (M,), generator=generator)
-    counts, sums = code_stats(z, indices, K)
-    np.testing.assert_array_equal(counts, np.bincount(indices, minlength=K))
-    expected = np.zeros((K, D))
-    for row, k in zip(z.numpy(), indices.tolist(), strict=True):
-        expected[k] += row
-    np.testing.assert_allclose(sums, expected, rtol=1e-12, atol=1e-12)
+    nowhere = torch.tensor([*NOWHERE, K])[torch.randint(0, 4, (M,), generator=generator)]
+    return z, torch.where(torch.rand(M, generator=generator) < 0.1, nowhere, indices)
 
 
-def test_low_precision_is_summed_in_float32():
-    z = torch.full((4097, 1), 1.0).bfloat16()
-    counts, sums = code_stats(z, torch.zeros(4097, dtype=torch.int64), 1)
+class Oracle:
+    """Counts and sums of z [M, D] by code in extended precision, of the codes that occur."""
+
+    def __init__(self, z, indices, K):
+        used = (indices >= 0) & (indices < K)
+        rows = z[used].double().numpy().astype(np.longdouble)
+        self.codes, place = np.unique(indices[used].numpy(), return_inverse=True)
+        self.counts = np.bincount(place, minlength=len(self.codes))
+        self.sums, self.sizes = np.zeros((2, len(self.codes), z.shape[-1]), np.longdouble)
+        np.add.at(self.sums, place, rows)
+        np.add.at(self.sizes, place, np.abs(rows))
+        self.dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+        # In whatever order n terms are summed, none passes through more than n - 1 roundings; one more per partial sum.
+        unit = torch.finfo(self.dtype).eps / 2
+        self.rounding = 1.01 * unit * (self.counts + 2)[:, None] * self.sizes
+
+    def check(self, result):
+        counts, sums = result
+        assert counts.dtype == sums.dtype == self.dtype
+        assert sums.shape == (*counts.shape, self.sums.shape[-1])
+        counts, sums = counts.numpy().copy(), sums.numpy().copy()
+        np.testing.assert_array_equal(counts[self.codes], self.counts)
+        assert (np.abs(sums[self.codes] - self.sums) <= self.rounding).all()
+        counts[self.codes], sums[self.codes] = 0, 0
+        assert not counts.any() and not sums.any()  # NaN would count as any
+
+
+SIZES_K, SIZES_D = (1, 5, 257, 3000), (1, 3, 16, 33, 64, 130, 257, 513)
+INTERPRETED = ((1, 1), (1, 257), (5, 3), (5, 130), (5, 513), (257, 16))
+
+
+@every_implementation
+@pytest.mark.parametrize("D", SIZES_D)
+@pytest.mark.parametrize("K", SIZES_K)
+def test_odd_sizes(run, K, D):
+    if run.slow and (K, D) not in INTERPRETED:
+        pytest.skip("triton: the interpreter takes the small sizes")
+    z, indices = data(500, K, D)
+    for M in (1, 63, 500) if run.slow else (0, 1, 7, 63, 129, 500):
+        Oracle(z[:M], indices[:M], K).check(run(z[:M], indices[:M], K))
+
+
+@every_implementation
+@pytest.mark.parametrize(("K", "D"), [(1, 1), (5, 3), (3, 0)])
+def test_nothing_to_sum(run, K, D):
+    for indices in (torch.empty(0, dtype=torch.int64), torch.full((9,), -1), torch.full((300,), K)):
+        counts, sums = run(torch.ones(len(indices), D), indices, K)
+        assert counts.tolist() == [0] * K
+        assert sums.tolist() == [[0.0] * D] * K
+    counts, sums = run(torch.ones(4, D), torch.zeros(4, dtype=torch.int64), K)
+    assert counts.tolist() == [4] + [0] * (K - 1)
+    assert sums.tolist() == [[4.0] * D] + [[0.0] * D] * (K - 1)
+
+
+@every_implementation
+@pytest.mark.parametrize("D", [1, 20])
+def test_codes_with_about_as_many_rows_as_a_block(run, D):
+    sizes = torch.tensor([0, 1, 127, 128, 129, 0, 255, 256, 257, 384, 385, 511, 512, 513, 1025, 3])
+    for seed in range(1 if run.slow else 4):
+        generator = torch.Generator().manual_seed(seed)
+        # In one seed no row is out of range, so that the first code begins a block.
+        outside = (seed > 0) * torch.tensor([40, 50])
+        indices = torch.arange(len(sizes)).repeat_interleave(sizes)
+        indices = torch.cat([torch.tensor([-1, len(sizes)]).repeat_interleave(outside), indices])
+        indices = indices[torch.randperm(len(indices), generator=generator)]
+        z = torch.randn(len(indices), D, generator=generator)
+        Oracle(z, indices, len(sizes)).check(run(z, indices, len(sizes)))
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("D", [5, 70])
+def test_dtypes(run, dtype, D):
+    z, indices = data(400, 3, D, dtype=dtype)
+    Oracle(z, indices, 3).check(run(z, indices, 3))
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_precision_value(run, dtype):
+    K, D = (11, 97) if run.slow else (64, 1024)
+    z = torch.arange(-(2**15), -(2**15) + K * D, dtype=torch.int32)
+    z = (z * (2**16 // (K * D))).to(torch.int16).view(dtype).reshape(K, D)
+    if run.slow and dtype == torch.bfloat16:
+        z[z.abs() < torch.finfo(dtype).tiny] = 0  # the interpreter garbles the subnormals of bfloat16
+    _, sums = run(z, torch.arange(K), K)
+    np.testing.assert_array_equal(sums, z.float())  # subnormals, infinities and NaNs too
+
+
+@every_implementation
+def test_only_the_sums_of_its_own_code_are_not_finite(run):
+    z, indices = data(400, 5, 20)
+    z[indices == 3] = torch.nan
+    z[(indices < 0) | (indices >= 5)] = torch.inf
+    kept = torch.arange(5) != 3
+    counts, sums = run(z, indices, 5)
+    assert sums[3].isnan().all()
+    z[indices == 3], z[(indices < 0) | (indices >= 5)] = 0, 0
+    expected_counts, expected = run(z, indices, 5)
+    assert torch.equal(counts, expected_counts)
+    assert torch.equal(sums[kept], expected[kept])
+
+
+@every_implementation
+def test_all_rows_on_one_code(run):
+    z = (0.1 * torch.arange(1, 18)).expand(10_000, 17)  # [M, D]
+    indices = torch.full((10_000,), 2)
+    expected = z.double().sum(0).numpy()
+    # One float32 accumulator is off by about 1e-4 here, always in the same direction.
+    naive = np.cumsum(z.numpy(), axis=0, dtype=np.float32)[-1]
+    assert np.abs(naive / expected - 1).max() > 5e-5
+    counts, sums = run(z, indices, 4)
+    assert counts.tolist() == [0, 0, 10_000, 0]
+    np.testing.assert_allclose(sums[2], expected, rtol=1e-5)
+    assert not sums[[0, 1, 3]].any()
+
+
+@every_implementation
+def test_low_precision_is_summed_in_float32(run):
+    counts, sums = run(torch.ones(4097, 1).bfloat16(), torch.zeros(4097, dtype=torch.int64), 1)
     assert counts.item() == sums.item() == 4097
 
 
-def test_refuses_shapes():
-    with pytest.raises(ValueError, match="indices"):
-        code_stats(torch.zeros(3, 2), torch.zeros(4, dtype=torch.int64), 5)
+@every_implementation
+def test_batches(run):
+    K = 5
+    parts = [data(300, K, 20, seed=seed) for seed in range(3)]
+    parts[1][1].fill_(1)  # many rows on one code in one set, and none in the others
+    z, indices = (torch.stack(tensors) for tensors in zip(*parts, strict=True))  # [H, M, D], [H, M]
+    counts, sums = run(z, indices, K)
+    assert counts.shape == (3, K) and sums.shape == (3, K, 20)
+    for head, part in enumerate(parts):
+        alone = run(*part, K)
+        assert torch.equal(counts[head], alone[0]) and torch.equal(sums[head], alone[1])
+    assert run(z[:0], indices[:0], K)[1].shape == (0, K, 20)
+    assert not run(z[:, :0], indices[:, :0], K)[1].any()
+
+
+@every_implementation
+def test_non_contiguous(run):
+    z, indices = data(200, 3, 6)
+    expected = run(z, indices, 3)
+    strided, strided_indices = torch.zeros(200, 12), torch.zeros(200, 2, dtype=torch.int64)
+    strided[:, ::2], strided_indices[:, 1] = z, indices
+    for z_view, index_view in (
+        (z.T.contiguous().T, indices),
+        (strided[:, ::2], indices),
+        (z, strided_indices[:, 1]),
+        (strided[:, ::2], strided_indices[:, 1]),
+    ):
+        assert not (z_view.is_contiguous() and index_view.is_contiguous())
+        counts, sums = run(z_view, index_view, 3)
+        assert torch.equal(counts, expected[0]) and torch.equal(sums, expected[1])
+    counts, sums = run(z[:1].expand(9, 6), torch.tensor(1).expand(9), 3)
+    Oracle(z[:1].expand(9, 6), torch.ones(9, dtype=torch.int64), 3).check((counts, sums))
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("K", [3, 300])
+def test_bitwise_the_same_every_time(run, K, dtype, threads):
+    M, K, D = (300, min(K, 9), 40) if run.slow else (5000, K, 70)
+    z, indices = data(M, K, D, dtype=dtype)
+    answers = []
+    for count in (1, 2, 3, 3):
+        threads(count)
+        answers.append(run(z, indices, K))
+    for counts, sums in answers[1:]:
+        assert torch.equal(counts, answers[0][0]) and torch.equal(sums, answers[0][1])
+
+
+@every_implementation
+@pytest.mark.parametrize(("M", "K"), [(0, 3), (20, 3), (400, 3), (7, 30)])
+def test_every_element_is_written(run, M, K):
+    z, indices = data(M, K, 20)
+    with poisoned_memory():
+        Oracle(z, indices, K).check(run(z, indices, K))
+
+
+@every_implementation
+def test_no_gradient_and_no_change_of_the_inputs(run):
+    z, indices = data(40, 3, 5)
+    z.requires_grad_()
+    before = z.detach().clone(), indices.clone()
+    counts, sums = run(z, indices, 3)
+    assert not counts.requires_grad and not sums.requires_grad
+    assert torch.equal(z, before[0]) and torch.equal(indices, before[1])
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name):
+    run = IMPLEMENTATIONS.get(name) or IMPLEMENTATIONS["cpp-portable"]
+    run.skip_unless_it_runs(torch.float32)
+    for shape, K, dtype in (
+        ((2, 7, 5), 4, torch.float32),
+        ((1, 0, 5), 1, torch.float32),
+        ((1, 140, 1), 1, torch.float16),
+    ):
+        z, indices = torch.zeros(shape, dtype=dtype), torch.zeros(shape[:-1], dtype=torch.int64)
+        torch.library.opcheck(OPERATORS[name], (z.to(run.device), indices.to(run.device), K))
+
+
+@one_of_each
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph_and_only_once(run, dynamic):
+    run.skip_unless_it_runs(torch.float32)
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    def compiled(z, indices):
+        counts, sums = code_stats(z * 1, indices, 3, impl=run.name)
+        return counts + 0, sums + 0
+
+    with isa(run.isa):
+        for turn, M in enumerate((40, 50, 200) if dynamic else (40, 40)):
+            z, indices = data(M, 3, 5, seed=turn)
+            with torch._dynamo.config.patch(error_on_recompile=turn > 0):
+                result = compiled(z.to(run.device), indices.to(run.device))
+            expected = run(z, indices, 3)
+            assert torch.equal(result[0].cpu(), expected[0]) and torch.equal(result[1].cpu(), expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("M", "K"), [(20_000, 4), (5000, 3000)])
+def test_no_synchronisation_and_a_cuda_graph(M, K):
+    z, indices = (x.cuda() for x in data(M, K, 40))
+    expected = code_stats(z, indices, K, impl="triton")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        code_stats(z, indices, K, impl="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = code_stats(z, indices, K, impl="triton")
+    for _ in range(2):
+        graph.replay()
+        assert torch.equal(captured[0], expected[0]) and torch.equal(captured[1], expected[1])
+    z.mul_(2)
+    graph.replay()
+    assert torch.equal(captured[1], 2 * expected[1])
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements():
+    if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
+        pytest.skip("needs 24 GB of GPU memory")
+    M, D, few = 2**31 // 64 + 500, 64, 300
+    z = torch.zeros(M, D, dtype=torch.bfloat16, device="cuda")
+    indices = torch.full((M,), -1, device="cuda")
+    last, last_indices = data(few, 3, D, dtype=torch.bfloat16)
+    z[-few:], indices[-few:] = last.cuda(), last_indices.cuda()
+    Oracle(last, last_indices, 3).check(tuple(x.cpu() for x in code_stats(z, indices, 3, impl="triton")))
+
+
+@needs_triton
+def test_triton_kernels_compile_offline(tmp_path):
+    from ncfast.ops.triton.code_stats import CHUNK, sum_blocks
+
+    blocks = {**sum_blocks(64), "CHUNK": CHUNK}
+    types = {"keys": "*i32", "order": "*i64", "bounds": "*i64", "partials": "*fp32", "counts": "*fp32", "sums": "*fp32"}
+    jobs = [(name, {**types, "z": z}, blocks) for z in ("*fp32", "*bf16") for name in ("chunk_kernel", "code_kernel")]
+    compile_offline("ncfast.ops.triton.code_stats", jobs, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("z", "indices", "num_codes", "options", "message"),
+    [
+        ((3, 2), (4,), 5, {}, r"z is \[M, D\] with indices \[M\], or .*; got \[3, 2\] and \[4\]"),
+        ((2, 3, 2), (3,), 5, {}, r"got \[2, 3, 2\] and \[3\]"),
+        ((3,), (), 5, {}, r"got \[3\] and \[\]"),
+        ((1, 1, 3, 2), (1, 1, 3), 5, {}, r"got \[1, 1, 3, 2\] and \[1, 1, 3\]"),
+        ((3, 2), (3,), 0, {}, "num_codes is 1 or more; got 0"),
+        ((3, 2), (3,), 5, {"impl": "cuda"}, "has the implementations .* got impl='cuda'"),
+    ],
+)
+def test_refuses_what_does_not_fit(z, indices, num_codes, options, message):
+    with pytest.raises(ValueError, match=f"code_stats.*{message}"):
+        code_stats(torch.zeros(z), torch.zeros(indices, dtype=torch.int64), num_codes, **options)
+
+
+def test_refuses_dtypes_and_devices():
+    z, indices = torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"z is float32, float64, float16 or bfloat16; got torch.int64"):
+        code_stats(z.long(), indices, 5)
+    with pytest.raises(ValueError, match=r"indices are int64; got torch.int32"):
+        code_stats(z, indices.int(), 5)
+    with pytest.raises(ValueError, match="z is on meta and indices on cpu; move one"):
+        code_stats(z.to("meta"), indices, 5)
+
+
+def test_explicit_request_that_cannot_be_met():
+    z, indices = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"float64 input: Triton has no path|triton is not installed|off a GPU"):
+        code_stats(z, indices, 5, impl="triton")

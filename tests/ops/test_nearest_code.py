@@ -1,66 +1,15 @@
 import functools
-import os
-from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from implementations import each, implementations, isa
 
 from ncfast.ops import dispatch, nearest_code
 from ncfast.ops.nearest_code import OPERATORS, why_not
 
-GPU = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-class Implementation(NamedTuple):
-    name: str
-    device: str = "cpu"
-    isa: str | None = None
-
-    def why_not(self, *dtypes):
-        reason = why_not(torch.device(self.device), *dtypes)[self.name]
-        if reason is None and self.isa is not None and self.isa not in dispatch.load_module("_C")[0].isas():
-            return f"this machine has no {self.isa}"
-        return reason
-
-    @property
-    def slow(self):
-        return self.name == "triton" and self.device == "cpu"  # the interpreter
-
-    def __call__(self, z, codebook, **options):
-        """nearest_code by this implementation, back on the CPU; a skip with dispatch's reason where it cannot run."""
-        reason = self.why_not(z.dtype, codebook.dtype)
-        if reason is not None:
-            pytest.skip(f"{self.name}: {reason}")
-        with isa(self.isa):
-            return nearest_code(z.to(self.device), codebook.to(self.device), impl=self.name, **options).cpu()
-
-
-@contextmanager
-def isa(name):
-    before = os.environ.pop("NCFAST_ISA", None)
-    if name is not None:
-        os.environ["NCFAST_ISA"] = name
-    try:
-        yield
-    finally:
-        os.environ.pop("NCFAST_ISA", None)
-        if before is not None:
-            os.environ["NCFAST_ISA"] = before
-
-
-IMPLEMENTATIONS = {
-    "reference": Implementation("reference"),
-    "cpp-avx512": Implementation("cpp", isa="avx512"),
-    "cpp-avx2": Implementation("cpp", isa="avx2"),
-    "cpp-portable": Implementation("cpp", isa="portable"),
-    "triton": Implementation("triton", GPU),
-    "cuda": Implementation("cuda", GPU),
-}
-every_implementation = pytest.mark.parametrize("run", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
-CPP = [name for name in IMPLEMENTATIONS if name.startswith("cpp")]
-every_cpp = pytest.mark.parametrize("run", [IMPLEMENTATIONS[name] for name in CPP], ids=CPP)
+IMPLEMENTATIONS = implementations(nearest_code, why_not, cuda=True)
+every_implementation, every_cpp = each(IMPLEMENTATIONS), each(IMPLEMENTATIONS, "cpp")
 # What overflows in the interpreter is NumPy's to report and the kernel's to expect.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -378,13 +327,6 @@ def test_no_gradient_and_no_change_of_the_inputs(run):
     before = z.detach().clone(), codebook.detach().clone()
     assert not run(z, codebook).requires_grad
     assert torch.equal(z, before[0]) and torch.equal(codebook, before[1])
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @every_cpp
