@@ -58,7 +58,7 @@ class Stage1Step:
             "view (augmentation)": lambda: self.augment(self.x, self.generator),
             "STFT": lambda: model.stft(self.x),
             "encoder, one view": forward_backward(lambda: model.encode(u)),
-            "nearest code, commitment, EMA": forward_backward(lambda: (model.vq(z).z_q, model.vq(z).commitment_loss)),
+            "nearest code, commitment, EMA": forward_backward(lambda: (model.vq(z)[0], model.vq(z)[2])),
             "decoder, one view": forward_backward(lambda: model.decode(z)),
             "inverse STFT": lambda: model.stft.inverse(u),
             "projector and SSL loss": forward_backward(lambda: self.ssl(grid, grid.flip(0))),

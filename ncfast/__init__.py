@@ -2,8 +2,9 @@
 
 from ncfast.errors import UserError
 from ncfast.ncvqvae import NCVQVAE, load
+from ncfast.nn.vector_quantize import VectorQuantize
 from ncfast.ops import nearest_code
 from ncfast.training import fit
 from ncfast.version import __version__
 
-__all__ = ["NCVQVAE", "UserError", "__version__", "fit", "load", "nearest_code"]
+__all__ = ["NCVQVAE", "UserError", "VectorQuantize", "__version__", "fit", "load", "nearest_code"]

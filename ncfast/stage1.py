@@ -27,7 +27,11 @@ class VQVAE(nn.Module):
             raise ValueError(f"series of length {length} leave no latent column after {num_down} halvings")
         self.grid = (spectrum_size[0], width)  # (H, W')
         self.encoder = Encoder(2 * channels, config.dim, num_down, config.residual_blocks)
-        self.vq = VectorQuantize(config.dim, config.codebook_size, decay=config.codebook_decay)
+        self.vq = VectorQuantize(config.dim, config.codebook_size, decay=config.codebook_decay, rotation_trick=False)
+        # The paper's codes start as far apart as its latents, and its counts at zero.
+        self.vq.codebook = torch.randn(config.codebook_size, config.dim)
+        self.vq._codebook.embed_avg.copy_(self.vq._codebook.embed)
+        self.vq._codebook.cluster_size.zero_()
         self.decoder = Decoder(2 * channels, config.dim, num_down, config.residual_blocks, spectrum_size)
 
     @property
@@ -101,12 +105,12 @@ def stage1_losses(
     """
     u = model.stft(x)
     z = model.encode(u)
-    quantized = model.vq(z)
-    u_hat = model.decode(quantized.z_q)
+    z_q, _, commitment = model.vq(z)
+    u_hat = model.decode(z_q)
     losses = {
         "reconstruction_time": F.mse_loss(model.stft.inverse(u_hat), x),
         "reconstruction_spectrum": F.mse_loss(u_hat, u),
-        "commitment": quantized.commitment_loss,
+        "commitment": commitment,
     }
     loss = losses["reconstruction_time"] + losses["reconstruction_spectrum"] + losses["commitment"]
     if ssl is not None:
@@ -116,6 +120,6 @@ def stage1_losses(
         losses["reconstruction_view"] = F.mse_loss(model.stft.inverse(u_view_hat), view) + F.mse_loss(
             u_view_hat, u_view
         )
-        losses["ssl"] = ssl(model.as_grid(quantized.z_q), model.as_grid(z_view))
+        losses["ssl"] = ssl(model.as_grid(z_q), model.as_grid(z_view))
         loss = loss + view_weight * losses["reconstruction_view"] + losses["ssl"]
-    return {"loss": loss, **losses, "perplexity": quantized.perplexity}
+    return {"loss": loss, **losses, "perplexity": model.vq.perplexity}

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ncfast.ops import iter_norm
 
@@ -46,6 +45,6 @@ class Projector(nn.Module):
 
 def pool(z: Tensor) -> Tensor:
     """Global average and maximum: z [B, D, H, W] -> [B, 2D]."""
-    # Quantised vectors repeat, so the maximum is often shared: max pooling sends its gradient to the first, amax to
-    # all of them.
-    return torch.cat([z.mean((2, 3)), F.adaptive_max_pool2d(z, 1).flatten(1)], dim=1)
+    # Quantised vectors repeat, so the maximum is often shared: max pooling would send its whole gradient to the first,
+    # always; amax shares it out.
+    return torch.cat([z.mean((2, 3)), z.amax((2, 3))], dim=1)
