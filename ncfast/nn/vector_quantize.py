@@ -328,20 +328,23 @@ class VectorQuantize(nn.Module):
     # Layouts: x as the caller has it <-> sequences [B, n, C] <-> vectors of each codebook [H, M, D]
 
     @property
+    def is_map(self) -> bool:
+        return self.accept_image_fmap or self.accept_3d_fmap
+
+    @property
     def is_channel_last(self) -> bool:
-        return self.channel_last and not self.accept_image_fmap and not self.accept_3d_fmap
+        return self.channel_last and not self.is_map
 
     def to_sequence(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, tuple[int, ...]]:
         """x -> [B, n, C], and the sizes that n stands for: () of a single vector, (h, w) of an image, ..."""
-        dims = 4 if self.accept_image_fmap else 5 if self.accept_3d_fmap else 3
-        if x.dim() == 2 and dims == 3:
-            assert mask is None, "VectorQuantize: a mask needs sequences; x is [B, dim]"
+        assert mask is None or (x.dim() > 2 and not self.is_map), "VectorQuantize: a mask needs sequences"
+        if x.dim() == 2 and not self.is_map:
             return x[:, None], ()
-        assert x.dim() == dims, f"VectorQuantize: x has {dims} dimensions; got {list(x.shape)}"
-        assert mask is None or dims == 3, "VectorQuantize: a mask needs sequences, not feature maps"
-        if self.is_channel_last:
-            return x, x.shape[1:-1]
-        return x.flatten(2).mT, x.shape[2:]
+        dims = 4 if self.accept_image_fmap else 5 if self.accept_3d_fmap else 3
+        assert x.dim() == dims or (x.dim() > dims and self.is_channel_last), (
+            f"VectorQuantize: x has {dims} dimensions; got {list(x.shape)}"
+        )
+        return (x.flatten(1, -2), x.shape[1:-1]) if self.is_channel_last else (x.flatten(2).mT, x.shape[2:])
 
     def split_heads(self, x: Tensor) -> Tensor:
         """x [B, n, heads·D] -> [H, M, D]: [heads, B n, D] with separate codebooks, else [1, B heads n, D]."""
@@ -437,7 +440,9 @@ class VectorQuantize(nn.Module):
         x, spatial = self.to_sequence(x, mask)
         B, n, _ = x.shape
         if lens is not None:
-            mask = torch.arange(n, device=x.device) < lens[:, None]
+            mask = torch.arange(spatial[0], device=x.device) < lens[:, None]
+        if mask is not None and mask.shape[1] != n:
+            mask = mask.repeat_interleave(n // mask.shape[1], dim=1)  # x [B, n, ..., dim]
         z = self.split_heads(self.project_in(x)).to(original.dtype)
         with torch.autocast(z.device.type, enabled=False):
             z = self._codebook.transform_input(z).contiguous()  # [H, M, D]
@@ -461,7 +466,7 @@ class VectorQuantize(nn.Module):
             )
             chosen = select()
             routes = self.training and input_requires_grad and self.route_gradients_to_input
-            learns = self.learnable_codebook and not frozen
+            learns = self.learnable_codebook and not frozen and self.has_commitment_loss
             moves = self.training and topk is None
 
             def move(chosen: Chosen) -> None:
@@ -505,8 +510,12 @@ class VectorQuantize(nn.Module):
             q = torch.where(keep, q, padding) if topk is None else torch.where(keep[..., None], q, padding[:, :, None])
         q, chosen_indices = restore(q, spatial), restore(chosen_indices, spatial)
         q = self.channels_back(q) if spatial else q
-        if loss.dim() > 0:
-            loss = restore(loss.reshape(B, n, topk), spatial)
+        if topk is not None:
+            loss, commitment = (
+                restore(each.reshape(B, n, topk), spatial) if each.dim() > 0 else each
+                for each in (loss, breakdown.commitment)
+            )
+            breakdown = breakdown._replace(commitment=commitment)
         return (q, chosen_indices, loss, breakdown) if return_loss_breakdown else (q, chosen_indices, loss)
 
     def step_in_place(self, q: Tensor, z: Tensor, rows: Tensor | None) -> Tensor:
@@ -552,7 +561,7 @@ class VectorQuantize(nn.Module):
     def losses(
         self, chosen: Chosen, commitment: Tensor, inplace_optimize: Tensor, topk: int | None
     ) -> tuple[Tensor, LossBreakdown]:
-        zero = commitment.new_zeros((), dtype=torch.float32)
+        zero = torch.zeros_like(self.zero)
         diversity = orthogonal = zero
         loss = zero.clone()
         if not self.training:

@@ -113,24 +113,23 @@ class RotateToCode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z: Tensor, codebook: Tensor, indices: Tensor, rotate: bool, name: str) -> tuple[Tensor, Tensor]:
         q, loss, inverse_count = OPERATORS[name](z.detach(), codebook.detach(), indices)
-        # q stands in for the codebook, which an EMA step may overwrite before the backward pass.
-        ctx.save_for_backward(z, q, indices, inverse_count, codebook if codebook.requires_grad else None)
+        # q stands in for the codebook, which may be overwritten before the backward pass.
+        ctx.save_for_backward(z, q, indices, inverse_count)
         ctx.rotate, ctx.name, ctx.num_codes = rotate, name, codebook.shape[1]
         return q, loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_q: Tensor, grad_loss: Tensor):
-        z, q, indices, inverse_count, codebook = ctx.saved_tensors
+        z, q, indices, inverse_count = ctx.saved_tensors
         grad_z = grad_codebook = None
         if ctx.needs_input_grad[0]:
             grad_z = BACKWARD_OPERATORS[ctx.name](
                 grad_q.contiguous(), grad_loss, z, q, indices, inverse_count, ctx.num_codes, ctx.rotate
             )
         if ctx.needs_input_grad[1]:
-            counts, sums = code_stats(z, indices, ctx.num_codes)
-            codes = codebook.to(z.dtype).to(sums.dtype)
-            grad_codebook = 2 * grad_loss * inverse_count * (counts[..., None] * codes - sums)
+            error = q - z if z.dtype == torch.float64 else q.float() - z.float()
+            grad_codebook = 2 * grad_loss * inverse_count * code_stats(error, indices, ctx.num_codes)[1]
         return grad_z, grad_codebook, None, None, None
 
 
