@@ -189,9 +189,11 @@ class Codebook(nn.Module):
         if self.training or self._needs_codebook_affine:
             embed = self.embed.detach().float()
             mean, variance = embed.mean(1, keepdim=True), embed.var(1, keepdim=True, unbiased=False)
-            keep = 0.0 if self._needs_codebook_affine else self.affine_param_codebook_decay
-            self.codebook_mean.lerp_(mean.to(self.codebook_mean), 1 - keep)
-            self.codebook_variance.lerp_(variance.to(self.codebook_variance), 1 - keep)
+            for average, new in ((self.codebook_mean, mean), (self.codebook_variance, variance)):
+                if self._needs_codebook_affine:
+                    average.copy_(new)  # whatever it holds, NaN too
+                else:
+                    average.lerp_(new.to(average), 1 - self.affine_param_codebook_decay)
             self.codebook_mean_needs_init.fill_(False)
             self.codebook_variance_needs_init.fill_(False)
             self._needs_codebook_affine = False
@@ -244,7 +246,8 @@ class Codebook(nn.Module):
             ema_update_weight = ema_update_weight(sums, counts)
         if accum_ema_update:
             for buffer, new in ((self.cluster_size, counts), (self.embed_avg, sums)):
-                buffer.grad = new.to(buffer) if buffer.grad is None else buffer.grad + new
+                new = new.to(buffer)
+                buffer.grad = new if buffer.grad is None else buffer.grad + new
             self._has_accumulated = True
             return
         self.move_average(self.cluster_size, counts, ema_update_weight)

@@ -33,7 +33,7 @@ class Chosen(NamedTuple):
             flat = self.indices + first.reshape(H, *[1] * (self.indices.dim() - 1))
             q = F.embedding(flat, self.codes.flatten(0, 1))
         if self.soft is not None:
-            path = self.soft @ self.codes
+            path = self.soft @ self.codes.detach().to(self.soft.dtype)
             q = q + (path - path.detach())
         return q.to(self.dtype)
 

@@ -45,6 +45,9 @@ class VectorQuantize(nn.Module):
     - Saved affine statistics load into a fresh module.
     - Collectives run only within a process group of several processes: one all_reduce for counts and sums; k-means
       and dead-code revival add calls of the same size on every process, however many vectors it has.
+    - The orthogonal loss of active codes leaves out those of masked vectors; `expire_codes_` draws from all sequences.
+    - Losses are float32 or better for half-precision vectors too; an in-place step does not count affine statistics
+      twice; with `indices`, padding is zeros.
     - With a mask, or with more codes than vectors, dead codes are replaced by the same distribution of vectors, from
       another stream of random numbers.
 
@@ -544,7 +547,7 @@ class VectorQuantize(nn.Module):
         z = z if topk is None else z[:, :, None].expand_as(q)
         target = q if learns and self.training else q.detach() if self.training else q
         if topk is not None:
-            commitment = (target.float() - z.float()).square().mean(-1)
+            commitment = squares(target - z).mean(-1)
             commitment = commitment if rows is None else commitment.masked_fill(~rows[..., None], 0)
         else:
             commitment = mean_square(target - z, rows) if self.training else z.new_zeros((), dtype=torch.float32)
@@ -561,7 +564,7 @@ class VectorQuantize(nn.Module):
     def losses(
         self, chosen: Chosen, commitment: Tensor, inplace_optimize: Tensor, topk: int | None
     ) -> tuple[Tensor, LossBreakdown]:
-        zero = torch.zeros_like(self.zero)
+        zero = torch.zeros_like(self.zero, dtype=torch.promote_types(self.zero.dtype, torch.float32))
         diversity = orthogonal = zero
         loss = zero.clone()
         if not self.training:
@@ -604,9 +607,14 @@ class VectorQuantize(nn.Module):
         return product.square().sum() / (h * K**2) - 1 / K
 
 
+def squares(difference: Tensor) -> Tensor:
+    """In float32 or better."""
+    return difference.square() if difference.dtype == torch.float64 else difference.float().square()
+
+
 def mean_square(difference: Tensor, rows: Tensor | None) -> Tensor:
     """Mean of the squares [H, M, D], over the rows that count [H, M]; float32 or better."""
-    square = difference.square() if difference.dtype == torch.float64 else difference.float().square()
+    square = squares(difference)
     if rows is None:
         return square.mean()
     return (square * rows[..., None]).sum() / (rows.sum() * square.shape[-1]).clamp(min=1)

@@ -46,6 +46,10 @@ def some(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < 0.7
 
 
+# Of a fresh original: memory that nothing was written to yet.
+UNWRITTEN = {"_codebook.codebook_mean", "_codebook.codebook_variance"}
+
+
 class Case(NamedTuple):
     options: dict[str, Any]
     forward: dict[str, Any]  # arguments of forward beside x; those that depend on training or eval are in `eval`
@@ -74,6 +78,8 @@ class Case(NamedTuple):
             codes = torch.randn_like(state["_codebook.embed"])
             codes = F.normalize(codes, dim=-1) if self.options.get("use_cosine_sim") else codes
             state |= {"_codebook.embed": codes, "_codebook.embed_avg": codes.clone()}
+        for name in UNWRITTEN & state.keys():
+            state[name] = torch.zeros_like(state[name])
         ours.load_state_dict(state, strict=True)
         theirs.load_state_dict(ours.state_dict(), strict=True)
         return theirs, ours
@@ -234,6 +240,13 @@ CASES = {
     ),
     "gumbel_straight_through_heads": case(
         straight_through=True, rotation_trick=False, route_gradients_to_input=False, heads=2, codebook_dim=4, **MOVING
+    ),
+    "gumbel_straight_through_orthogonal": case(
+        straight_through=True,
+        rotation_trick=False,
+        route_gradients_to_input=False,
+        orthogonal_reg_weight=10.0,
+        **MOVING,
     ),
     "gumbel_straight_through_cosine": case(
         straight_through=True, rotation_trick=False, route_gradients_to_input=False, use_cosine_sim=True, **MOVING
@@ -438,6 +451,11 @@ CASES = {
     "float16_input_heads": case(dtype=torch.float16, tolerance=FLOAT16, heads=2, codebook_dim=4),
     "float64_input": case(dtype=torch.float64),
     "float64_input_cosine": case(dtype=torch.float64, use_cosine_sim=True),
+    "float64_input_top3": case(dtype=torch.float64, forward={"topk": 3}),
+    "float64_input_accumulated": case(dtype=torch.float64, forward={"accum_ema_update": True}),
+    "float64_input_straight_through": case(
+        dtype=torch.float64, straight_through=True, rotation_trick=False, route_gradients_to_input=False, **MOVING
+    ),
     "float64_module": case(dtype=torch.float64, module_dtype=torch.float64, codebook_dim=5),
     "float64_module_learned": case(dtype=torch.float64, module_dtype=torch.float64, **LEARNED),
     "bfloat16_module": case(dtype=torch.bfloat16, module_dtype=torch.bfloat16, tolerance=BFLOAT16),
@@ -534,9 +552,8 @@ def test_same_seed_same_module(case):
         modules.append((case.build(module), torch.get_rng_state()))
     (theirs, drawn), (ours, our_drawn) = modules
     state, our_state = theirs.state_dict(), ours.state_dict()
-    for name in ("_codebook.codebook_mean", "_codebook.codebook_variance"):
-        if name in state:  # memory that nothing was written to yet
-            state[name].zero_(), our_state[name].zero_()
+    for name in UNWRITTEN & state.keys():
+        state[name].zero_(), our_state[name].zero_()
     check_named(our_state, state, {"rtol": 0, "atol": 0}, "state")
     # An optimizer's state goes by the order of the parameters.
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
@@ -615,6 +632,15 @@ def test_targets_with_a_mask():
     check_close(our_loss, loss, FLOAT32, "loss")
     check_close(our_quantize[mask], quantize[mask], FLOAT32, "quantize")  # what stands for padding is nobody's business
     check_named(ours.state_dict(), theirs.state_dict(), FLOAT32, "state")
+
+
+def test_unwritten_affine_statistics_of_a_fresh_original_do_not_matter():
+    case = CASES["affine"]
+    theirs, ours = case.pair()
+    state = {name: torch.full_like(t, torch.nan) if name in UNWRITTEN else t for name, t in theirs.state_dict().items()}
+    theirs.load_state_dict(state), ours.load_state_dict(state)
+    for step in range(2):
+        check_step(theirs, ours, case, step, {}, f"step {step}")
 
 
 def test_accumulated_updates_come_with_the_next():
