@@ -1,11 +1,17 @@
-"""‖AᵀB‖² without the D x D product: the identity behind every SSL loss here.
+"""‖AᵀB‖² without the D x D product: the identity behind every SSL loss here, and what else the losses share.
 
 ‖AᵀB‖_F² = tr(AᵀB BᵀA) = <A Aᵀ, B Bᵀ>: two N x N Gram matrices in place of one D x D matrix. With N = 128 and D = 4096
 that is 32 times fewer operations and no D x D memory (Garrido et al., arXiv 2206.02574, give the duality).
 """
 
+import importlib
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ncfast.ops import dispatch
 
 
 def resolve_route(route: str, N: int, D: int) -> str:
@@ -26,13 +32,138 @@ def product_energy(a: Tensor, b: Tensor, route: str = "auto") -> Tensor:
     return (gram_a * gram_b).sum()
 
 
-def check_views(operation: str, za: Tensor, zb: Tensor, convention: str) -> tuple[Tensor, Tensor]:
+def resolve_convention(operation: str, convention: str, conventions: dict[str, dict], **given: object) -> dict:
+    """The convention's arguments, with those that were `given` (not None) in their place."""
+    if convention not in conventions:
+        raise ValueError(f"{operation}: convention is one of {', '.join(conventions)}; got {convention!r}")
+    unset = {name: value for name, value in given.items() if value is not None}
+    return {**conventions[convention], **unset}
+
+
+def check_views(operation: str, za: Tensor, zb: Tensor) -> tuple[Tensor, Tensor]:
     """The two views in float32 (float64 stays), after the checks that every SSL loss shares."""
     if za.dim() != 2 or za.shape != zb.shape:
         raise ValueError(f"{operation}: za and zb are [N, D] and alike; got {list(za.shape)} and {list(zb.shape)}")
-    if za.shape[0] < 2:
-        raise ValueError(f"{operation}: statistics over the batch need N >= 2 samples; got {za.shape[0]}")
-    if convention != "ncvqvae":
-        raise ValueError(f"{operation}: convention is 'ncvqvae'; got {convention!r}")
+    if za.shape[0] < 2 or za.shape[1] < 1:
+        raise ValueError(f"{operation}: statistics over the batch need N >= 2 samples and D >= 1; got {list(za.shape)}")
+    if za.device != zb.device:
+        raise ValueError(f"{operation}: za is on {za.device} and zb on {zb.device}; move one")
+    if not (za.is_floating_point() and zb.is_floating_point()):
+        raise ValueError(f"{operation}: za and zb are floating point; got {za.dtype} and {zb.dtype}")
     dtype = torch.float64 if torch.float64 in (za.dtype, zb.dtype) else torch.float32
     return za.to(dtype), zb.to(dtype)
+
+
+def why_not_kernels(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
+    """Each implementation of an SSL loss, fastest first, with None or the reason why it cannot run on these."""
+    double = f"{dtype} input: the kernels are float32" if dtype == torch.float64 else None
+    return {
+        "cpp": dispatch.why_not_cpp(device) or double,
+        # Under the interpreter Triton is a test fixture: right, but the slowest of all.
+        **({"triton": dispatch.why_not_triton(device) or double} if device.type == "cuda" else {}),
+        "reference": None,
+        **({"triton": dispatch.why_not_triton(device) or double} if device.type != "cuda" else {}),
+    }
+
+
+def choose(operation: str, impl: str, why_not: dict[str, str | None], route: str, z: Tensor) -> str:
+    """The implementation for views z [N, D]: kernels have the Gram route alone."""
+    if resolve_route(route, *z.shape) == "direct":
+        reason = f"the kernels take the N x N route, and this is route={route!r} with N, D = {tuple(z.shape)}"
+        why_not = {name: reason if why is None and name != "reference" else why for name, why in why_not.items()}
+    return dispatch.choose(operation, impl, why_not)
+
+
+def define_operators(stem: str, options: str) -> Callable[..., Tensor]:
+    """Registers the kernels of a loss; returns `apply(implementation, za, zb, **options)`, a differentiable scalar.
+
+    An implementation is a forward operator (za, zb, options) -> (loss, saved) and a backward operator
+    (grad_loss, za, zb, saved, options) -> (grad_za, grad_zb), on contiguous float32 views [N, D]; `saved` is a float32
+    vector of its own making.
+    """
+
+    def module(name: str):
+        return dispatch.load_module("_C")[0] if name == "cpp" else importlib.import_module(f"ncfast.ops.triton.{stem}")
+
+    def saved_numel(name: str, N: int, D: int) -> int:
+        return getattr(module(name), f"{stem}_saved_numel")(N, D)
+
+    def forward_cpp(za: Tensor, zb: Tensor, *options) -> tuple[Tensor, Tensor]:
+        N, D = za.shape
+        loss, saved = za.new_empty(()), za.new_empty(saved_numel("cpp", N, D))
+        threads = torch.get_num_threads()
+        getattr(module("cpp"), stem)(
+            za.data_ptr(), zb.data_ptr(), N, D, *options, threads, loss.data_ptr(), saved.data_ptr()
+        )
+        return loss, saved
+
+    def backward_cpp(grad_loss: Tensor, za: Tensor, zb: Tensor, saved: Tensor, *options) -> tuple[Tensor, Tensor]:
+        grad_za, grad_zb = torch.empty_like(za), torch.empty_like(zb)
+        getattr(module("cpp"), f"{stem}_backward")(
+            grad_loss.data_ptr(),
+            za.data_ptr(),
+            zb.data_ptr(),
+            saved.data_ptr(),
+            *za.shape,
+            *options,
+            torch.get_num_threads(),
+            grad_za.data_ptr(),
+            grad_zb.data_ptr(),
+        )
+        return grad_za, grad_zb
+
+    def forward_triton(za: Tensor, zb: Tensor, *options) -> tuple[Tensor, Tensor]:
+        return getattr(module("triton"), f"{stem}_triton")(za, zb, *options)
+
+    def backward_triton(grad_loss: Tensor, za: Tensor, zb: Tensor, saved: Tensor, *options) -> tuple[Tensor, Tensor]:
+        return getattr(module("triton"), f"{stem}_backward_triton")(grad_loss, za, zb, saved, *options)
+
+    def fake_backward(grad_loss: Tensor, za: Tensor, zb: Tensor, saved: Tensor, *options) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(za), torch.empty_like(zb)
+
+    operators = {}
+    for name, forward, backward, keys in (
+        ("cpp", forward_cpp, backward_cpp, ("CPU",)),
+        ("triton", forward_triton, backward_triton, ("CUDA", "CPU")),
+    ):
+
+        def fake(za: Tensor, zb: Tensor, *options, name: str = name) -> tuple[Tensor, Tensor]:
+            return za.new_empty(()), za.new_empty(saved_numel(name, *za.shape))
+
+        dispatch.library.define(f"{stem}_{name}(Tensor za, Tensor zb, {options}) -> (Tensor, Tensor)")
+        dispatch.library.define(
+            f"{stem}_backward_{name}(Tensor grad_loss, Tensor za, Tensor zb, Tensor saved, {options}) "
+            "-> (Tensor, Tensor)"
+        )
+        for key in keys:
+            dispatch.library.impl(f"{stem}_{name}", forward, key)
+            dispatch.library.impl(f"{stem}_backward_{name}", backward, key)
+        torch.library.register_fake(f"ncfast::{stem}_{name}", fake, lib=dispatch.library)
+        torch.library.register_fake(f"ncfast::{stem}_backward_{name}", fake_backward, lib=dispatch.library)
+        operators[name] = tuple(
+            getattr(torch.ops.ncfast, each).default for each in (f"{stem}_{name}", f"{stem}_backward_{name}")
+        )
+    names = [option.split()[1] for option in options.split(",")]
+
+    def apply(implementation: str, za: Tensor, zb: Tensor, **given) -> Tensor:
+        values = [given[name] for name in names]
+        return GramLoss.apply(za.contiguous(), zb.contiguous(), operators[implementation], values)
+
+    return apply
+
+
+class GramLoss(torch.autograd.Function):
+    """The gradient of a loss whose kernels are `operators`, (forward, backward)."""
+
+    @staticmethod
+    def forward(ctx, za: Tensor, zb: Tensor, operators: tuple, options: list) -> Tensor:
+        loss, saved = operators[0](za.detach(), zb.detach(), *options)
+        ctx.save_for_backward(za, zb, saved)
+        ctx.operators, ctx.options = operators, options
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor):
+        grad_za, grad_zb = ctx.operators[1](grad_loss, *ctx.saved_tensors, *ctx.options)
+        return grad_za, grad_zb, None, None

@@ -4,9 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ncfast.ops import dispatch
-from ncfast.ops.gram import check_views, product_energy
-from ncfast.ops.vicreg_loss import variance_hinge
+from ncfast.ops.gram import check_views, choose, define_operators, product_energy, resolve_convention, why_not_kernels
+from ncfast.ops.vicreg_loss import VAR_REDUCTIONS, check_var_reduction, variance_hinge
+
+CONVENTIONS = {
+    "ncvqvae": {"sim": 25.0, "var": 25.0, "cov": 100.0, "eps": 1e-4, "var_reduction": "sum"},
+    "vibcreg": {"sim": 25.0, "var": 25.0, "cov": 200.0, "eps": 1e-4, "var_reduction": "sum"},
+    "solo": {"sim": 25.0, "var": 25.0, "cov": 200.0, "eps": 1e-4, "var_reduction": "sum"},
+}
 
 
 def correlation_energy(z: Tensor, route: str) -> Tensor:
@@ -16,12 +21,21 @@ def correlation_energy(z: Tensor, route: str) -> Tensor:
 
 
 def vibcreg_loss_reference(
-    za: Tensor, zb: Tensor, *, sim: float = 25.0, var: float = 25.0, cov: float = 100.0, route: str = "auto"
+    za: Tensor,
+    zb: Tensor,
+    *,
+    sim: float = 25.0,
+    var: float = 25.0,
+    cov: float = 100.0,
+    eps: float = 1e-4,
+    var_reduction: str = "sum",
+    route: str = "auto",
 ) -> Tensor:
-    """sim·MSE(za, zb) + var·(v(za) + v(zb)) + cov·(r(za) + r(zb)): the terms of both views are summed."""
+    """sim·MSE(za, zb) + var·(v(za) + v(zb)) + cov·(r(za) + r(zb)), the variance terms halved by "mean"."""
+    var = var * VAR_REDUCTIONS[var_reduction]
     return (
         sim * F.mse_loss(za, zb)
-        + var * (variance_hinge(za) + variance_hinge(zb))
+        + var * (variance_hinge(za, eps) + variance_hinge(zb, eps))
         + cov * (correlation_energy(za, route) + correlation_energy(zb, route))
     )
 
@@ -30,35 +44,50 @@ def vibcreg_loss(
     za: Tensor,
     zb: Tensor,
     *,
-    sim: float = 25.0,
-    var: float = 25.0,
-    cov: float = 100.0,
+    sim: float | None = None,
+    var: float | None = None,
+    cov: float | None = None,
+    eps: float | None = None,
+    var_reduction: str | None = None,
     convention: str = "ncvqvae",
     route: str = "auto",
     impl: str = "auto",
 ) -> Tensor:
     """VIbCReg loss between two views; its projector ends in `iter_norm`.
 
+        L = sim·MSE(za, zb) + var·(v(za) + v(zb)) + cov·(r(za) + r(zb)),
+        v as in VICReg,   r = mean over all D² entries of the squared off-diagonal correlations
+
     Args:
         za, zb: projections of the two views [N, D], N >= 2; any float dtype.
         sim, var, cov: weights of the invariance, variance and normalised-covariance terms.
-        convention: "ncvqvae": terms of both views summed, MSE invariance, mean over all D² entries, cov 100 (the
-            original publication has 200).
+        eps: added to the variance: 1e-4 in every convention.
+        var_reduction: the variance terms of the views are added ("sum", in every convention), or averaged ("mean").
+        convention: what holds for the arguments not given. Weights are 25, 25 and, in "ncvqvae", 100; in "vibcreg" (the
+            publication's code) and "solo", 200.
         route: "gram" (N x N), "direct" (D x D), or "auto": Gram when N <= 0.75 D. The value is the same.
-        impl: "auto" or "reference".
+        impl: "auto" (the fastest that can run the call), "reference", "cpp" or "triton".
 
     Returns:
-        Scalar, float32 (float64 for float64 input), differentiable in both views, whatever the autocast state.
+        Scalar, float32 (float64 for float64 input), differentiable in both views, whatever the autocast state. A
+        second derivative is refused, except of the reference.
 
     Raises:
-        ValueError: views that are not alike and [N >= 2, D]; an unknown convention, route or impl.
+        ValueError: views that are not alike and [N >= 2, D]; an unknown convention, var_reduction, route or impl.
     """
-    dispatch.choose("vibcreg_loss", impl, why_not(za.device))
+    options = resolve_convention(
+        "vibcreg_loss", convention, CONVENTIONS, sim=sim, var=var, cov=cov, eps=eps, var_reduction=var_reduction
+    )
+    check_var_reduction("vibcreg_loss", options["var_reduction"])
     with torch.autocast(za.device.type, enabled=False):
-        za, zb = check_views("vibcreg_loss", za, zb, convention)
-        return vibcreg_loss_reference(za, zb, sim=sim, var=var, cov=cov, route=route)
+        za, zb = check_views("vibcreg_loss", za, zb)
+        name = choose("vibcreg_loss", impl, why_not(za.device, za.dtype), route, za)
+        if name == "reference":
+            return vibcreg_loss_reference(za, zb, route=route, **options)
+        options["var"] *= VAR_REDUCTIONS[options.pop("var_reduction")]
+        return apply(name, za, zb, **options)
 
 
-def why_not(device: torch.device) -> dict[str, str | None]:
-    """Each implementation, fastest first, with None or the reason why it cannot run there."""
-    return {"reference": None}
+why_not = why_not_kernels
+# var is the weight after var_reduction.
+apply = define_operators("vibcreg_loss", "float sim, float var, float cov, float eps")

@@ -4,13 +4,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ncfast.ops import dispatch
-from ncfast.ops.gram import check_views, product_energy
+from ncfast.ops.gram import check_views, choose, define_operators, product_energy, resolve_convention, why_not_kernels
+
+VAR_REDUCTIONS = {"sum": 1.0, "mean": 0.5}
+CONVENTIONS = {
+    "ncvqvae": {"sim": 25.0, "var": 25.0, "cov": 1.0, "eps": 1e-4, "var_reduction": "sum"},
+    "facebook": {"sim": 25.0, "var": 25.0, "cov": 1.0, "eps": 1e-4, "var_reduction": "mean"},
+    "lightly": {"sim": 25.0, "var": 25.0, "cov": 1.0, "eps": 1e-4, "var_reduction": "mean"},
+    "solo": {"sim": 25.0, "var": 25.0, "cov": 1.0, "eps": 1e-4, "var_reduction": "sum"},
+}
 
 
-def variance_hinge(z: Tensor) -> Tensor:
-    """mean_i relu(1 - sqrt(var_i + 1e-4)), var unbiased.  z [N, D]."""
-    return F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
+def variance_hinge(z: Tensor, eps: float) -> Tensor:
+    """mean_i relu(1 - sqrt(var_i + eps)), var unbiased.  z [N, D]."""
+    return F.relu(1 - (z.var(0) + eps).sqrt()).mean()
 
 
 def covariance_energy(z: Tensor, route: str) -> Tensor:
@@ -22,12 +29,21 @@ def covariance_energy(z: Tensor, route: str) -> Tensor:
 
 
 def vicreg_loss_reference(
-    za: Tensor, zb: Tensor, *, sim: float = 25.0, var: float = 25.0, cov: float = 1.0, route: str = "auto"
+    za: Tensor,
+    zb: Tensor,
+    *,
+    sim: float = 25.0,
+    var: float = 25.0,
+    cov: float = 1.0,
+    eps: float = 1e-4,
+    var_reduction: str = "sum",
+    route: str = "auto",
 ) -> Tensor:
-    """sim·MSE(za, zb) + var·(v(za) + v(zb)) + cov·(c(za) + c(zb)): the terms of both views are summed."""
+    """sim·MSE(za, zb) + var·(v(za) + v(zb)) + cov·(c(za) + c(zb)), the variance terms halved by "mean"."""
+    var = var * VAR_REDUCTIONS[var_reduction]
     return (
         sim * F.mse_loss(za, zb)
-        + var * (variance_hinge(za) + variance_hinge(zb))
+        + var * (variance_hinge(za, eps) + variance_hinge(zb, eps))
         + cov * (covariance_energy(za, route) + covariance_energy(zb, route))
     )
 
@@ -36,34 +52,55 @@ def vicreg_loss(
     za: Tensor,
     zb: Tensor,
     *,
-    sim: float = 25.0,
-    var: float = 25.0,
-    cov: float = 1.0,
+    sim: float | None = None,
+    var: float | None = None,
+    cov: float | None = None,
+    eps: float | None = None,
+    var_reduction: str | None = None,
     convention: str = "ncvqvae",
     route: str = "auto",
     impl: str = "auto",
 ) -> Tensor:
     """VICReg loss between two views.
 
+        L = sim·MSE(za, zb) + var·(v(za) + v(zb)) + cov·(c(za) + c(zb)),
+        v = mean_i relu(1 - sqrt(var_i + eps)),   c = Σ_{i≠j} S_ij² / D,   variance and covariance S unbiased
+
     Args:
         za, zb: projections of the two views [N, D], N >= 2; any float dtype.
-        sim, var, cov: weights of the invariance, variance and covariance terms.
-        convention: "ncvqvae": variance and covariance terms of both views summed (not halved), eps 1e-4, / D.
+        sim, var, cov: weights of the invariance, variance and covariance terms: 25, 25 and 1 in every convention.
+        eps: added to the variance: 1e-4 in every convention.
+        var_reduction: the variance terms of the views are added ("sum"), or averaged ("mean").
+        convention: what holds for the arguments not given: "ncvqvae" and "solo" add the variance terms, "facebook" and
+            "lightly" average them.
         route: "gram" (N x N), "direct" (D x D), or "auto": Gram when N <= 0.75 D. The value is the same.
-        impl: "auto" or "reference".
+        impl: "auto" (the fastest that can run the call), "reference", "cpp" or "triton".
 
     Returns:
-        Scalar, float32 (float64 for float64 input), differentiable in both views, whatever the autocast state.
+        Scalar, float32 (float64 for float64 input), differentiable in both views, whatever the autocast state. A
+        second derivative is refused, except of the reference.
 
     Raises:
-        ValueError: views that are not alike and [N >= 2, D]; an unknown convention, route or impl.
+        ValueError: views that are not alike and [N >= 2, D]; an unknown convention, var_reduction, route or impl.
     """
-    dispatch.choose("vicreg_loss", impl, why_not(za.device))
+    options = resolve_convention(
+        "vicreg_loss", convention, CONVENTIONS, sim=sim, var=var, cov=cov, eps=eps, var_reduction=var_reduction
+    )
+    check_var_reduction("vicreg_loss", options["var_reduction"])
     with torch.autocast(za.device.type, enabled=False):
-        za, zb = check_views("vicreg_loss", za, zb, convention)
-        return vicreg_loss_reference(za, zb, sim=sim, var=var, cov=cov, route=route)
+        za, zb = check_views("vicreg_loss", za, zb)
+        name = choose("vicreg_loss", impl, why_not(za.device, za.dtype), route, za)
+        if name == "reference":
+            return vicreg_loss_reference(za, zb, route=route, **options)
+        options["var"] *= VAR_REDUCTIONS[options.pop("var_reduction")]
+        return apply(name, za, zb, **options)
 
 
-def why_not(device: torch.device) -> dict[str, str | None]:
-    """Each implementation, fastest first, with None or the reason why it cannot run there."""
-    return {"reference": None}
+def check_var_reduction(operation: str, var_reduction: str) -> None:
+    if var_reduction not in VAR_REDUCTIONS:
+        raise ValueError(f"{operation}: var_reduction is {' or '.join(VAR_REDUCTIONS)}; got {var_reduction!r}")
+
+
+why_not = why_not_kernels
+# var is the weight after var_reduction.
+apply = define_operators("vicreg_loss", "float sim, float var, float cov, float eps")
