@@ -8,11 +8,15 @@
 #ifdef NCFAST_CUDA_MODULE
 #include "cuda/nearest_code.h"
 #else
+#include "cpu/barlow_twins_loss.h"
 #include "cpu/code_stats.h"
 #include "cpu/fma_peak.h"
+#include "cpu/gram.h"
 #include "cpu/isa.h"
 #include "cpu/nearest_code.h"
 #include "cpu/rotate_to_code.h"
+#include "cpu/vibcreg_loss.h"
+#include "cpu/vicreg_loss.h"
 #endif
 
 namespace py = pybind11;
@@ -97,6 +101,62 @@ PYBIND11_MODULE(_C, m) {
                                              pointer<const void>(z), pointer<const void>(q),
                                              pointer<const int64_t>(indices), pointer<const void>(inverse_count),
                                              DType(dtype), rows, K, D, rotate, threads, pointer<void>(grad_z));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def("barlow_twins_loss_saved_numel", [](int64_t N, int64_t D) { return ncfast::cpu::GramShape(N, D).saved(); });
+  m.def(
+      "barlow_twins_loss",
+      [](std::uintptr_t za, std::uintptr_t zb, int64_t N, int64_t D, double lambd, int64_t ddof, double eps,
+         double eps_std, double scale, int threads, std::uintptr_t loss, std::uintptr_t saved) {
+        ncfast::cpu::barlow_twins_loss(pointer<const float>(za), pointer<const float>(zb), N, D, lambd, ddof, eps,
+                                       eps_std, scale, threads, pointer<float>(loss), pointer<float>(saved));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "barlow_twins_loss_backward",
+      [](std::uintptr_t grad_loss, std::uintptr_t za, std::uintptr_t zb, std::uintptr_t saved, int64_t N, int64_t D,
+         double lambd, int64_t ddof, double eps, double eps_std, double scale, int threads, std::uintptr_t grad_za,
+         std::uintptr_t grad_zb) {
+        ncfast::cpu::barlow_twins_loss_backward(pointer<const float>(grad_loss), pointer<const float>(za),
+                                                pointer<const float>(zb), pointer<const float>(saved), N, D, lambd,
+                                                ddof, eps, eps_std, scale, threads, pointer<float>(grad_za),
+                                                pointer<float>(grad_zb));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def("vicreg_loss_saved_numel", [](int64_t N, int64_t D) { return ncfast::cpu::GramShape(N, D).saved(); });
+  m.def(
+      "vicreg_loss",
+      [](std::uintptr_t za, std::uintptr_t zb, int64_t N, int64_t D, double sim, double var, double cov, double eps,
+         int threads, std::uintptr_t loss, std::uintptr_t saved) {
+        ncfast::cpu::vicreg_loss(pointer<const float>(za), pointer<const float>(zb), N, D, sim, var, cov, eps, threads,
+                                 pointer<float>(loss), pointer<float>(saved));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "vicreg_loss_backward",
+      [](std::uintptr_t grad_loss, std::uintptr_t za, std::uintptr_t zb, std::uintptr_t saved, int64_t N, int64_t D,
+         double sim, double var, double cov, double eps, int threads, std::uintptr_t grad_za, std::uintptr_t grad_zb) {
+        ncfast::cpu::vicreg_loss_backward(pointer<const float>(grad_loss), pointer<const float>(za),
+                                          pointer<const float>(zb), pointer<const float>(saved), N, D, sim, var, cov,
+                                          eps, threads, pointer<float>(grad_za), pointer<float>(grad_zb));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def("vibcreg_loss_saved_numel", [](int64_t N, int64_t D) { return ncfast::cpu::GramShape(N, D).saved(); });
+  m.def(
+      "vibcreg_loss",
+      [](std::uintptr_t za, std::uintptr_t zb, int64_t N, int64_t D, double sim, double var, double cov, double eps,
+         int threads, std::uintptr_t loss, std::uintptr_t saved) {
+        ncfast::cpu::vibcreg_loss(pointer<const float>(za), pointer<const float>(zb), N, D, sim, var, cov, eps, threads,
+                                  pointer<float>(loss), pointer<float>(saved));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "vibcreg_loss_backward",
+      [](std::uintptr_t grad_loss, std::uintptr_t za, std::uintptr_t zb, std::uintptr_t saved, int64_t N, int64_t D,
+         double sim, double var, double cov, double eps, int threads, std::uintptr_t grad_za, std::uintptr_t grad_zb) {
+        ncfast::cpu::vibcreg_loss_backward(pointer<const float>(grad_loss), pointer<const float>(za),
+                                           pointer<const float>(zb), pointer<const float>(saved), N, D, sim, var, cov,
+                                           eps, threads, pointer<float>(grad_za), pointer<float>(grad_zb));
       },
       py::call_guard<py::gil_scoped_release>());
 }

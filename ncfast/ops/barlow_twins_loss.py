@@ -28,7 +28,9 @@ def barlow_twins_loss_reference(
 ) -> Tensor:
     """scale [Σ_i (1 - C_ii)² + lambd Σ_{i≠j} C_ij²], C = Âᵀ B̂ / N, Â = (z - mean) / (sqrt(var + eps) + eps_std)."""
     N, D = za.shape
-    za, zb = ((z - z.mean(0)) / ((z.var(0, correction=ddof) + eps).sqrt() + eps_std) for z in (za, zb))
+    # Without eps a constant column has a deviation of 0, where torch.std has a gradient and the root has none.
+    stds = (z.std(0, correction=ddof) if eps == 0 else (z.var(0, correction=ddof) + eps).sqrt() for z in (za, zb))
+    za, zb = ((z - z.mean(0)) / (std + eps_std) for z, std in zip((za, zb), stds, strict=True))
     diagonal = (za * zb).sum(0) / N  # [D]
     energy = product_energy(za, zb, route) / N**2
     on_diagonal = (1 - diagonal).square().sum()

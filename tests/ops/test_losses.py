@@ -103,7 +103,7 @@ def test_compiles_whole(name):
         (torch.zeros(1, 3), torch.zeros(1, 3), {}, "N >= 2"),
         (torch.zeros(4, 3), torch.zeros(4, 3), {"route": "fft"}, "route is"),
         (torch.zeros(4, 3), torch.zeros(4, 3), {"convention": "byol"}, "convention is"),
-        (torch.zeros(4, 3), torch.zeros(4, 3), {"impl": "cpp"}, "reference"),
+        (torch.zeros(4, 3), torch.zeros(4, 3), {"impl": "cuda"}, "got impl=.cuda."),
     ],
 )
 def test_refuses_what_it_cannot_do(name, za, zb, options, message):
