@@ -5,6 +5,8 @@ inline void standardise_column(const Loss& loss, const GramShape& shape, float* 
 inline GramGradient column_gradient(const Loss& loss, const GramShape& shape, int view, const float* scalars,
                                     float gram_dot_own);
 
+#include "multiply_kernel.h"
+
 // columns[i][n] = z[n][first + i], zeros beyond N.
 inline void columns_from(const float* z, const GramShape& shape, int64_t first, int64_t last, float* columns) {
   constexpr int64_t kSamples = 8;  // rows of z that are read side by side
@@ -66,44 +68,6 @@ inline void standardise(const Loss& loss, const GramShape& shape, const float* z
   }
 }
 
-// R rows by two registers: to[r][.] (+)= sum over k of left[r * row + k * step] right[k][.].
-template <int R, bool Add>
-inline void multiply_tile(const float* left, int64_t row, int64_t step, const float* right, int64_t right_stride,
-                          int64_t count, float* to, int64_t to_stride) {
-  using V = Vec<float>;
-  constexpr int W = V::width;
-  V acc[R][2];
-  NCFAST_UNROLL
-  for (int r = 0; r < R; ++r) {
-    acc[r][0] = Add ? V::load(to + r * to_stride) : V::broadcast(0);
-    acc[r][1] = Add ? V::load(to + r * to_stride + W) : V::broadcast(0);
-  }
-  for (int64_t k = 0; k < count; ++k) {
-    const V e0 = V::load(right + k * right_stride), e1 = V::load(right + k * right_stride + W);
-    NCFAST_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const V x = V::broadcast(left[r * row + k * step]);
-      acc[r][0] = V::multiply_add(x, e0, acc[r][0]);
-      acc[r][1] = V::multiply_add(x, e1, acc[r][1]);
-    }
-  }
-  NCFAST_UNROLL
-  for (int r = 0; r < R; ++r) {
-    acc[r][0].store(to + r * to_stride);
-    acc[r][1].store(to + r * to_stride + W);
-  }
-}
-
-template <int R, bool Add>
-NCFAST_NOINLINE void multiply_rows(const float* left, int64_t row, int64_t step, const float* right,
-                                   int64_t right_stride, int64_t count, int64_t first, int64_t last, float* to,
-                                   int64_t to_stride) {
-  constexpr int N = 2 * Vec<float>::width;
-  for (int64_t n = first; n < last; n += N) {
-    multiply_tile<R, Add>(left, row, step, right + n, right_stride, count, to + n, to_stride);
-  }
-}
-
 // The rows [first_row, last_row) of columnsᵀ columns over the columns [first, last), from the diagonal on.
 inline void add_gram(const GramShape& shape, const float* columns, int64_t first, int64_t last, int64_t first_row,
                      int64_t last_row, float* gram) {
@@ -128,24 +92,11 @@ inline void add_gram(const GramShape& shape, const float* columns, int64_t first
 inline void gradient(const Loss& loss, const GramShape& shape, int view, int64_t first, int64_t last,
                      const GramSaved& saved, float grad_loss, float of_difference, const float* z, const float* other,
                      float* scratch, float* grad) {
-  constexpr int R = Vec<float>::tile_rows;
   const int64_t count = last - first, stride = shape.stride;
   const float *own = saved.columns[view] + first * stride, *others = saved.columns[1 - view] + first * stride;
   const float* gram = saved.gram[loss.gram_of_other ? 1 - view : view];
-  int64_t i = 0;
-  for (; i + R <= count; i += R) {
-    multiply_rows<R, false>(own + i * stride, stride, 1, gram, stride, shape.N, 0, shape.padded, scratch + i * stride,
-                            stride);
-  }
-  for (; i + 4 <= count; i += 4) {
-    multiply_rows<4, false>(own + i * stride, stride, 1, gram, stride, shape.N, 0, shape.padded, scratch + i * stride,
-                            stride);
-  }
-  for (; i < count; ++i) {
-    multiply_rows<1, false>(own + i * stride, stride, 1, gram, stride, shape.N, 0, shape.padded, scratch + i * stride,
-                            stride);
-  }
-  for (i = 0; i < count; ++i) {
+  multiply<false>(own, stride, 1, gram, stride, shape.N, count, shape.padded, scratch, stride);
+  for (int64_t i = 0; i < count; ++i) {
     float* product = scratch + i * stride;
     const float *s = own + i * stride, *t = others + i * stride;
     const float along = float(dot(product, s, shape.N));
@@ -156,7 +107,7 @@ inline void gradient(const Loss& loss, const GramShape& shape, int view, int64_t
   constexpr int64_t kSamples = 8;  // rows of grad that are written side by side
   for (int64_t n = 0; n < shape.N; n += kSamples) {
     const int64_t samples = shape.N - n < kSamples ? shape.N - n : kSamples;
-    for (i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       const int64_t at = n * shape.D + first + i;
       const float* from = scratch + i * stride + n;
       if (of_difference == 0) {

@@ -1,0 +1,67 @@
+// Small matrix products in registers: to[r][n] (+)= sum over k of left[r * row + k * step] right[k * right_stride + n].
+
+// R rows by V registers.
+template <int R, int V, bool Add>
+inline void multiply_tile(const float* left, int64_t row, int64_t step, const float* right, int64_t right_stride,
+                          int64_t count, float* to, int64_t to_stride) {
+  using Register = Vec<float>;
+  constexpr int W = Register::width;
+  Register acc[R][V];
+  NCFAST_UNROLL
+  for (int r = 0; r < R; ++r) {
+    NCFAST_UNROLL
+    for (int v = 0; v < V; ++v) {
+      acc[r][v] = Add ? Register::load(to + r * to_stride + v * W) : Register::broadcast(0);
+    }
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    Register e[V];
+    NCFAST_UNROLL
+    for (int v = 0; v < V; ++v) e[v] = Register::load(right + k * right_stride + v * W);
+    NCFAST_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Register x = Register::broadcast(left[r * row + k * step]);
+      NCFAST_UNROLL
+      for (int v = 0; v < V; ++v) acc[r][v] = Register::multiply_add(x, e[v], acc[r][v]);
+    }
+  }
+  NCFAST_UNROLL
+  for (int r = 0; r < R; ++r) {
+    NCFAST_UNROLL
+    for (int v = 0; v < V; ++v) acc[r][v].store(to + r * to_stride + v * W);
+  }
+}
+
+template <int R, bool Add>
+NCFAST_NOINLINE void multiply_rows(const float* left, int64_t row, int64_t step, const float* right,
+                                   int64_t right_stride, int64_t count, int64_t first, int64_t last, float* to,
+                                   int64_t to_stride) {
+  constexpr int W = Vec<float>::width;
+  int64_t n = first;
+  for (; n + 2 * W <= last; n += 2 * W) {
+    multiply_tile<R, 2, Add>(left, row, step, right + n, right_stride, count, to + n, to_stride);
+  }
+  for (; n < last; n += W) {
+    multiply_tile<R, 1, Add>(left, row, step, right + n, right_stride, count, to + n, to_stride);
+  }
+}
+
+// `rows` rows and the columns [0, columns), a multiple of the register's width.
+template <bool Add>
+inline void multiply(const float* left, int64_t row, int64_t step, const float* right, int64_t right_stride,
+                     int64_t count, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  constexpr int R = Vec<float>::tile_rows;
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) {
+    multiply_rows<R, Add>(left + r * row, row, step, right, right_stride, count, 0, columns, to + r * to_stride,
+                          to_stride);
+  }
+  for (; r + 4 <= rows; r += 4) {
+    multiply_rows<4, Add>(left + r * row, row, step, right, right_stride, count, 0, columns, to + r * to_stride,
+                          to_stride);
+  }
+  for (; r < rows; ++r) {
+    multiply_rows<1, Add>(left + r * row, row, step, right, right_stride, count, 0, columns, to + r * to_stride,
+                          to_stride);
+  }
+}
