@@ -13,6 +13,7 @@
 #include "cpu/fma_peak.h"
 #include "cpu/gram.h"
 #include "cpu/isa.h"
+#include "cpu/masked_attention.h"
 #include "cpu/nearest_code.h"
 #include "cpu/rotate_to_code.h"
 #include "cpu/vibcreg_loss.h"
@@ -157,6 +158,23 @@ PYBIND11_MODULE(_C, m) {
         ncfast::cpu::vibcreg_loss_backward(pointer<const float>(grad_loss), pointer<const float>(za),
                                            pointer<const float>(zb), pointer<const float>(saved), N, D, sim, var, cov,
                                            eps, threads, pointer<float>(grad_za), pointer<float>(grad_zb));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "masked_attention",
+      [](std::uintptr_t qkv, std::uintptr_t key_mask, int64_t B, int64_t S, int64_t H, int64_t d, int threads,
+         std::uintptr_t out) {
+        ncfast::cpu::masked_attention(pointer<const float>(qkv), pointer<const uint8_t>(key_mask), B, S, H, d, threads,
+                                      pointer<float>(out));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "masked_attention_backward",
+      [](std::uintptr_t grad_out, std::uintptr_t qkv, std::uintptr_t key_mask, int64_t B, int64_t S, int64_t H,
+         int64_t d, int threads, std::uintptr_t grad_qkv) {
+        ncfast::cpu::masked_attention_backward(pointer<const float>(grad_out), pointer<const float>(qkv),
+                                               pointer<const uint8_t>(key_mask), B, S, H, d, threads,
+                                               pointer<float>(grad_qkv));
       },
       py::call_guard<py::gil_scoped_release>());
 }

@@ -20,6 +20,7 @@ OPERATIONS = (
     "vicreg_loss",
     "vibcreg_loss",
     "iter_norm",
+    "masked_attention",
     "unmask_step",
 )
 PACKAGES = ("numpy", "h5py", "safetensors", "triton", "aeon", "matplotlib", "scikit-learn", "tensorboard")

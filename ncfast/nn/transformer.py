@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from ncfast.ops import masked_attention
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -48,9 +49,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, dim]
         B, S, _ = x.shape
-        q, k, v = self.qkv(x).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, S, d]
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.out(out.transpose(1, 2).reshape(B, S, -1))
+        qkv = self.qkv(x).view(B, S, 3, self.heads, -1)
+        return self.out(masked_attention(qkv).reshape(B, S, -1))
 
 
 class Block(nn.Module):

@@ -3,6 +3,7 @@
 from ncfast.ops.barlow_twins_loss import barlow_twins_loss, barlow_twins_loss_reference
 from ncfast.ops.code_stats import code_stats, code_stats_reference
 from ncfast.ops.iter_norm import iter_norm, iter_norm_reference
+from ncfast.ops.masked_attention import masked_attention, masked_attention_reference
 from ncfast.ops.nearest_code import nearest_code, nearest_code_reference
 from ncfast.ops.rotate_to_code import rotate_to_code, rotate_to_code_reference
 from ncfast.ops.unmask_step import unmask_step, unmask_step_reference
@@ -16,6 +17,8 @@ __all__ = [
     "code_stats_reference",
     "iter_norm",
     "iter_norm_reference",
+    "masked_attention",
+    "masked_attention_reference",
     "nearest_code",
     "nearest_code_reference",
     "rotate_to_code",
