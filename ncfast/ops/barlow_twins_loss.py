@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ncfast.ops.gram import check_views, choose, define_operators, product_energy, resolve_convention, why_not_kernels
+from ncfast.ops.gram_distributed import barlow_twins_loss_distributed
 
 # scale None: 1 / D.
 CONVENTIONS = {
@@ -49,6 +50,8 @@ def barlow_twins_loss(
     convention: str = "ncvqvae",
     route: str = "auto",
     impl: str = "auto",
+    group: torch.distributed.ProcessGroup | None = None,
+    gradient: str = "true",
 ) -> Tensor:
     """Barlow Twins loss between two views.
 
@@ -74,17 +77,25 @@ def barlow_twins_loss(
             ==========  ======  ====  =====  =======  =====
         route: "gram" (N x N), "direct" (D x D), or "auto": Gram when N <= 0.75 D. The value is the same.
         impl: "auto" (the fastest that can run the call), "reference", "cpp" or "triton".
+        group: None for the loss of this process's rows; a process group (`torch.distributed.group.WORLD`) for that of
+            the rows of all its processes, za and zb being [n_r, D] with n_r >= 0 on each: see `gram_distributed`.
+            impl is then "auto" or "reference".
+        gradient: with a group, what the mean over its processes is, as DistributedDataParallel takes it: "true", the
+            gradient of the whole batch, or "official", 1 / processes of it, as in the code of Barlow Twins.
 
     Returns:
         Scalar, float32 (float64 for float64 input), differentiable in both views, whatever the autocast state. A
         second derivative is refused, except of the reference.
 
     Raises:
-        ValueError: views that are not alike and [N >= 2, D]; an unknown convention, route or impl.
+        ValueError: views that are not alike and [N >= 2, D]; an unknown convention, route, impl or gradient;
+            with a group, shards that do not fit together.
     """
     options = resolve_convention(
         "barlow_twins_loss", convention, CONVENTIONS, lambd=lambd, ddof=ddof, eps=eps, eps_std=eps_std, scale=scale
     )
+    if group is not None:
+        return barlow_twins_loss_distributed(za, zb, group=group, gradient=gradient, route=route, impl=impl, **options)
     with torch.autocast(za.device.type, enabled=False):
         za, zb = check_views("barlow_twins_loss", za, zb)
         options["scale"] = 1 / za.shape[1] if options["scale"] is None else options["scale"]

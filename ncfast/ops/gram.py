@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from ncfast.ops import dispatch
 
+VAR_REDUCTIONS = {"sum": 1.0, "mean": 0.5}  # of the variance terms of the two views
+
 
 def resolve_route(route: str, N: int, D: int) -> str:
     """ "gram" or "direct". Gram wins, and is also the more accurate one, while N is well below D."""
@@ -40,12 +42,14 @@ def resolve_convention(operation: str, convention: str, conventions: dict[str, d
     return {**conventions[convention], **unset}
 
 
-def check_views(operation: str, za: Tensor, zb: Tensor) -> tuple[Tensor, Tensor]:
-    """The two views in float32 (float64 stays), after the checks that every SSL loss shares."""
+def check_views(operation: str, za: Tensor, zb: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
+    """The two views in float32 (float64 stays), after the checks that every SSL loss shares. `least` rows or more."""
     if za.dim() != 2 or za.shape != zb.shape:
         raise ValueError(f"{operation}: za and zb are [N, D] and alike; got {list(za.shape)} and {list(zb.shape)}")
-    if za.shape[0] < 2 or za.shape[1] < 1:
-        raise ValueError(f"{operation}: statistics over the batch need N >= 2 samples and D >= 1; got {list(za.shape)}")
+    if za.shape[0] < least or za.shape[1] < 1:
+        raise ValueError(
+            f"{operation}: statistics over the batch need N >= {least} samples and D >= 1; got {list(za.shape)}"
+        )
     if za.device != zb.device:
         raise ValueError(f"{operation}: za is on {za.device} and zb on {zb.device}; move one")
     if not (za.is_floating_point() and zb.is_floating_point()):

@@ -4,9 +4,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ncfast.ops.gram import check_views, choose, define_operators, product_energy, resolve_convention, why_not_kernels
+from ncfast.ops.gram import (
+    VAR_REDUCTIONS,
+    check_views,
+    choose,
+    define_operators,
+    product_energy,
+    resolve_convention,
+    why_not_kernels,
+)
+from ncfast.ops.gram_distributed import vicreg_loss_distributed
 
-VAR_REDUCTIONS = {"sum": 1.0, "mean": 0.5}
 CONVENTIONS = {
     "ncvqvae": {"sim": 25.0, "var": 25.0, "cov": 1.0, "eps": 1e-4, "var_reduction": "sum"},
     "facebook": {"sim": 25.0, "var": 25.0, "cov": 1.0, "eps": 1e-4, "var_reduction": "mean"},
@@ -60,6 +68,8 @@ def vicreg_loss(
     convention: str = "ncvqvae",
     route: str = "auto",
     impl: str = "auto",
+    group: torch.distributed.ProcessGroup | None = None,
+    gradient: str = "true",
 ) -> Tensor:
     """VICReg loss between two views.
 
@@ -75,18 +85,26 @@ def vicreg_loss(
             "lightly" average them.
         route: "gram" (N x N), "direct" (D x D), or "auto": Gram when N <= 0.75 D. The value is the same.
         impl: "auto" (the fastest that can run the call), "reference", "cpp" or "triton".
+        group: None for the loss of this process's rows; a process group (`torch.distributed.group.WORLD`) for that of
+            the rows of all its processes, za and zb being [n_r, D] with n_r >= 0 on each: see `gram_distributed`.
+            impl is then "auto" or "reference".
+        gradient: with a group, what the mean over its processes is, as DistributedDataParallel takes it: "true", the
+            gradient of the whole batch, or "official", 1 / processes of it, as in the code of Barlow Twins.
 
     Returns:
         Scalar, float32 (float64 for float64 input), differentiable in both views, whatever the autocast state. A
         second derivative is refused, except of the reference.
 
     Raises:
-        ValueError: views that are not alike and [N >= 2, D]; an unknown convention, var_reduction, route or impl.
+        ValueError: views that are not alike and [N >= 2, D]; an unknown convention, var_reduction, route, impl or
+            gradient; with a group, shards that do not fit together.
     """
     options = resolve_convention(
         "vicreg_loss", convention, CONVENTIONS, sim=sim, var=var, cov=cov, eps=eps, var_reduction=var_reduction
     )
     check_var_reduction("vicreg_loss", options["var_reduction"])
+    if group is not None:
+        return vicreg_loss_distributed(za, zb, group=group, gradient=gradient, route=route, impl=impl, **options)
     with torch.autocast(za.device.type, enabled=False):
         za, zb = check_views("vicreg_loss", za, zb)
         name = choose("vicreg_loss", impl, why_not(za.device, za.dtype), route, za)
