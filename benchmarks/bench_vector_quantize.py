@@ -6,14 +6,11 @@ turns and prints one Markdown table. Both have the same state, and moving averag
 
 import argparse
 import copy
-import ctypes
-import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from common import interleaved, machine, table
+from common import interleaved, machine, peak_memory, table
 from torch import nn
 
 from ncfast import VectorQuantize
@@ -78,27 +75,6 @@ def call(module: nn.Module, mode: str, M: int, D: int) -> Callable[[], object]:
         torch.autograd.backward([quantized, loss], [gradient, None])
 
     return step
-
-
-def peak_memory(run: Callable[[], object]) -> float:
-    """MiB by which the process grows at most during a call, sampled about every 0.2 ms."""
-    run()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    statm, page = Path("/proc/self/statm"), 4096
-    start = peak = int(statm.read_text().split()[1])
-    done = threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not done.wait(2e-4):
-            peak = max(peak, int(statm.read_text().split()[1]))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    run()
-    done.set()
-    watcher.join()
-    return (peak - start) * page / 2**20
 
 
 @pytest.mark.parametrize("mode", MODES)
