@@ -80,7 +80,7 @@ def call(module: nn.Module, mode: str, M: int, D: int) -> Callable[[], object]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", [name for name, (M, K, *_) in SHAPES.items() if M * K < 2**26])
 @pytest.mark.parametrize("whose", ["ncfast", "original"])
-def bench_vector_quantize(benchmark, name, mode, whose):
+def test_vector_quantize(benchmark, name, mode, whose):
     M, K, D, options = SHAPES[name]
     both = modules(K, D, options)
     if whose not in both:
