@@ -30,7 +30,7 @@ inline GramGradient column_gradient(const Loss& loss, const GramShape& shape, in
   const double inverse = scalars[3 * view * shape.D], diagonal = scalars[(3 * view + 1) * shape.D];
   const double of_gram = 4 * loss.cov / (double(shape.D) * double(shape.D)) * inverse;
   // A normalised column moves only across itself, and the diagonal's gradient, which lies along it, drops out.
-  const bool normalised = inverse < 1 / kLeastNorm;
+  const bool normalised = diagonal > 0.5;
   const double along = normalised ? gram_dot_own / diagonal : diagonal;
   return {float(of_gram), float(scalars[(3 * view + 2) * shape.D] - of_gram * along), 0};
 }

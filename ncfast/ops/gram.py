@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from ncfast.ops import dispatch
 
+# Beyond so many rows a loss on a GPU is bound by its matrix products, and PyTorch's are faster than Triton's.
+MAX_TRITON_ROWS = 512
 VAR_REDUCTIONS = {"sum": 1.0, "mean": 0.5}  # of the variance terms of the two views
 
 
@@ -71,10 +73,12 @@ def why_not_kernels(device: torch.device, dtype: torch.dtype = torch.float32) ->
 
 
 def choose(operation: str, impl: str, why_not: dict[str, str | None], route: str, z: Tensor) -> str:
-    """The implementation for views z [N, D]: kernels have the Gram route alone."""
+    """The implementation for views z [N, D]: kernels have the Gram route alone, and on a GPU win by fewer launches."""
     if resolve_route(route, *z.shape) == "direct":
         reason = f"the kernels take the N x N route, and this is route={route!r} with N, D = {tuple(z.shape)}"
         why_not = {name: reason if why is None and name != "reference" else why for name, why in why_not.items()}
+    if z.shape[0] > MAX_TRITON_ROWS and "triton" in why_not:
+        why_not["triton"] = why_not.pop("triton")  # last in the order
     return dispatch.choose(operation, impl, why_not)
 
 
