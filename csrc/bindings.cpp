@@ -13,6 +13,7 @@
 #include "cpu/fma_peak.h"
 #include "cpu/gram.h"
 #include "cpu/isa.h"
+#include "cpu/iter_norm.h"
 #include "cpu/masked_attention.h"
 #include "cpu/nearest_code.h"
 #include "cpu/rotate_to_code.h"
@@ -175,6 +176,23 @@ PYBIND11_MODULE(_C, m) {
         ncfast::cpu::masked_attention_backward(pointer<const float>(grad_out), pointer<const float>(qkv),
                                                pointer<const uint8_t>(key_mask), B, S, H, d, threads,
                                                pointer<float>(grad_qkv));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "iter_norm",
+      [](std::uintptr_t x, int64_t N, int64_t D, int64_t groups, int64_t iterations, double eps, int threads,
+         std::uintptr_t y, std::uintptr_t saved) {
+        ncfast::cpu::iter_norm(pointer<const float>(x), N, D, groups, iterations, eps, threads, pointer<float>(y),
+                               pointer<float>(saved));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "iter_norm_backward",
+      [](std::uintptr_t grad_y, std::uintptr_t x, std::uintptr_t saved, int64_t N, int64_t D, int64_t groups,
+         int64_t iterations, int threads, std::uintptr_t grad_x) {
+        ncfast::cpu::iter_norm_backward(pointer<const float>(grad_y), pointer<const float>(x),
+                                        pointer<const float>(saved), N, D, groups, iterations, threads,
+                                        pointer<float>(grad_x));
       },
       py::call_guard<py::gil_scoped_release>());
 }
