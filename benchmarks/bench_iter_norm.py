@@ -3,8 +3,7 @@
 `pytest benchmarks/ --benchmark-only` times each alone; `python benchmarks/bench_iter_norm.py` lets them take turns and
 prints one Markdown table. Expected of ours, for G groups of d channels and T steps, each product of matrices counted
 as the half that its symmetry leaves: forward G (3 N d² + 3 (T - 1) d³) FLOPs and backward G (6 N d² + 9 (T - 1) d³),
-at half the speed of multiply-adds or better. Autograd makes no use of the symmetry, keeps about 3 T matrices a group,
-and at d = 64 its batched products run far below that speed.
+at half the speed of multiply-adds. Autograd makes no use of the symmetry, and keeps some 3 T matrices a group.
 """
 
 import argparse

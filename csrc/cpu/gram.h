@@ -73,6 +73,7 @@ template <class Loss>
 void gram_forward(const Loss& loss, const GramKernel<Loss>& kernel, const GramShape& shape, const float* za,
                   const float* zb, int threads, float* saved_floats, GramSums* sums, GramEnergy* energy) {
   const GramSaved saved(saved_floats, shape);
+  std::fill(saved.scalars, saved.scalars + kScalars * shape.D, 0.0f);  // a loss may use fewer
   const int64_t tasks = (shape.D + kColumns - 1) / kColumns;
   std::vector<GramSums> partial_sums(tasks);
   parallel_for(tasks, threads, [&](int64_t task, int) {
