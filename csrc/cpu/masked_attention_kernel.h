@@ -55,14 +55,22 @@ inline void attention_weights(const Head& head, const float* q, int64_t q_stride
   const int64_t S = head.S, P = head.padded_S;
   multiply<false>(q, q_stride, 1, k_transposed, P, head.d, S, P, weights, P);
   for (int64_t i = 0; i < S; ++i) {
-    float* row = weights + i * P;
-    for (int64_t j = 0; j < S; ++j) row[j] *= head.scale;
+    // Lane by lane, so that the maximum is not one long chain.
+    constexpr int64_t kLanes = 16;
+    float *row = weights + i * P, highest[kLanes], most = -INFINITY;
     if (key_mask != nullptr) {
       for (int64_t j = 0; j < S; ++j) row[j] = key_mask[j] ? row[j] : -INFINITY;
     }
     for (int64_t j = S; j < P; ++j) row[j] = -INFINITY;
-    float most = -INFINITY;
-    for (int64_t j = 0; j < S; ++j) most = row[j] > most ? row[j] : most;
+    for (int64_t lane = 0; lane < kLanes; ++lane) highest[lane] = -INFINITY;
+    for (int64_t j = 0; j < P; j += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const float score = row[j + lane] * head.scale;
+        row[j + lane] = score;
+        highest[lane] = score > highest[lane] ? score : highest[lane];
+      }
+    }
+    for (int64_t lane = 0; lane < kLanes; ++lane) most = highest[lane] > most ? highest[lane] : most;
     // No key at all; a NaN, which is no maximum, comes back out of the sum.
     if (most == -INFINITY && key_mask != nullptr) {
       for (int64_t j = 0; j < P; ++j) row[j] = 0;
