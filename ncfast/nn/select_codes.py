@@ -72,14 +72,12 @@ class Selection:
                 codes = self.transform(codes).flatten(1, 2)  # [H, M, K, D]
                 codes, similarities = self.similarities_to_own(codes)
         with torch.no_grad():
-            if similarities is not None and (
-                self.temperature is not None or self.topk is not None or self.transform is not None
-            ):
-                indices = self.best(similarities)
-            elif self.temperature is not None or self.topk is not None:
-                indices = self.best_in_blocks(codes)
-            else:
+            if self.temperature is None and self.topk is None and self.transform is None:
                 indices = self.codebook.nearest(self.z, codes)
+            elif similarities is not None:
+                indices = self.best(similarities)
+            else:
+                indices = self.best_in_blocks(codes)
         masked = indices
         if self.rows is not None:
             rows = self.rows if self.topk is None else self.rows[..., None]

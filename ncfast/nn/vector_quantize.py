@@ -292,10 +292,8 @@ class VectorQuantize(nn.Module):
         codebook = self.codebook
         if not self.separate_codebook_per_head:
             return codebook[indices] if self.heads == 1 else codebook[indices].flatten(-2)
-        heads = torch.arange(self.heads, device=indices.device)
-        return codebook[heads, indices.reshape(*indices.shape[: indices.dim() - (self.heads > 1)], self.heads)].flatten(
-            -2
-        )
+        indices = indices[..., None] if self.heads == 1 else indices
+        return codebook[torch.arange(self.heads, device=indices.device), indices].flatten(-2)
 
     def channels_back(self, codes: Tensor) -> Tensor:
         return codes if self.is_channel_last else codes.movedim(-1, 1)
