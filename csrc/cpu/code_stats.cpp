@@ -41,20 +41,6 @@ inline void prefetch(const void* address, int64_t bytes) {
 namespace ncfast::cpu {
 namespace {
 
-template <class T>
-Kernel<T> kernel_for(Isa isa) {
-  switch (isa) {
-#ifdef NCFAST_X86
-    case Isa::avx512:
-      return avx512::kernel<T>();
-    case Isa::avx2:
-      return avx2::kernel<T>();
-#endif
-    default:
-      return portable::kernel<T>();
-  }
-}
-
 // Some neighbouring codes with at most kBlockRows rows each, or one block of a code with more.
 struct Task {
   int64_t first_code, last_code;  // [first_code, last_code); several codes
@@ -64,7 +50,7 @@ struct Task {
 template <class T>
 void code_stats_as(const void* z, DType dtype, const int64_t* indices, int64_t H, int64_t M, int64_t K, int64_t D,
                    int threads, T* counts, T* sums) {
-  const Kernel<T> kernel = kernel_for<T>(chosen_isa());
+  const Kernel<T> kernel = NCFAST_FOR_ISA(chosen_isa(), kernel<T>());
   const bool half = dtype == DType::f16 || dtype == DType::bf16;
   std::vector<T> scratch(half ? threads * D : 0);
   std::vector<int64_t> first(K + 1), next(K), order(M), first_block(K);

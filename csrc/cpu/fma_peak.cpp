@@ -12,23 +12,6 @@
 #include "foreach_isa.h"
 
 namespace ncfast::cpu {
-namespace {
-
-double multiply_adds(Isa isa, int64_t rounds, float* sink) {
-  switch (isa) {
-#ifdef NCFAST_X86
-    case Isa::avx512:
-      return avx512::multiply_adds(rounds, sink);
-    case Isa::avx2:
-      return avx2::multiply_adds(rounds, sink);
-#endif
-    default:
-      return portable::multiply_adds(rounds, sink);
-  }
-}
-
-}  // namespace
-
 double fma_peak(int threads, double seconds) {
   using Clock = std::chrono::steady_clock;
   const Isa isa = chosen_isa();
@@ -39,7 +22,7 @@ double fma_peak(int threads, double seconds) {
     float sink = 0;
     const Clock::time_point start = Clock::now();
     for (Clock::time_point before = start; std::chrono::duration<double>(before - start).count() < seconds;) {
-      const double operations = multiply_adds(isa, kRounds, &sink);
+      const double operations = NCFAST_FOR_ISA(isa, multiply_adds(kRounds, &sink));
       const Clock::time_point after = Clock::now();
       rates[task] = std::max(rates[task], operations / std::chrono::duration<double>(after - before).count());
       before = after;

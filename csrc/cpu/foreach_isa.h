@@ -21,3 +21,11 @@ namespace ncfast::cpu::avx512 {
 NCFAST_TARGET_END
 
 #endif
+
+// What `call`, such as kernel(), gives in the namespace of an instruction set.
+#ifdef NCFAST_X86
+#define NCFAST_FOR_ISA(isa, call) \
+  ((isa) == Isa::avx512 ? avx512::call : (isa) == Isa::avx2 ? avx2::call : portable::call)
+#else
+#define NCFAST_FOR_ISA(isa, call) ((void)(isa), portable::call)
+#endif

@@ -43,19 +43,6 @@ struct Kernel {
 namespace ncfast::cpu {
 namespace {
 
-Kernel kernel_for(Isa isa) {
-  switch (isa) {
-#ifdef NCFAST_X86
-    case Isa::avx512:
-      return avx512::kernel();
-    case Isa::avx2:
-      return avx2::kernel();
-#endif
-    default:
-      return portable::kernel();
-  }
-}
-
 int threads_for(const Group& group, int64_t groups, int threads) {
   // A thread costs microseconds to wake: none for less than that many.
   const double d = double(group.d), steps = double(std::max<int64_t>(group.iterations, 1));
@@ -86,7 +73,7 @@ void iter_norm(const float* x, int64_t N, int64_t D, int64_t groups, int64_t ite
                float* y, float* saved) {
   if (N == 0 || D == 0) return;
   const Group group{N, D, D / groups, iterations, eps};
-  const Kernel kernel = kernel_for(chosen_isa());
+  const Kernel kernel = NCFAST_FOR_ISA(chosen_isa(), kernel());
   threads = threads_for(group, groups, threads);
   Scratch scratch(kernel.scratch(group, false), threads);
   parallel_for(groups, threads, [&](int64_t g, int thread) {
@@ -98,7 +85,7 @@ void iter_norm_backward(const float* grad_y, const float* x, const float* saved,
                         int64_t iterations, int threads, float* grad_x) {
   if (N == 0 || D == 0) return;
   const Group group{N, D, D / groups, iterations, 0};
-  const Kernel kernel = kernel_for(chosen_isa());
+  const Kernel kernel = NCFAST_FOR_ISA(chosen_isa(), kernel());
   threads = threads_for(group, groups, threads);
   Scratch scratch(kernel.scratch(group, true), threads);
   parallel_for(groups, threads, [&](int64_t g, int thread) {

@@ -48,19 +48,6 @@ struct Kernel {
 namespace ncfast::cpu {
 namespace {
 
-Kernel kernel_for(Isa isa) {
-  switch (isa) {
-#ifdef NCFAST_X86
-    case Isa::avx512:
-      return avx512::kernel();
-    case Isa::avx2:
-      return avx2::kernel();
-#endif
-    default:
-      return portable::kernel();
-  }
-}
-
 // body(sequence, head, scratch), in parallel.
 template <class Body>
 void for_each_head(const Head& head, int64_t B, int64_t H, int threads, const Body& body) {
@@ -78,7 +65,7 @@ void masked_attention(const float* qkv, const uint8_t* key_mask, int64_t B, int6
                       int threads, float* out) {
   if (B * S * H * d == 0) return;
   const Head head(S, H, d);
-  const Kernel kernel = kernel_for(chosen_isa());
+  const Kernel kernel = NCFAST_FOR_ISA(chosen_isa(), kernel());
   for_each_head(head, B, H, threads, [&](int64_t b, int64_t h, float* scratch) {
     const float* q = qkv + b * S * head.qkv_stride + h * d;
     kernel.forward(head, q, q + H * d, q + 2 * H * d, key_mask == nullptr ? nullptr : key_mask + b * S, scratch,
@@ -90,7 +77,7 @@ void masked_attention_backward(const float* grad_out, const float* qkv, const ui
                                int64_t H, int64_t d, int threads, float* grad_qkv) {
   if (B * S * H * d == 0) return;
   const Head head(S, H, d);
-  const Kernel kernel = kernel_for(chosen_isa());
+  const Kernel kernel = NCFAST_FOR_ISA(chosen_isa(), kernel());
   for_each_head(head, B, H, threads, [&](int64_t b, int64_t h, float* scratch) {
     const float* q = qkv + b * S * head.qkv_stride + h * d;
     float* grad_q = grad_qkv + b * S * head.qkv_stride + h * d;

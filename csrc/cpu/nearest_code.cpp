@@ -102,20 +102,6 @@ inline T score_margin(const Codebook<T>& book, T squared_norm) {
 namespace ncfast::cpu {
 namespace {
 
-template <class T>
-Kernel<T> kernel_for(Isa isa) {
-  switch (isa) {
-#ifdef NCFAST_X86
-    case Isa::avx512:
-      return avx512::kernel<T>();
-    case Isa::avx2:
-      return avx2::kernel<T>();
-#endif
-    default:
-      return portable::kernel<T>();
-  }
-}
-
 struct AlignedDelete {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
 };
@@ -190,7 +176,7 @@ int64_t nearest_of(const Kernel<T>& kernel, const Codebook<T>& book, const T* z,
 template <class T>
 void nearest_code_as(const void* z, DType dtype, const T* codebook, int64_t H, int64_t M, int64_t K, int64_t D,
                      int threads, int64_t* indices) {
-  const Kernel<T> kernel = kernel_for<T>(chosen_isa());
+  const Kernel<T> kernel = NCFAST_FOR_ISA(chosen_isa(), kernel<T>());
   const int64_t N = kernel.panel_codes, R = kernel.tile_rows, panels = (K + N - 1) / N;
   // Four tasks a thread even out their speeds.
   const int64_t tiles = (M + R - 1) / R, wanted = (tiles + 4 * threads - 1) / (4 * threads);

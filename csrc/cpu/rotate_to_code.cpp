@@ -34,20 +34,6 @@ struct Kernel {
 namespace ncfast::cpu {
 namespace {
 
-template <class T>
-Kernel<T> kernel_for(Isa isa) {
-  switch (isa) {
-#ifdef NCFAST_X86
-    case Isa::avx512:
-      return avx512::kernel<T>();
-    case Isa::avx2:
-      return avx2::kernel<T>();
-#endif
-    default:
-      return portable::kernel<T>();
-  }
-}
-
 int threads_for(int64_t rows, int64_t D, int threads) {
   // A thread costs microseconds to wake: none for less than that many.
   return std::max(1, std::min(threads, int(std::min(double(rows) * double(D) / 3e4, 1e6))));
@@ -70,7 +56,7 @@ const T* row_as(const Kernel<T>& kernel, const void* array, DType dtype, int64_t
 template <class T>
 void forward_as(const void* z, DType dtype, const T* codebook, const int64_t* indices, int64_t H, int64_t M, int64_t K,
                 int64_t D, int threads, void* q, T* loss, T* inverse_count) {
-  const Kernel<T> kernel = kernel_for<T>(chosen_isa());
+  const Kernel<T> kernel = NCFAST_FOR_ISA(chosen_isa(), kernel<T>());
   const int64_t rows = H * M, blocks = (rows + kBlockRows - 1) / kBlockRows;
   const int64_t element = is_half(dtype) ? 2 : sizeof(T);
   std::vector<T> scratch(is_half(dtype) ? 2 * threads * D : 0);
@@ -117,7 +103,7 @@ void forward_as(const void* z, DType dtype, const T* codebook, const int64_t* in
 template <class T>
 void backward_as(const void* grad_q, T grad_loss, const void* z, const void* q, const int64_t* indices, T inverse_count,
                  DType dtype, int64_t rows, int64_t K, int64_t D, bool rotate, int threads, void* grad_z) {
-  const Kernel<T> kernel = kernel_for<T>(chosen_isa());
+  const Kernel<T> kernel = NCFAST_FOR_ISA(chosen_isa(), kernel<T>());
   const int64_t element = is_half(dtype) ? 2 : sizeof(T);
   const T commitment = 2 * grad_loss * inverse_count;
   std::vector<T> scratch(is_half(dtype) ? 4 * threads * D : 0);

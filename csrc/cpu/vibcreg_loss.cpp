@@ -20,30 +20,14 @@ struct Loss {
 #include "foreach_isa.h"
 
 namespace ncfast::cpu {
-namespace {
-
-GramKernel<Loss> kernel_for(Isa isa) {
-  switch (isa) {
-#ifdef NCFAST_X86
-    case Isa::avx512:
-      return avx512::kernel();
-    case Isa::avx2:
-      return avx2::kernel();
-#endif
-    default:
-      return portable::kernel();
-  }
-}
-
-}  // namespace
-
 void vibcreg_loss(const float* za, const float* zb, int64_t N, int64_t D, double sim, double var, double cov,
                   double eps, int threads, float* loss, float* saved) {
   const GramShape shape(N, D);
   const Loss of{var, cov, eps};
   GramSums sums;
   GramEnergy energy;
-  gram_forward(of, kernel_for(chosen_isa()), shape, za, zb, gram_threads(shape, threads), saved, &sums, &energy);
+  gram_forward(of, NCFAST_FOR_ISA(chosen_isa(), kernel()), shape, za, zb, gram_threads(shape, threads), saved, &sums,
+               &energy);
   const double off_diagonal = energy.aa + energy.bb - sums.terms[2];
   *loss = float(sim * sums.terms[0] / (double(N) * double(D)) + var * sums.terms[1] / double(D) +
                 cov * off_diagonal / (double(D) * double(D)));
@@ -54,7 +38,7 @@ void vibcreg_loss_backward(const float* grad_loss, const float* za, const float*
                            float* grad_zb) {
   const GramShape shape(N, D);
   const Loss of{var, cov, eps};
-  gram_backward(of, kernel_for(chosen_isa()), shape, za, zb, saved, *grad_loss,
+  gram_backward(of, NCFAST_FOR_ISA(chosen_isa(), kernel()), shape, za, zb, saved, *grad_loss,
                 float(*grad_loss * 2 * sim / (double(N) * double(D))), gram_threads(shape, threads), grad_za, grad_zb);
 }
 
