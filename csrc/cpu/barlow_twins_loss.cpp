@@ -20,6 +20,7 @@ struct Loss {
 #include "foreach_isa.h"
 
 namespace ncfast::cpu {
+
 void barlow_twins_loss(const float* za, const float* zb, int64_t N, int64_t D, double lambd, int64_t ddof, double eps,
                        double eps_std, double scale, int threads, float* loss, float* saved) {
   const GramShape shape(N, D);

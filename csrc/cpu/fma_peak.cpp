@@ -12,6 +12,7 @@
 #include "foreach_isa.h"
 
 namespace ncfast::cpu {
+
 double fma_peak(int threads, double seconds) {
   using Clock = std::chrono::steady_clock;
   const Isa isa = chosen_isa();

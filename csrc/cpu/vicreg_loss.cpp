@@ -20,6 +20,7 @@ struct Loss {
 #include "foreach_isa.h"
 
 namespace ncfast::cpu {
+
 void vicreg_loss(const float* za, const float* zb, int64_t N, int64_t D, double sim, double var, double cov, double eps,
                  int threads, float* loss, float* saved) {
   const GramShape shape(N, D);
