@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 
 #ifdef NCFAST_CUDA_MODULE
@@ -11,14 +12,17 @@
 #include "cpu/barlow_twins_loss.h"
 #include "cpu/code_stats.h"
 #include "cpu/fma_peak.h"
+#include "cpu/fused_linear.h"
 #include "cpu/gram.h"
 #include "cpu/isa.h"
 #include "cpu/iter_norm.h"
 #include "cpu/masked_attention.h"
 #include "cpu/nearest_code.h"
 #include "cpu/rotate_to_code.h"
+#include "cpu/unmask_step.h"
 #include "cpu/vibcreg_loss.h"
 #include "cpu/vicreg_loss.h"
+#include "philox.h"
 #endif
 
 namespace py = pybind11;
@@ -39,15 +43,35 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("nearest_code_workspace_bytes", &ncfast::cuda::nearest_code_workspace_bytes);
   m.def(
       "nearest_code",
-      [](std::uintptr_t z, int dtype, std::uintptr_t codebook, int64_t H, int64_t M, int64_t K, int64_t D,
+      [](std::uintptr_t z, int dtype, std::uintptr_t codebook, int64_t H, int64_t M, int64_t K, int64_t D, bool exact,
          std::uintptr_t stream, std::uintptr_t workspace, std::uintptr_t indices) {
         ncfast::cuda::nearest_code(pointer<const void>(z), DType(dtype), pointer<const void>(codebook), H, M, K, D,
-                                   pointer<void>(stream), pointer<void>(workspace), pointer<int64_t>(indices));
+                                   exact, pointer<void>(stream), pointer<void>(workspace), pointer<int64_t>(indices));
       },
       py::call_guard<py::gil_scoped_release>());
 }
 
 #else
+
+namespace {
+
+ncfast::cpu::AttentionInput attention_input(std::uintptr_t qkv, std::uintptr_t key_mask, std::uintptr_t lengths,
+                                            std::uintptr_t q_scale, std::uintptr_t k_scale, std::uintptr_t null_kv,
+                                            int64_t B, int64_t S, int64_t H, int64_t d, float scale) {
+  return {pointer<const float>(qkv),
+          pointer<const uint8_t>(key_mask),
+          pointer<const int64_t>(lengths),
+          pointer<const float>(q_scale),
+          pointer<const float>(k_scale),
+          pointer<const float>(null_kv),
+          B,
+          S,
+          H,
+          d,
+          scale};
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", [] {
@@ -162,20 +186,44 @@ PYBIND11_MODULE(_C, m) {
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
+      "fused_linear",
+      [](std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t norm_weight,
+         std::uintptr_t residual, int64_t M, int64_t N, int64_t K, double norm_eps, bool gelu, int threads,
+         std::uintptr_t y, std::uintptr_t pre) {
+        ncfast::cpu::fused_linear(pointer<const float>(x), pointer<const float>(weight), pointer<const float>(bias),
+                                  pointer<const float>(norm_weight), pointer<const float>(residual), M, N, K, norm_eps,
+                                  gelu, threads, pointer<float>(y), pointer<float>(pre));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "rms_norm_backward",
+      [](std::uintptr_t grad_out, std::uintptr_t x, std::uintptr_t norm_weight, int64_t M, int64_t K, double norm_eps,
+         int threads, std::uintptr_t grad_x, std::uintptr_t grad_norm_weight, std::uintptr_t normalised) {
+        ncfast::cpu::rms_norm_backward(
+            pointer<const float>(grad_out), pointer<const float>(x), pointer<const float>(norm_weight), M, K, norm_eps,
+            threads, pointer<float>(grad_x), pointer<float>(grad_norm_weight), pointer<float>(normalised));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
       "masked_attention",
-      [](std::uintptr_t qkv, std::uintptr_t key_mask, int64_t B, int64_t S, int64_t H, int64_t d, int threads,
-         std::uintptr_t out) {
-        ncfast::cpu::masked_attention(pointer<const float>(qkv), pointer<const uint8_t>(key_mask), B, S, H, d, threads,
-                                      pointer<float>(out));
+      [](std::uintptr_t qkv, std::uintptr_t key_mask, std::uintptr_t lengths, std::uintptr_t q_scale,
+         std::uintptr_t k_scale, std::uintptr_t null_kv, int64_t B, int64_t S, int64_t H, int64_t d, float scale,
+         int threads, std::uintptr_t out) {
+        ncfast::cpu::masked_attention(
+            attention_input(qkv, key_mask, lengths, q_scale, k_scale, null_kv, B, S, H, d, scale), threads,
+            pointer<float>(out));
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "masked_attention_backward",
-      [](std::uintptr_t grad_out, std::uintptr_t qkv, std::uintptr_t key_mask, int64_t B, int64_t S, int64_t H,
-         int64_t d, int threads, std::uintptr_t grad_qkv) {
-        ncfast::cpu::masked_attention_backward(pointer<const float>(grad_out), pointer<const float>(qkv),
-                                               pointer<const uint8_t>(key_mask), B, S, H, d, threads,
-                                               pointer<float>(grad_qkv));
+      [](std::uintptr_t qkv, std::uintptr_t key_mask, std::uintptr_t lengths, std::uintptr_t q_scale,
+         std::uintptr_t k_scale, std::uintptr_t null_kv, int64_t B, int64_t S, int64_t H, int64_t d, float scale,
+         std::uintptr_t grad_out, int threads, std::uintptr_t grad_qkv, std::uintptr_t grad_q_scale,
+         std::uintptr_t grad_k_scale, std::uintptr_t grad_null_kv) {
+        ncfast::cpu::masked_attention_backward(
+            attention_input(qkv, key_mask, lengths, q_scale, k_scale, null_kv, B, S, H, d, scale),
+            pointer<const float>(grad_out), threads, pointer<float>(grad_qkv), pointer<float>(grad_q_scale),
+            pointer<float>(grad_k_scale), pointer<float>(grad_null_kv));
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
@@ -193,6 +241,23 @@ PYBIND11_MODULE(_C, m) {
         ncfast::cpu::iter_norm_backward(pointer<const float>(grad_y), pointer<const float>(x),
                                         pointer<const float>(saved), N, D, groups, iterations, threads,
                                         pointer<float>(grad_x));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def("philox4x32", [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+    const auto [word] = ncfast::philox::philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+    return std::array<uint32_t, 4>{word[0], word[1], word[2], word[3]};
+  });
+  m.def(
+      "unmask_step",
+      [](std::uintptr_t logits, std::uintptr_t unconditional, std::uintptr_t tokens, std::uintptr_t sample,
+         std::uintptr_t positions, std::uintptr_t counts, int64_t B, int64_t m, int64_t n, int64_t K, int64_t seed,
+         int64_t step, int64_t num_masked, double choice_temperature, double guidance_scale, double temperature,
+         int64_t top_k, bool google, int64_t width, int threads, std::uintptr_t out, std::uintptr_t remaining) {
+        ncfast::cpu::unmask_step(pointer<const float>(logits), pointer<const float>(unconditional),
+                                 pointer<const int64_t>(tokens), pointer<const int64_t>(sample),
+                                 pointer<const int64_t>(positions), pointer<const int64_t>(counts), B, m, n, K,
+                                 uint64_t(seed), step, num_masked, choice_temperature, guidance_scale, temperature,
+                                 top_k, google, width, threads, pointer<int64_t>(out), pointer<int64_t>(remaining));
       },
       py::call_guard<py::gil_scoped_release>());
 }

@@ -46,22 +46,29 @@ NCFAST_NOINLINE void multiply_rows(const float* left, int64_t row, int64_t step,
   }
 }
 
-// `rows` rows and the columns [0, columns), a multiple of the register's width.
+// multiply_rows for a number of rows that is known at run time, 1 to R.
+template <int R, bool Add>
+inline void multiply_up_to(int64_t rows, const float* left, int64_t row, int64_t step, const float* right,
+                           int64_t right_stride, int64_t count, int64_t columns, float* to, int64_t to_stride) {
+  if constexpr (R > 1) {
+    if (rows < R) {
+      multiply_up_to<R - 1, Add>(rows, left, row, step, right, right_stride, count, columns, to, to_stride);
+      return;
+    }
+  }
+  multiply_rows<R, Add>(left, row, step, right, right_stride, count, 0, columns, to, to_stride);
+}
+
+// `rows` rows and the columns [0, columns), a multiple of the register's width. The rows are shared out evenly: a tile
+// of a few rows takes as long as one of twice as many.
 template <bool Add>
 inline void multiply(const float* left, int64_t row, int64_t step, const float* right, int64_t right_stride,
                      int64_t count, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
   constexpr int R = Vec<float>::tile_rows;
-  int64_t r = 0;
-  for (; r + R <= rows; r += R) {
-    multiply_rows<R, Add>(left + r * row, row, step, right, right_stride, count, 0, columns, to + r * to_stride,
-                          to_stride);
-  }
-  for (; r + 4 <= rows; r += 4) {
-    multiply_rows<4, Add>(left + r * row, row, step, right, right_stride, count, 0, columns, to + r * to_stride,
-                          to_stride);
-  }
-  for (; r < rows; ++r) {
-    multiply_rows<1, Add>(left + r * row, row, step, right, right_stride, count, 0, columns, to + r * to_stride,
-                          to_stride);
+  const int64_t tiles = (rows + R - 1) / R;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t r = rows * tile / tiles, next = rows * (tile + 1) / tiles;
+    multiply_up_to<R, Add>(next - r, left + r * row, row, step, right, right_stride, count, columns, to + r * to_stride,
+                           to_stride);
   }
 }

@@ -47,7 +47,9 @@
 #endif
 
 // Vec<T>: one register of T, the same interface in every namespace. tile_rows is how many rows, at two registers of
-// accumulators each, leave room for the operands.
+// accumulators each, leave room for the operands. max(a, b) is b where either is NaN. Of float only:
+// power_of_two(n + 1.5 * 2^23), which is 2^n for the integers n of -126..127 and 0 for -127 (the sum keeps n in its low
+// bits), and transpose(rows) of a square.
 namespace ncfast::cpu {
 
 inline int lowest_bit(uint32_t mask) {
@@ -82,6 +84,9 @@ struct Vec {
   static Vec broadcast(T value) { return {Lanes{} + value}; }
   void store(T* to) const { std::memcpy(to, &lanes, sizeof(Lanes)); }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return {a.lanes * b.lanes + c.lanes}; }
+  static Vec add(Vec a, Vec b) { return {a.lanes + b.lanes}; }
+  static Vec subtract(Vec a, Vec b) { return {a.lanes - b.lanes}; }
+  static Vec multiply(Vec a, Vec b) { return {a.lanes * b.lanes}; }
   static bool any_at_least(Vec a, Vec b, T bound) {
     const auto hit = (a.lanes >= bound) | (b.lanes >= bound);
     uint64_t bits[2] = {0, 0};
@@ -100,8 +105,22 @@ struct Vec {
     T lane_a[width], lane_b[width];
     a.store(lane_a);
     b.store(lane_b);
-    for (int i = 0; i < width; ++i) lane_a[i] = lane_b[i] > lane_a[i] ? lane_b[i] : lane_a[i];
+    for (int i = 0; i < width; ++i) lane_a[i] = lane_a[i] > lane_b[i] ? lane_a[i] : lane_b[i];
     return load(lane_a);
+  }
+  static Vec power_of_two(Vec shifted) {
+    uint32_t bits[width];
+    shifted.store(reinterpret_cast<T*>(bits));
+    for (int i = 0; i < width; ++i) bits[i] = (bits[i] << 23) + 0x3f800000u;
+    return load(reinterpret_cast<const T*>(bits));
+  }
+  static void transpose(Vec (&rows)[width]) {
+    T lane[width][width], turned[width][width];
+    for (int i = 0; i < width; ++i) rows[i].store(lane[i]);
+    for (int i = 0; i < width; ++i) {
+      for (int j = 0; j < width; ++j) turned[j][i] = lane[i][j];
+    }
+    for (int i = 0; i < width; ++i) rows[i] = load(turned[i]);
   }
   T largest() const {
     T lane[width];
@@ -175,7 +194,37 @@ struct Vec<float> {
   static Vec broadcast(float value) { return {_mm256_set1_ps(value)}; }
   void store(float* to) const { _mm256_storeu_ps(to, lanes); }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.lanes, b.lanes, c.lanes)}; }
+  static Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.lanes, b.lanes)}; }
+  static Vec subtract(Vec a, Vec b) { return {_mm256_sub_ps(a.lanes, b.lanes)}; }
+  static Vec multiply(Vec a, Vec b) { return {_mm256_mul_ps(a.lanes, b.lanes)}; }
   static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.lanes, b.lanes)}; }
+  static Vec power_of_two(Vec shifted) {
+    const __m256i bits = _mm256_slli_epi32(_mm256_castps_si256(shifted.lanes), 23);
+    return {_mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(0x3f800000)))};
+  }
+  static void transpose(Vec (&rows)[width]) {
+    // Pairs of rows, then pairs of pairs, then halves.
+    __m256 pairs[8], fours[8];
+    NCFAST_UNROLL
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(rows[i].lanes, rows[i + 1].lanes);
+      pairs[i + 1] = _mm256_unpackhi_ps(rows[i].lanes, rows[i + 1].lanes);
+    }
+    NCFAST_UNROLL
+    for (int i = 0; i < 8; i += 4) {
+      NCFAST_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const __m256d low = _mm256_castps_pd(pairs[i + half]), high = _mm256_castps_pd(pairs[i + half + 2]);
+        fours[i + 2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+        fours[i + 2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+      }
+    }
+    NCFAST_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      rows[i].lanes = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+      rows[i + 4].lanes = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+    }
+  }
   static bool any_at_least(Vec a, Vec b, float bound) { return max(a, b).lanes_at_least(bound) != 0; }
   uint32_t lanes_at_least(float bound) const {
     return _mm256_movemask_ps(_mm256_cmp_ps(lanes, _mm256_set1_ps(bound), _CMP_GE_OQ));
@@ -253,7 +302,43 @@ struct Vec<float> {
   static Vec broadcast(float value) { return {_mm512_set1_ps(value)}; }
   void store(float* to) const { _mm512_storeu_ps(to, lanes); }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.lanes, b.lanes, c.lanes)}; }
+  static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.lanes, b.lanes)}; }
+  static Vec subtract(Vec a, Vec b) { return {_mm512_sub_ps(a.lanes, b.lanes)}; }
+  static Vec multiply(Vec a, Vec b) { return {_mm512_mul_ps(a.lanes, b.lanes)}; }
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.lanes, b.lanes)}; }
+  static Vec power_of_two(Vec shifted) {
+    const __m512i bits = _mm512_slli_epi32(_mm512_castps_si512(shifted.lanes), 23);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(0x3f800000)))};
+  }
+  static void transpose(Vec (&rows)[width]) {
+    // Pairs of rows, then pairs of pairs: fours[i + j] holds column j of each quarter of four rows. Then the quarters.
+    __m512 pairs[16], fours[16];
+    NCFAST_UNROLL
+    for (int i = 0; i < 16; i += 2) {
+      pairs[i] = _mm512_unpacklo_ps(rows[i].lanes, rows[i + 1].lanes);
+      pairs[i + 1] = _mm512_unpackhi_ps(rows[i].lanes, rows[i + 1].lanes);
+    }
+    NCFAST_UNROLL
+    for (int i = 0; i < 16; i += 4) {
+      NCFAST_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const __m512d low = _mm512_castps_pd(pairs[i + half]), high = _mm512_castps_pd(pairs[i + half + 2]);
+        fours[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+        fours[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+      }
+    }
+    NCFAST_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const __m512 low_even = _mm512_shuffle_f32x4(fours[j], fours[j + 4], 0x88);
+      const __m512 low_odd = _mm512_shuffle_f32x4(fours[j], fours[j + 4], 0xdd);
+      const __m512 high_even = _mm512_shuffle_f32x4(fours[j + 8], fours[j + 12], 0x88);
+      const __m512 high_odd = _mm512_shuffle_f32x4(fours[j + 8], fours[j + 12], 0xdd);
+      rows[j].lanes = _mm512_shuffle_f32x4(low_even, high_even, 0x88);
+      rows[j + 4].lanes = _mm512_shuffle_f32x4(low_odd, high_odd, 0x88);
+      rows[j + 8].lanes = _mm512_shuffle_f32x4(low_even, high_even, 0xdd);
+      rows[j + 12].lanes = _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd);
+    }
+  }
   static bool any_at_least(Vec a, Vec b, float bound) {
     const __m512 limit = _mm512_set1_ps(bound);
     const __mmask16 hit_a = _mm512_cmp_ps_mask(a.lanes, limit, _CMP_GE_OQ);
