@@ -8,118 +8,270 @@ from torch.nn import functional as F
 from ncfast.ops import dispatch
 
 MAX_LENGTH = 128  # of a sequence that the kernels take; beyond it PyTorch's own attention is as fast
+# That the Triton kernels take: a head of theirs stays in registers and shared memory.
+MAX_HEAD_DIM = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
 
-def masked_attention_reference(qkv: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / sqrt(d)) v by PyTorch's attention.  qkv [B, S, 3, H, d], key_mask bool [B, S] -> [B, S, H, d]."""
+def masked_attention_reference(
+    qkv: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    null_kv: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale q kᵀ) v by PyTorch's attention; arguments and result are those of masked_attention."""
+    if qkv.numel() == 0:  # torch 2.11 divides by a size of zero
+        learned = [0 * x.sum() for x in (q_scale, k_scale, null_kv) if x is not None]
+        return qkv[:, :, 2] + sum(learned)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, S, d] each
+    B, H, S, d = q.shape
+    if lengths is not None:
+        key_mask = torch.arange(S, device=qkv.device) < lengths[:, None]
+    if null_kv is not None:
+        null_k, null_v = null_kv.to(qkv.dtype)[:, None, :, None].expand(2, B, H, 1, d)
+        k, v = torch.cat((null_k, k), 2), torch.cat((null_v, v), 2)
+        if key_mask is not None:
+            key_mask = F.pad(key_mask, (1, 0), value=True)
+    if q_scale is not None:
+        q, k = normalised(q, q_scale), normalised(k, k_scale)
     if key_mask is None:
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
     any_key = key_mask.any(-1)[:, None, None, None]  # a softmax over nothing would be NaN
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask[:, None, None] | ~any_key)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask[:, None, None] | ~any_key, scale=scale)
     return torch.where(any_key, out, 0).transpose(1, 2)
 
 
-def masked_attention(qkv: Tensor, key_mask: Tensor | None = None, *, impl: str = "auto") -> Tensor:
-    """Attention of every position to every key of its sequence, without dropout.
+def normalised(x: Tensor, scale: Tensor) -> Tensor:
+    """x / |x| * scale over the last dimension, in float32 or better."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (F.normalize(wide, dim=-1) * scale.to(wide.dtype)).to(x.dtype)
+
+
+def masked_attention(
+    qkv: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    null_kv: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention of every position to every key of its sequence, without dropout: softmax(scale q kᵀ) v.
+
+    The attention of MaskGIT's transformer (Chang et al., arXiv 2202.04200) and, with `q_scale`, `k_scale` and
+    `null_kv`, that of TimeVQVAE's (Lee et al., arXiv 2303.04743; its code takes the block from x-transformers):
+    queries and keys have length one, times a learned scale, and every sequence has one more, learned key.
 
     Args:
         qkv: packed queries, keys and values [B, S, 3, H, d]; any float dtype.
         key_mask: bool [B, S], False for keys that no position attends to; a sequence without any key gives zeros.
-        impl: "auto" (the fastest that can run the call: the C++ kernel takes float32 and S <= 128), "reference"
-            (torch.nn.functional.scaled_dot_product_attention) or "cpp".
+        lengths: int64 [B], instead of a mask: keys at positions from there on are left out.
+        q_scale, k_scale: [d] each, shared by the heads: q becomes q / |q| * q_scale, and k likewise. Both or none.
+        null_kv: a key and a value of each head [2, H, d] that every position attends to as well, whatever the mask; the
+            key is normalised as the others are.
+        scale: of the scores; d**-0.5 by default.
+        impl: "auto" (the fastest that can run the call), "reference" (PyTorch's scaled_dot_product_attention), "cpp"
+            (float32, S <= 128) or "triton" (S <= 128; float16 and bfloat16, d <= 128; float32, d <= 64).
 
     Returns:
-        [B, S, H, d] in the type of qkv, differentiable in qkv (once; twice only by the reference).
+        [B, S, H, d] in the type of qkv. Differentiable in qkv, q_scale, k_scale and null_kv; a second derivative is
+        refused, except of the reference.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; an unknown impl.
         RuntimeError: an `impl` asked for by name that cannot run here, with the reason.
     """
-    check(qkv, key_mask)
-    name = dispatch.choose("masked_attention", impl, why_not(qkv.device, qkv.dtype, qkv.shape[1]))
+    check(qkv, key_mask, lengths, q_scale, k_scale, null_kv)
+    S, d = qkv.shape[1], qkv.shape[-1]
+    plain = q_scale is None and null_kv is None
+    name = dispatch.choose("masked_attention", impl, why_not(qkv.device, qkv.dtype, S, d, plain=plain))
     if name == "reference":
-        return masked_attention_reference(qkv, key_mask)
-    return MaskedAttention.apply(qkv.contiguous(), None if key_mask is None else key_mask.contiguous(), name)
+        return masked_attention_reference(
+            qkv, key_mask, lengths=lengths, q_scale=q_scale, k_scale=k_scale, null_kv=null_kv, scale=scale
+        )
+    scale = d**-0.5 if scale is None else float(scale)
+    key_mask, lengths = (None if x is None else x.contiguous() for x in (key_mask, lengths))
+    q_scale, k_scale, null_kv = (None if x is None else x.float().contiguous() for x in (q_scale, k_scale, null_kv))
+    return MaskedAttention.apply(qkv.contiguous(), key_mask, lengths, q_scale, k_scale, null_kv, scale, name)
 
 
-def check(qkv: Tensor, key_mask: Tensor | None) -> None:
+def check(
+    qkv: Tensor,
+    key_mask: Tensor | None,
+    lengths: Tensor | None,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    null_kv: Tensor | None,
+) -> None:
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"masked_attention: qkv is [B, S, 3, H, d]; got {list(qkv.shape)}")
     if not qkv.is_floating_point():
         raise ValueError(f"masked_attention: qkv is floating point; got {qkv.dtype}")
-    if key_mask is None:
-        return
-    if key_mask.dtype != torch.bool or key_mask.shape != qkv.shape[:2]:
-        raise ValueError(
-            f"masked_attention: key_mask is bool {list(qkv.shape[:2])}; got {key_mask.dtype} {list(key_mask.shape)}"
-        )
-    if key_mask.device != qkv.device:
-        raise ValueError(f"masked_attention: qkv is on {qkv.device} and key_mask on {key_mask.device}; move one")
+    B, S, _, H, d = qkv.shape
+    if key_mask is not None and lengths is not None:
+        raise ValueError("masked_attention: give key_mask or lengths, not both")
+    if (q_scale is None) != (k_scale is None):
+        given, missing = ("k_scale", "q_scale") if q_scale is None else ("q_scale", "k_scale")
+        raise ValueError(f"masked_attention: q_scale and k_scale go together; got {given} without {missing}")
+    for name, tensor, dtype, shape in (
+        ("key_mask", key_mask, torch.bool, [B, S]),
+        ("lengths", lengths, torch.int64, [B]),
+        ("q_scale", q_scale, None, [d]),
+        ("k_scale", k_scale, None, [d]),
+        ("null_kv", null_kv, None, [2, H, d]),
+    ):
+        if tensor is None:
+            continue
+        fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+        if not fits or list(tensor.shape) != shape:
+            wanted = "floating point" if dtype is None else str(dtype).removeprefix("torch.")
+            raise ValueError(f"masked_attention: {name} is {wanted} {shape}; got {tensor.dtype} {list(tensor.shape)}")
+        if tensor.device != qkv.device:
+            raise ValueError(f"masked_attention: qkv is on {qkv.device} and {name} on {tensor.device}; move one")
 
 
 class MaskedAttention(torch.autograd.Function):
+    """The gradient of an operator `name`, everything as its schema says."""
+
     @staticmethod
-    def forward(ctx, qkv: Tensor, key_mask: Tensor | None, name: str) -> Tensor:
-        ctx.save_for_backward(qkv, key_mask)
-        ctx.name = name
-        return OPERATORS[name](qkv.detach(), key_mask)
+    def forward(ctx, qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale: float, name: str) -> Tensor:
+        ctx.save_for_backward(qkv, key_mask, lengths, q_scale, k_scale, null_kv)
+        ctx.scale, ctx.name = scale, name
+        q_scale, k_scale, null_kv = (None if x is None else x.detach() for x in (q_scale, k_scale, null_kv))
+        return OPERATORS[name](qkv.detach(), key_mask, lengths, q_scale, k_scale, null_kv, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor):
-        qkv, key_mask = ctx.saved_tensors
-        return BACKWARD_OPERATORS[ctx.name](grad_out.contiguous(), qkv, key_mask), None, None
+        _, _, _, q_scale, _, null_kv = inputs = ctx.saved_tensors
+        grads = BACKWARD_OPERATORS[ctx.name](grad_out.contiguous(), *inputs, ctx.scale)
+        grad_qkv, grad_q_scale, grad_k_scale, grad_null_kv = grads
+        if q_scale is None:
+            grad_q_scale = grad_k_scale = None
+        if null_kv is None:
+            grad_null_kv = None
+        return grad_qkv, None, None, grad_q_scale, grad_k_scale, grad_null_kv, None, None
 
 
-def why_not(device: torch.device, dtype: torch.dtype = torch.float32, length: int = 1) -> dict[str, str | None]:
-    """Each implementation, fastest first, with None or the reason why it cannot run on these."""
-    unfit = None
-    if dtype != torch.float32:
-        unfit = f"{dtype} input: the kernel is float32"
-    elif length > MAX_LENGTH:
-        unfit = f"sequences of {length}: the kernel takes up to {MAX_LENGTH}"
-    return {"cpp": dispatch.why_not_cpp(device) or unfit, "reference": None}
+def why_not(
+    device: torch.device, dtype: torch.dtype = torch.float32, length: int = 1, head_dim: int = 1, *, plain: bool = True
+) -> dict[str, str | None]:
+    """Each implementation, fastest first, with None or the reason why it cannot run on these.
+
+    plain: neither normalised queries and keys nor a null key.
+    """
+    unfit = f"sequences of {length}: the kernel takes up to {MAX_LENGTH}" if length > MAX_LENGTH else None
+    unfit_cpp = f"{dtype} input: the kernel is float32" if dtype != torch.float32 else unfit
+    unfit_triton = unfit
+    if dtype not in MAX_HEAD_DIM:
+        unfit_triton = f"{dtype} input: Triton has no path for it"
+    elif dtype == torch.bfloat16 and device.type != "cuda":
+        unfit_triton = "bfloat16 input: Triton's interpreter takes it for integers where it multiplies"
+    elif head_dim > MAX_HEAD_DIM[dtype]:
+        unfit_triton = f"heads of {head_dim}: the kernel takes up to {MAX_HEAD_DIM[dtype]} of {dtype}"
+    elif unfit is None and device.type == "cuda":
+        wanted, there = shared_memory(dtype, length, head_dim), shared_memory_of(device)
+        if wanted > there:
+            unfit_triton = f"the kernel needs {wanted} bytes of shared memory, and {device} has {there}"
+    table = {
+        "cpp": dispatch.why_not_cpp(device) or unfit_cpp,
+        "reference": None,
+        "triton": dispatch.why_not_triton(device) or unfit_triton,
+    }
+    # On an H100, called one by one, PyTorch's attention takes half to three quarters of the Triton kernel's time at S =
+    # 41 to 128, d = 64, bfloat16, but twice its time with normalised queries and keys and a null key. Without a GPU
+    # Triton is interpreted: right, but the slowest of all.
+    if device.type == "cuda" and not plain:
+        table["reference"] = table.pop("reference")
+    return table
 
 
-def _cpp(qkv: Tensor, key_mask: Tensor | None) -> Tensor:
-    B, S, _, H, d = qkv.shape
-    out = _fake(qkv, key_mask)
-    mask = 0 if key_mask is None else key_mask.data_ptr()
+def shared_memory(dtype: torch.dtype, length: int, head_dim: int) -> int:
+    """Bytes that the backward kernel in Triton takes at most (Triton 3.9 for sm_90; a test compiles it to check)."""
+    length, head_dim = (max(16, 1 << (size - 1).bit_length()) for size in (length, head_dim))
+    elements = length * head_dim
+    return max(28 * elements, 128 << 10) if dtype == torch.float32 else 8 * elements + (16 << 10)
+
+
+@torch.compiler.assume_constant_result
+def shared_memory_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _cpp(qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale: float) -> Tensor:
+    out = _fake(qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale)
+    B, S, H, d = out.shape
+    pointers = [_pointer(x) for x in (qkv, key_mask, lengths, q_scale, k_scale, null_kv)]
     module, _ = dispatch.load_module("_C")
-    module.masked_attention(qkv.data_ptr(), mask, B, S, H, d, torch.get_num_threads(), out.data_ptr())
+    module.masked_attention(*pointers, B, S, H, d, scale, torch.get_num_threads(), out.data_ptr())
     return out
 
 
-def _cpp_backward(grad_out: Tensor, qkv: Tensor, key_mask: Tensor | None) -> Tensor:
-    B, S, _, H, d = qkv.shape
-    grad_qkv = torch.empty_like(qkv)
-    mask = 0 if key_mask is None else key_mask.data_ptr()
+def _cpp_backward(
+    grad_out, qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = _fake_backward(grad_out, qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale)
+    B, S, H, d = grad_out.shape
+    pointers = [_pointer(x) for x in (qkv, key_mask, lengths, q_scale, k_scale, null_kv)]
     module, _ = dispatch.load_module("_C")
     module.masked_attention_backward(
-        grad_out.data_ptr(), qkv.data_ptr(), mask, B, S, H, d, torch.get_num_threads(), grad_qkv.data_ptr()
+        *pointers, B, S, H, d, scale, grad_out.data_ptr(), torch.get_num_threads(), *(x.data_ptr() for x in grads)
     )
-    return grad_qkv
+    return grads
 
 
-def _fake(qkv: Tensor, key_mask: Tensor | None) -> Tensor:
+def _triton(qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale: float) -> Tensor:
+    from ncfast.ops.triton.masked_attention import masked_attention_triton
+
+    return masked_attention_triton(qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale)
+
+
+def _triton_backward(
+    grad_out, qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ncfast.ops.triton.masked_attention import masked_attention_backward_triton
+
+    return masked_attention_backward_triton(grad_out, qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale)
+
+
+def _fake(qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale) -> Tensor:
     B, S, _, H, d = qkv.shape
     return qkv.new_empty(B, S, H, d)
 
 
-def _fake_backward(grad_out: Tensor, qkv: Tensor, key_mask: Tensor | None) -> Tensor:
-    return torch.empty_like(qkv)
+def _fake_backward(
+    grad_out, qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    H, d = qkv.shape[-2:]
+    normalised, null = q_scale is not None, null_kv is not None
+    shapes = ((d,) if normalised else (0,), (d,) if normalised else (0,), (2, H, d) if null else (0,))
+    return torch.empty_like(qkv), *(qkv.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 OPERATORS, BACKWARD_OPERATORS = {}, {}
-for _name, _forward, _backward, _key in (("cpp", _cpp, _cpp_backward, "CPU"),):
-    # All contiguous, float32: qkv [B, S, 3, H, d], key_mask bool [B, S] -> [B, S, H, d]
-    dispatch.library.define(f"masked_attention_{_name}(Tensor qkv, Tensor? key_mask) -> Tensor")
-    dispatch.library.define(
-        f"masked_attention_backward_{_name}(Tensor grad_out, Tensor qkv, Tensor? key_mask) -> Tensor"
-    )
-    dispatch.library.impl(f"masked_attention_{_name}", _forward, _key)
-    dispatch.library.impl(f"masked_attention_backward_{_name}", _backward, _key)
+for _name, _forward, _backward, _keys in (
+    ("cpp", _cpp, _cpp_backward, ("CPU",)),
+    ("triton", _triton, _triton_backward, ("CUDA", "CPU")),
+):
+    # All contiguous: qkv [B, S, 3, H, d]; key_mask bool [B, S] or lengths int64 [B]; q_scale and k_scale [d], both or
+    # none, and null_kv [2, H, d], float32 -> [B, S, H, d] as qkv. Backward: the gradients of qkv and, float32, of
+    # q_scale, k_scale and null_kv, empty where these are not given.
+    _inputs = "Tensor qkv, Tensor? key_mask, Tensor? lengths, Tensor? q_scale, Tensor? k_scale, Tensor? null_kv"
+    dispatch.library.define(f"masked_attention_{_name}({_inputs}, float scale) -> Tensor")
+    _grads = "(Tensor, Tensor, Tensor, Tensor)"
+    dispatch.library.define(f"masked_attention_backward_{_name}(Tensor grad_out, {_inputs}, float scale) -> {_grads}")
+    for _key in _keys:
+        dispatch.library.impl(f"masked_attention_{_name}", _forward, _key)
+        dispatch.library.impl(f"masked_attention_backward_{_name}", _backward, _key)
     torch.library.register_fake(f"ncfast::masked_attention_{_name}", _fake, lib=dispatch.library)
     torch.library.register_fake(f"ncfast::masked_attention_backward_{_name}", _fake_backward, lib=dispatch.library)
     OPERATORS[_name] = getattr(torch.ops.ncfast, f"masked_attention_{_name}").default

@@ -46,6 +46,7 @@ class Implementation(NamedTuple):
         tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
         self.skip_unless_it_runs(*(tensor.dtype for tensor in tensors if tensor.is_floating_point()))
         moved = [x.to(self.device) if isinstance(x, torch.Tensor) else x for x in arguments]
+        options = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
         with isa(self.isa):
             result = self.operation(*moved, impl=self.name, **options)
         return result.cpu() if isinstance(result, torch.Tensor) else tuple(part.cpu() for part in result)
@@ -98,8 +99,9 @@ def poisoned_memory():
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 COMPILE_TRITON = """
-import importlib, json, sys
+import importlib, json, os, re, subprocess, sys, tempfile
 import triton
+import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -109,18 +111,29 @@ for name, types, blocks in json.loads(sys.argv[2]):
     constants = {name: value for name, value in blocks.items() if name in kernel.arg_names}
     options = {name: value for name, value in blocks.items() if name not in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    # Pointers are aligned, as those of torch's allocations are.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, type in enumerate(signature.values()) if type.startswith("*")}
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options
+        ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options
     )
     assert len(compiled.asm["cubin"]) > 0
     print(compiled.asm["ptx"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        cuobjdump = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    used = {"shared": compiled.metadata.shared, "stack": int(re.search(r"STACK:([0-9]+)", usage)[1])}
+    print("RESOURCES", json.dumps(used))
 """
 
 
 def compile_offline(module, jobs, cache):
     """Compiles (kernel, types, constants and options) for sm_90 without a GPU; arguments without a type are i32.
 
-    Checks what the kernels promise of every GPU: no atomics, and sums that keep their subnormals.
+    Checks what the kernels promise of every GPU: no atomics, and sums that keep their subnormals (exp2 may flush its
+    own). Returns for each the bytes of shared memory of a program, and of a thread's stack, where registers go that do
+    not fit.
     """
     # In a process of its own: in this one triton may have been imported as its interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -129,4 +142,6 @@ def compile_offline(module, jobs, cache):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(".visible .entry") == len(jobs)
-    assert not re.search(r"\b(atom|red)\.|\.ftz", done.stdout)
+    # A float64 logarithm starts from an rcp.approx, a float32 exponential ends in ex2: they have no other form.
+    assert not re.search(r"\b(atom|red)\.|(?<!\brcp\.approx)(?<!\bex2\.approx)\.ftz", done.stdout)
+    return [json.loads(line) for line in re.findall(r"^RESOURCES (.*)$", done.stdout, re.MULTILINE)]

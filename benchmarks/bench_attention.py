@@ -1,0 +1,205 @@
+"""masked_attention against every backend of PyTorch's attention that runs, FlexAttention, and torch.compile.
+
+`pytest benchmarks/ --benchmark-only` times a few shapes, each peer alone; `python benchmarks/bench_attention.py` lets
+the peers take turns and prints Markdown tables, `--device cuda --dtype bfloat16` on a GPU. All start from packed qkv
+[B, S, 3, 2, d] and end at [B, S, 2, d], with B S about 19,456 (B = 256 for the 76 tokens of FordA).
+
+Expected of ours, for each head: forward 4 S² d FLOPs and, of n bytes an element, 4 S d n bytes; backward 10 S² d, for
+it computes the weights again, and 7 S d n. On a CPU multiply-adds bind: the products reach 90 % of their rate, and what
+the softmax and the packing of keys take besides leaves 70 to 75 %. On a GPU memory binds below S = 370, of which flash
+and cuDNN move half as much again in their backward passes, in three launches. Beyond S = 128 `auto` is PyTorch's.
+
+The second table is the attention of TimeVQVAE's block: l2-normalised q and k with learned scales, and a null key, which
+PyTorch writes out as some ten tensors of B S H d elements each way.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from common import fma_peak, interleaved, machine, table
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+
+from ncfast.ops import masked_attention, masked_attention_reference
+
+LENGTHS = (16, 17, 41, 64, 76, 97, 128, 192, 256, 512)
+HEAD_DIMS = (32, 64)
+BLOCK_SHAPES = [(17, 64), (41, 64), (76, 32), (76, 64), (128, 64), (256, 64)]  # S, d
+TOKENS, HEADS = 256 * 76, 2
+MODES = {"forward": 4, "backward": 10, "both": 14}  # FLOPs over B H S² d
+OURS = "ncfast"
+BACKENDS = {
+    "cpu": {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH},
+    "cuda": {
+        "cuDNN": SDPBackend.CUDNN_ATTENTION,
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH,
+    },
+}
+
+
+def data(S: int, d: int, device: str, dtype: torch.dtype, block: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+    """qkv [B, S, 3, H, d] and, for the block, q_scale, k_scale [d] and null_kv [2, H, d]; a gradient [B, S, H, d]."""
+    generator = torch.Generator().manual_seed(0)
+    B = TOKENS // S
+    qkv = torch.randn(B, S, 3, HEADS, d, generator=generator).to(device, dtype)
+    gradient = torch.randn(B, S, HEADS, d, generator=generator).to(device, dtype)
+    inputs = (qkv,)
+    if block:
+        q_scale, k_scale, null_kv = (
+            torch.rand(shape, generator=generator).add(0.5).to(device) for shape in ((d,), (d,), (2, HEADS, d))
+        )
+        inputs = (qkv, q_scale, k_scale, null_kv)
+    return tuple(x.requires_grad_() for x in inputs), gradient
+
+
+def ours(qkv: Tensor, *block: Tensor) -> Tensor:
+    return masked_attention(qkv, **options(block))
+
+
+def written_out(qkv: Tensor, *block: Tensor) -> Tensor:
+    return masked_attention_reference(qkv, **options(block))
+
+
+def options(block: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return dict(zip(("q_scale", "k_scale", "null_kv"), block, strict=False))
+
+
+def sdpa(qkv: Tensor, backend: SDPBackend) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2)
+
+
+def flex(qkv: Tensor) -> Tensor:
+    return flex_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2)
+
+
+def eager(qkv: Tensor) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, S, d] each
+    return (torch.softmax(q @ k.mT * qkv.shape[-1] ** -0.5, -1) @ v).transpose(1, 2)
+
+
+def peers(device: str, block: bool, compiled: bool) -> dict[str, Callable[..., Tensor]]:
+    compile = functools.partial(torch.compile, dynamic=False)
+    if block:
+        return {OURS: ours, "PyTorch": written_out, **({"PyTorch, compiled": compile(written_out)} if compiled else {})}
+    backends = {f"SDPA, {name}": functools.partial(sdpa, backend=backend) for name, backend in BACKENDS[device].items()}
+    more = {"FlexAttention, compiled": compile(flex), "eager form, compiled": compile(eager)} if compiled else {}
+    return {OURS: ours, **backends, **more}
+
+
+def calls_of(peer: Callable[..., Tensor], inputs: tuple[Tensor, ...], gradient: Tensor) -> dict[str, Callable]:
+    """Forward; backward; both, which returns the gradients. What does not run is left out."""
+
+    constants = tuple(x.detach() for x in inputs)  # FlexAttention refuses anything else on a CPU
+
+    def forward():
+        with torch.no_grad():
+            return peer(*constants)
+
+    def both():
+        return torch.autograd.grad(peer(*inputs), inputs, gradient)
+
+    calls = {}
+    try:
+        forward()
+        calls["forward"] = forward
+        both()
+        out = peer(*inputs)
+        calls["backward"] = lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True)
+        calls["both"] = both
+    except Exception as error:  # which class it is depends on the backend
+        print(f"<!-- {' '.join(str(error).split())[:150]} -->")
+    return calls
+
+
+@pytest.mark.benchmark(min_rounds=3)
+@pytest.mark.parametrize("peer", peers("cpu", block=False, compiled=False))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(41, 64), (76, 64), (128, 32)], ids=lambda shape: "x".join(map(str, shape)))
+def test_attention(benchmark, shape, mode, peer):
+    benchmark.group = f"attention S={shape[0]} d={shape[1]} {mode}"
+    benchmark(calls_of(peers("cpu", False, False)[peer], *data(*shape, "cpu", torch.float32, False))[mode])
+
+
+@pytest.mark.benchmark(min_rounds=3)
+@pytest.mark.parametrize("peer", peers("cpu", block=True, compiled=False))
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_block(benchmark, mode, peer):
+    benchmark.group = f"attention, normalised, with a null key, S=76 d=64 {mode}"
+    benchmark(calls_of(peers("cpu", True, False)[peer], *data(76, 64, "cpu", torch.float32, True))[mode])
+
+
+def exact_gradient(inputs: tuple[Tensor, ...], gradient: Tensor, sequences: int = 4) -> Tensor:
+    """Of qkv, for the first sequences, in float64."""
+    qkv, *block = (x.detach().double() for x in inputs)
+    qkv = qkv[:sequences].requires_grad_()
+    return torch.autograd.grad(written_out(qkv, *block), qkv, gradient[:sequences].double())[0]
+
+
+def measure(S: int, d: int, block: bool, arguments: argparse.Namespace) -> list[list[str]]:
+    """The rows of one shape."""
+    torch._dynamo.reset()
+    inputs, gradient = data(S, d, arguments.device, getattr(torch, arguments.dtype), block)
+    B = inputs[0].shape[0]
+    everyone = peers(arguments.device, block, not arguments.no_compile)
+    calls = {name: calls_of(peer, inputs, gradient) for name, peer in everyone.items()}
+    exact = exact_gradient(inputs, gradient)
+    errors = {}
+    for name, of in calls.items():
+        if "both" in of:
+            error = (of["both"]()[0][: exact.shape[0]] - exact).abs().max() / exact.abs().max()
+            errors[name] = f"{error.item():.0e}"
+    times = {}
+    for mode in MODES:
+        running = {name: of[mode] for name, of in calls.items() if mode in of}
+        times[mode] = interleaved(running, arguments.seconds, device=arguments.device)
+    rows = []
+    for name in calls:
+        cells = [f"{B} x {S} x {d}", name]
+        for mode, flops in MODES.items():
+            if name not in times[mode]:
+                cells += ["-"] * 3
+                continue
+            time = times[mode][name]
+            cells += [f"{time * 1e3:.3f}", f"{flops * B * HEADS * S * S * d / time * 1e-9:.0f}"]
+            cells += [f"{time / times[mode][OURS]:.2f}"]
+        rows.append([*cells, errors.get(name, "-")])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=BACKENDS, default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="how long the peers take turns at one shape and mode"
+    )
+    parser.add_argument("--threads", type=int, help="threads of every peer (default: torch's)")
+    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="S of the first table")
+    parser.add_argument("--head-dims", type=int, nargs="*", default=HEAD_DIMS, help="d of the first table")
+    parser.add_argument("--no-compile", action="store_true", help="without the peers that torch.compile makes")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch._functorch.config.donated_buffer = False  # backward is timed alone, again and again
+    columns = ["B x S x d", ""]
+    columns += [column for mode in MODES for column in (f"{mode}, median ms", "GFLOP/s", "time / ours")]
+    columns += ["largest error / largest gradient"]
+    print(f"masked_attention, H = {HEADS}, {arguments.dtype}, on {machine(arguments.device)}")
+    if arguments.device == "cpu" and (peak := fma_peak()):
+        print(f"multiply-adds at most {peak:.0f} GFLOP/s")
+    shapes = [(S, d) for d in arguments.head_dims for S in arguments.lengths]
+    rows = [row for S, d in shapes for row in measure(S, d, False, arguments)]
+    print(f"\n{table(columns, rows)}\n\nwith q and k normalised, and a null key:\n")
+    print(table(columns, [row for S, d in BLOCK_SHAPES for row in measure(S, d, True, arguments)]))
+
+
+if __name__ == "__main__":
+    main()
