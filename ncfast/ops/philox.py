@@ -15,23 +15,26 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 TOKENS, CONFIDENCE, LABELS = 0, 1, 2
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, ...]:
     """Ten rounds. Words are int64 tensors in 0..2³²-1, of shapes that broadcast; four words out."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # The 64-bit products wrap as two's complement, which leaves both halves right once the sign bits are masked.
-        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
+        # Products with the multipliers less 2³² stay within 63 bits: torch.compile makes C++ of this, where an overflow
+        # would be undefined. Their lower halves are the same, and c is what the upper ones lack.
+        p0, p1 = c0 * (MULTIPLIERS[0] - 2**32), c2 * (MULTIPLIERS[1] - 2**32)
+        c0, c1, c2, c3 = ((p1 >> 32) + c2) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) + c0) ^ c3 ^ k1, p0 & WORD
         k0, k1 = (k0 + KEY_STEPS[0]) & WORD, (k1 + KEY_STEPS[1]) & WORD
     return c0, c1, c2, c3
 
 
-def uniform(seed: int, sample: Tensor, position: Tensor, *, step: int, stream: int) -> Tensor:
+def uniform(seed: int | Tensor, sample: Tensor, position: Tensor, *, step: int, stream: int) -> Tensor:
     """Uniform float64 in (0, 1), never 0 or 1.
 
     Args:
-        seed: 64 bits.
+        seed: 64 bits; a tensor is int64 without dimensions.
         sample: global sample index, int64, broadcast against `position`.
         position: token position below 2¹⁶, int64.
         step: decoding step below 2¹⁶.
