@@ -86,10 +86,9 @@ class Stage2Step:
         B, S = len(self.tokens), self.tokens.shape[1] + 1
         x = torch.randn(B, S, self.config.prior_dim, requires_grad=True)
         block = self.prior.transformer.blocks[0]
-        attention, feed_forward = block.attention, block.feed_forward
         return {
-            "attention half, one of 4 layers": forward_backward(lambda: attention(x)),
-            "feed-forward half, one of 4 layers": forward_backward(lambda: feed_forward(x)),
+            "attention half, one of 4 layers": forward_backward(lambda: block.attention_half(x)),
+            "feed-forward half, one of 4 layers": forward_backward(lambda: block.feed_forward_half(x)),
             "AdamW": lambda: self.optimizer.step(),
         }
 

@@ -2,44 +2,34 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ncfast.ops import masked_attention
-
-
-class RMSNormFunction(torch.autograd.Function):
-    """F.rms_norm with its gradient written out: the composite one takes three times as many passes over x."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [..., dim], [dim]
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
-        rstd = (mean_square + eps).rsqrt()
-        normalised = x * rstd
-        ctx.save_for_backward(normalised, rstd, weight)
-        return normalised * weight
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        normalised, rstd, weight = ctx.saved_tensors
-        product = grad * normalised
-        mean = (product @ weight)[..., None] / grad.shape[-1]
-        grad_x = torch.addcmul(grad * weight, normalised, mean, value=-1) * rstd
-        return grad_x, product.flatten(0, -2).sum(0), None
+from ncfast.ops import fused_linear, masked_attention
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight."""
+    """x / rms(x) * weight. `apply_linear` takes it together with the layer that follows."""
+
+    eps = 1e-12
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return RMSNormFunction.apply(x, self.weight, 1e-12)
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def apply_linear(
+    layer: nn.Linear, x: Tensor, norm: RMSNorm | None = None, *, gelu: bool = False, residual: Tensor | None = None
+) -> Tensor:
+    """residual + gelu(layer(norm(x)))."""
+    norm_weight = None if norm is None else norm.weight
+    return fused_linear(x, layer.weight, layer.bias, norm_weight, residual, norm_eps=RMSNorm.eps, gelu=gelu)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all positions, no bias, no mask."""
+    """Multi-head self-attention over all positions, no bias, no mask. `Block` applies the two products around it."""
 
     def __init__(self, dim: int, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -47,10 +37,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, S, dim]
-        B, S, _ = x.shape
-        qkv = self.qkv(x).view(B, S, 3, self.heads, -1)
-        return self.out(masked_attention(qkv).reshape(B, S, -1))
+    def attend(self, qkv: Tensor) -> Tensor:  # [B, S, 3 H d] -> [B, S, H d]
+        B, S, _ = qkv.shape
+        return masked_attention(qkv.view(B, S, 3, self.heads, -1)).reshape(B, S, -1)
 
 
 class Block(nn.Module):
@@ -63,9 +52,40 @@ class Block(nn.Module):
             RMSNorm(dim), nn.Linear(dim, ff_mult * dim), nn.GELU(), nn.Linear(ff_mult * dim, dim)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(x)
-        return x + self.feed_forward(x)
+    def qkv(self, x: Tensor) -> Tensor:
+        """x [B, S, dim] -> queries, keys and values [B, S, 3 H d]."""
+        norm, attention = self.attention
+        return apply_linear(attention.qkv, x, norm)
+
+    def attention_half(self, x: Tensor, qkv: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """x + attention(norm(x)); arguments as for `forward`."""
+        attention = self.attention[1]
+        attended = attention.attend(self.qkv(x) if qkv is None else qkv)
+        if positions is not None:
+            x, attended = take_positions(x, positions), take_positions(attended, positions)
+        return apply_linear(attention.out, attended, residual=x)
+
+    def feed_forward_half(self, x: Tensor) -> Tensor:
+        """x + feed-forward(norm(x))."""
+        norm, first, _, second = self.feed_forward
+        return apply_linear(second, apply_linear(first, x, norm, gelu=True), residual=x)
+
+    def forward(self, x: Tensor, qkv: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """x [B, S, dim] -> [B, S, dim].
+
+        Args:
+            qkv: self.qkv(x), where it is known already.
+            positions: int64 [B, m], the positions to return, [B, m, dim]; what follows the attention is computed there
+                alone.
+        """
+        return self.feed_forward_half(self.attention_half(x, qkv, positions))
+
+
+def take_positions(x: Tensor, positions: Tensor) -> Tensor:
+    """x [B, S, dim], positions int64 [B, m] -> [B, m, dim]."""
+    B, S, dim = x.shape
+    rows = positions + S * torch.arange(B, device=x.device)[:, None]
+    return F.embedding(rows, x.reshape(B * S, dim))
 
 
 class Transformer(nn.Module):
@@ -83,5 +103,21 @@ class Transformer(nn.Module):
         self.project_out = nn.Linear(dim, in_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.project_in(x) + self.position * self.position_scale
-        return self.project_out(self.norm(self.blocks(x)))
+        return self.run(self.embed(x))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """x [B, S, in_dim] -> what the first block takes [B, S, dim]."""
+        return apply_linear(self.project_in, x) + self.position * self.position_scale
+
+    def run(self, x: Tensor, qkv: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """The blocks and what follows them.
+
+        Args:
+            x: self.embed of the input [B, S, dim].
+            qkv: of the first block [B, S, 3 H d], where it is known already.
+            positions: int64 [B, m]: the positions to return [B, m, in_dim]; None returns all.
+        """
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            x = block(x, qkv if i == 0 else None, positions if i == last else None)
+        return apply_linear(self.project_out, x, self.norm)

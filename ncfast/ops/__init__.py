@@ -2,6 +2,7 @@
 
 from ncfast.ops.barlow_twins_loss import barlow_twins_loss, barlow_twins_loss_reference
 from ncfast.ops.code_stats import code_stats, code_stats_reference
+from ncfast.ops.fused_linear import fused_linear, fused_linear_reference
 from ncfast.ops.iter_norm import iter_norm, iter_norm_reference
 from ncfast.ops.masked_attention import masked_attention, masked_attention_reference
 from ncfast.ops.nearest_code import nearest_code, nearest_code_reference
@@ -15,6 +16,8 @@ __all__ = [
     "barlow_twins_loss_reference",
     "code_stats",
     "code_stats_reference",
+    "fused_linear",
+    "fused_linear_reference",
     "iter_norm",
     "iter_norm_reference",
     "masked_attention",

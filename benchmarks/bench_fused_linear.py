@@ -1,0 +1,97 @@
+"""fused_linear against PyTorch's layers one after the other, at the layers of the prior (64 series of 76 positions).
+
+`pytest benchmarks/ --benchmark-only` times each alone; `python benchmarks/bench_fused_linear.py` lets them take turns
+and prints one Markdown table. Expected of ours: 2 M N K operations forward and 6 M N K with the gradients, near the peak of
+the multiply-adds; PyTorch adds passes over x and the result for the norm, the GELU and the residual.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import pytest
+import torch
+from common import fma_peak, interleaved, machine, table
+from torch import Tensor
+from torch.nn import functional as F
+
+from ncfast.ops import fused_linear
+
+M = 64 * 76
+LAYERS = {  # N, K, and which of norm, bias, GELU and residual
+    "norm, queries keys values": (384, 256, "norm"),
+    "attention's output, residual": (256, 128, "residual"),
+    "norm, first of feed-forward, GELU": (256, 256, "norm bias gelu"),
+    "second of feed-forward, residual": (256, 256, "bias residual"),
+}
+MODES = ("forward", "forward + backward")
+OURS = "ncfast"
+
+
+def data(layer: str) -> tuple[dict[str, Tensor], bool]:
+    """Arguments of fused_linear, and whether there is a GELU."""
+    N, K, parts = LAYERS[layer]
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (M, K), "weight": (N, K)}
+    shapes |= {"bias": (N,)} if "bias" in parts else {}
+    shapes |= {"norm_weight": (K,)} if "norm" in parts else {}
+    shapes |= {"residual": (M, N)} if "residual" in parts else {}
+    tensors = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    tensors["weight"] /= K**0.5
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}, "gelu" in parts
+
+
+def pytorch(x, weight, bias=None, norm_weight=None, residual=None, *, gelu=False) -> Tensor:
+    if norm_weight is not None:
+        x = F.rms_norm(x, x.shape[-1:], norm_weight, 1e-12)
+    y = F.linear(x, weight, bias)
+    y = F.gelu(y) if gelu else y
+    return y if residual is None else y + residual
+
+
+PEERS = {OURS: fused_linear, "PyTorch": pytorch}
+
+
+def call(peer: Callable, layer: str, mode: str) -> Callable[[], object]:
+    tensors, gelu = data(layer)
+    gradient = torch.randn(M, LAYERS[layer][0])
+
+    def forward():
+        with torch.no_grad():
+            return peer(**tensors, gelu=gelu)
+
+    def forward_backward():
+        return torch.autograd.grad(peer(**tensors, gelu=gelu), list(tensors.values()), gradient)
+
+    return forward if mode == "forward" else forward_backward
+
+
+@pytest.mark.benchmark(min_rounds=3)
+@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_fused_linear(benchmark, layer, mode, peer):
+    benchmark.group = f"fused_linear, {layer}, {mode}"
+    benchmark(call(PEERS[peer], layer, mode))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="how long the peers take turns at one layer and mode"
+    )
+    options = parser.parse_args()
+    peak = fma_peak()
+    print(f"fused_linear, {M} rows, float32, on {machine()}" + (f"; peak {peak:.0f} GFLOP/s" if peak else "") + "\n")
+    rows = []
+    for layer, (N, K, _) in LAYERS.items():
+        for mode in MODES:
+            flop = (2 if mode == "forward" else 6) * M * N * K
+            times = interleaved({name: call(peer, layer, mode) for name, peer in PEERS.items()}, options.seconds)
+            for name, time in times.items():
+                ratio = f"{time / times[OURS]:.2f}"
+                rows.append([f"{layer}, {mode}", name, f"{1e3 * time:.2f}", f"{flop / time * 1e-9:.0f}", ratio])
+    print(table(["", "", "median ms", "GFLOP/s", "time / ours"], rows))
+
+
+if __name__ == "__main__":
+    main()
