@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -55,6 +56,13 @@ class Config:
     decoding_steps: int = option(10, "steps of iterative decoding", "Sampling", minimum=1, maximum=1000)
     choice_temperature: float = option(4.0, "Gumbel noise on the confidence, annealed to 0", "Sampling", minimum=0)
     guidance_scale: float = option(1.0, "u + s (c - u) on the logits; 1 is plain conditional", "Sampling", minimum=0)
+    temperature: float = option(1.0, "the logits are divided by it", "Sampling", minimum=1e-3)
+    top_k: int = option(0, "draw among the k most likely codes only; 0 draws among all", "Sampling", minimum=0)
+    unmasking: Literal["paper", "google"] = option(
+        "paper",
+        "confidence log(p + 1e-5) and floor(n cos) masked tokens, or log p and at least one token a step revealed",
+        "Sampling",
+    )
 
     stage1_epochs: int | None = option(
         None, "epochs of stage 1 [as many as make --stage1-steps]", "Training", minimum=1
@@ -94,6 +102,24 @@ def make_config(preset: str = "default", **values: Any) -> Config:
     return Config(**resolved)
 
 
+def sampling_values(config: Config) -> dict[str, Any]:
+    """The options of the group "Sampling"."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.metadata["group"] == "Sampling"}
+
+
+def sampling_config(config: Config, values: Mapping[str, Any]) -> Config:
+    """`config` with other options of the group "Sampling".
+
+    Raises:
+        UserError: an option of another group, or a value that it cannot have.
+    """
+    names = sampling_values(config)
+    for name in values:
+        if name not in names:
+            raise UserError(f"no sampling option {name!r}; there are {', '.join(names)}")
+    return make_config(**{**dataclasses.asdict(config), **values})
+
+
 def checked(f: dataclasses.Field, hint: Any, value: Any) -> Any:
     flag = "--" + f.name.replace("_", "-")
     if typing.get_origin(hint) is Literal:
@@ -117,13 +143,20 @@ def checked(f: dataclasses.Field, hint: Any, value: Any) -> Any:
     return value
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag a field, grouped; only flags that were given appear in the parsed namespace."""
+def add_config_arguments(parser: argparse.ArgumentParser, group: str | None = None, default: str = "") -> None:
+    """One flag a field, grouped; only flags that were given appear in the parsed namespace.
+
+    Args:
+        group: of the fields; None takes all.
+        default: what --help names as the default, in place of the field's own.
+    """
     hints = typing.get_type_hints(Config)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for f in dataclasses.fields(Config):
         name = f.metadata["group"]
-        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
+        if group not in (None, name):
+            continue
+        flags = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
         hint = hints[f.name]
         kwargs: dict[str, Any] = {"help": f.metadata["help"], "default": argparse.SUPPRESS}
         if typing.get_origin(hint) is Literal:
@@ -133,10 +166,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             kwargs["type"] = float if float in (hint, *typing.get_args(hint)) else int
             kwargs["metavar"] = "X" if kwargs["type"] is float else "N"
-        if f.default is not None:
-            default = " ".join(f.default) if isinstance(f.default, tuple) else f.default
-            kwargs["help"] += f" [{default}]"
-        group.add_argument("--" + f.name.replace("_", "-"), **kwargs)
+        shown = default or (" ".join(f.default) if isinstance(f.default, tuple) else f.default)
+        if shown is not None:
+            kwargs["help"] += f" [{shown}]"
+        flags.add_argument("--" + f.name.replace("_", "-"), **kwargs)
 
 
 def given_config_values(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ncfast.config import Config, make_config
+from ncfast.config import Config, make_config, sampling_config
+from ncfast.context import Context
 from ncfast.data.sources import Dataset
 from ncfast.engine.checkpoint import read_json, read_tensors, write_json, write_tensors
 from ncfast.errors import UserError
-from ncfast.ops import philox
+from ncfast.labels import NONE, TRAIN, LabelPlan
+from ncfast.sampling import ChunkDecoder, Sampler
 from ncfast.stage1 import VQVAE
-from ncfast.stage2 import Prior, decode_iteratively
+from ncfast.stage2 import Prior
 from ncfast.version import __version__
 
 FORMAT = 1
@@ -72,8 +74,28 @@ class Batch(NamedTuple):
 
     index: np.ndarray  # int64 [B], global sample index
     x: np.ndarray  # float32 [B, C, L], in data units
-    y: np.ndarray | None  # int64 [B] class index, None for a model without classes
+    y: np.ndarray | None  # int64 [B] class index, None for series without a class
     tokens: np.ndarray  # uint16 [B, n]
+
+
+def rebatch(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
+    """The same series in batches of `size`; the last one may be smaller."""
+    kept: list[Batch] = []
+    held = 0
+    for batch in batches:
+        kept.append(batch)
+        held += len(batch.index)
+        while held >= size:
+            joined = join(kept)
+            yield Batch(*(None if part is None else part[:size] for part in joined))
+            kept = [Batch(*(None if part is None else part[size:] for part in joined))]
+            held -= size
+    if held:
+        yield join(kept)
+
+
+def join(batches: list[Batch]) -> Batch:
+    return Batch(*(None if parts[0] is None else np.concatenate(parts) for parts in zip(*batches, strict=True)))
 
 
 class NCVQVAE:
@@ -102,83 +124,111 @@ class NCVQVAE:
         return 64 if self.device.type == "cpu" else 1024
 
     def sample(
-        self, n: int, label: Any = None, seed: int = 0, *, start: int = 0
+        self,
+        n: int | None = None,
+        labels: Any = TRAIN,
+        seed: int = 0,
+        *,
+        start: int = 0,
+        context: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        **sampling: Any,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """New series in data units.
 
-        Series i depends on the seed, its label and i alone: on one machine, any split of a range of indices gives the
-        same series bit for bit.
+        Series i depends on the seed, its label, its context and i alone: on one machine, any split of a range of
+        indices gives the same series bit for bit.
+
+        With `context`, series are completed: what is observed stays as it is, and the rest is drawn given the tokens
+        that the observed samples determine (`ncfast.context`). Imputation, interpolation and forecasting differ only in
+        where the gap is.
 
         Args:
-            n: how many.
-            label: a class name, or several to take in turn; None draws classes in the train set's proportions.
-            seed: of all random numbers.
+            n: how many; with counts in `labels`, or with `context`, it may be left out.
+            labels: "train" draws classes in the train set's proportions, "balanced" takes all in turn, "none" draws
+                without a class; a class name, or several to take in turn; or {name: count}. With `context`, "train"
+                means "none": a class drawn at random could contradict what is observed.
+            seed: of all random numbers, 0 <= seed < 2**63.
             start: index of the first series.
+            context: observed series in data units, [L], [m, L] or [m, C, L]; series i completes context i mod m.
+            mask: bool, True where `context` is observed, of its shape or [L]; None takes NaN for missing.
+            sampling: options of the group "Sampling" of `ncfast.config.Config`, such as guidance_scale=2.0; the run's
+                own by default.
 
         Returns:
-            X float32 [n, C, L], and y, the class name of each series [n] (None for a model without classes).
+            X float32 [n, C, L], and y, the class name of each series [n]; None for series without a class.
 
         Raises:
-            UserError: a label the model does not know.
+            UserError: a label the model does not know, counts that do not sum to n, or a context that does not fit.
         """
-        batches = list(self.sample_batches(n, label, seed, start=start))
+        batches = list(self.sample_batches(n, labels, seed, start=start, context=context, mask=mask, **sampling))
         x = np.concatenate([np.empty((0, self.data.channels, self.data.length), np.float32), *[b.x for b in batches]])
-        if not self.class_names:
+        if batches and batches[0].y is None:
             return x, None
         y = np.concatenate([np.empty(0, np.int64), *[b.y for b in batches]])
         return x, np.array(self.class_names)[y]
 
     @torch.no_grad()
-    def sample_batches(self, n: int, label: Any = None, seed: int = 0, *, start: int = 0) -> Iterator[Batch]:
-        """As `sample`, a chunk at a time, with token grids and class indices."""
-        if n < 0 or start < 0:
-            raise UserError(f"the number of series and the start index are not negative; got {n} and {start}")
-        choices = self.resolve_labels(label)
+    def sample_batches(
+        self,
+        n: int | None = None,
+        labels: Any = TRAIN,
+        seed: int = 0,
+        *,
+        start: int = 0,
+        batch_size: int | None = None,
+        context: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        **sampling: Any,
+    ) -> Iterator[Batch]:
+        """As `sample`, `batch_size` series at a time (None: as they come), with token grids and class indices."""
+        config = sampling_config(self.config, sampling)
+        observed = None if context is None else Context(context, mask, self.data)
+        if observed is not None and isinstance(labels, str) and labels == TRAIN:
+            labels = NONE
+        plan = LabelPlan(labels, self.class_names, self.data.class_counts)
+        if n is None:
+            n = plan.total if observed is None or plan.total is not None else len(observed)
+        if n is None or n < 0 or start < 0 or not 0 <= seed < 2**63:
+            raise UserError(
+                f"n, start and seed are integers, 0 or more (seed below 2**63); got {n}, {start} and {seed}"
+            )
+        if plan.total is not None and start + n > plan.total:
+            raise UserError(f"the counts of labels sum to {plan.total}; got n={n} from start={start}")
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"the batch size is at least 1; got {batch_size}")
+        chunks = self.sample_chunks(n, plan, seed, start, config, observed)
+        return chunks if batch_size is None else rebatch(chunks, batch_size)
+
+    @torch.no_grad()
+    def sample_chunks(
+        self, n: int, plan: LabelPlan, seed: int, start: int, config: Config, context: Context | None
+    ) -> Iterator[Batch]:
         size = self.chunk_size
-        for first in range(start // size * size, start + n, size):
+        firsts = range(start // size * size, start + n, size)
+        # A capture costs as much as a few chunks.
+        decoder = ChunkDecoder(self.vqvae, Sampler(self.prior, config), graph=len(firsts) > 4)
+        if context is not None:
+            # Indices that no series of a data set will ever have.
+            fillers = torch.arange(size, device=self.device) + 2**62
+            unlabelled = torch.full_like(fillers, self.prior.num_classes)
+            nothing = torch.full((size, self.prior.num_tokens), self.prior.num_codes, device=self.device)
+            fills = decoder(unlabelled, fillers, seed, nothing)[1]
+            context.find_known_tokens(self.vqvae, fills[: Context.NUM_FILLS], size)
+        for first in firsts:
             # Whole chunks, aligned to the sample index: a series always sits in the same row of the same product.
             sample = torch.arange(first, first + size, device=self.device)
-            labels = self.draw_labels(sample, choices, seed)
-            tokens = decode_iteratively(
-                self.prior,
-                labels,
-                sample,
-                seed=seed,
-                steps=self.config.decoding_steps,
-                choice_temperature=self.config.choice_temperature,
-                guidance_scale=self.config.guidance_scale,
-            )
-            x = self.data.denormalise(self.vqvae.detokenize(tokens))
+            labels = plan(sample, seed)
+            tokens, x = decoder(labels, sample, seed, None if context is None else context.known_tokens(sample))
             rows = slice(max(start - first, 0), min(start + n - first, size))
+            index = sample.cpu().numpy()[rows]
+            x = self.data.denormalise(x)[rows]
             yield Batch(
-                index=sample.cpu().numpy()[rows],
-                x=x[rows],
-                y=labels.cpu().numpy()[rows] if self.class_names else None,
+                index=index,
+                x=x if context is None else context.keep_observed(x, index),
+                y=labels.cpu().numpy()[rows] if plan.names_classes else None,
                 tokens=tokens.cpu().numpy().astype(np.uint16)[rows],
             )
-
-    def resolve_labels(self, label: Any) -> Tensor | None:
-        """Class indices [m] of the given name or names; None stays None."""
-        if label is None:
-            return None
-        if not self.class_names:
-            raise UserError("this model was trained without labels, so it has no classes to choose from")
-        names = [label] if isinstance(label, str) or not isinstance(label, Sequence | np.ndarray) else list(label)
-        unknown = [str(name) for name in names if str(name) not in self.class_names]
-        if unknown or not names:
-            what = f"no class {unknown[0]!r}" if unknown else "no class named"
-            raise UserError(f"{what}; this model knows {', '.join(self.class_names)}")
-        return torch.tensor([self.class_names.index(str(name)) for name in names], device=self.device)
-
-    def draw_labels(self, sample: Tensor, choices: Tensor | None, seed: int) -> Tensor:
-        """Class index of each sample index: the choices in turn, or drawn in the train set's proportions."""
-        if not self.class_names:
-            return torch.zeros_like(sample)
-        if choices is not None:
-            return choices[sample % len(choices)]
-        cdf = torch.tensor(self.data.class_counts, dtype=torch.float64, device=self.device).cumsum(0)
-        u = philox.uniform(seed, sample, torch.zeros_like(sample), step=0, stream=philox.LABELS)
-        return (cdf <= u[:, None] * cdf[-1]).sum(-1)
 
     @torch.no_grad()
     def reconstruct(self, X: np.ndarray) -> np.ndarray:

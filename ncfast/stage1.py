@@ -21,7 +21,7 @@ class VQVAE(nn.Module):
         super().__init__()
         self.stft = STFT(length, config.n_fft)
         spectrum_size = (self.stft.num_bins, self.stft.num_frames)
-        num_down = num_downsampling_blocks(length, config.n_fft)
+        num_down = self.num_down = num_downsampling_blocks(length, config.n_fft)
         width = spectrum_size[1] >> num_down
         if width < 1:
             raise ValueError(f"series of length {length} leave no latent column after {num_down} halvings")
@@ -37,6 +37,11 @@ class VQVAE(nn.Module):
     @property
     def num_tokens(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def samples_per_column(self) -> int:
+        """How many samples of a series one column of the grid stands for; the last one also has what is left over."""
+        return self.stft.hop << self.num_down
 
     def encode(self, u: Tensor) -> Tensor:
         """u [B, 2C, H, W] -> continuous latents z [B, n, D]."""

@@ -1,6 +1,4 @@
-"""Stage 2: a MaskGIT prior over stage-1 tokens, and iterative decoding (NC-VQVAE; MaskGIT, arXiv 2202.04200)."""
-
-import math
+"""Stage 2: a MaskGIT prior over stage-1 tokens and its loss (NC-VQVAE; MaskGIT, arXiv 2202.04200)."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +6,6 @@ from torch.nn import functional as F
 
 from ncfast.config import Config
 from ncfast.nn.transformer import Transformer
-from ncfast.ops import unmask_step
 from ncfast.stage1 import VQVAE
 
 
@@ -43,17 +40,16 @@ class Prior(nn.Module):
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """tokens [B, n] in 0..K, labels [B] in 0..C -> logits [B, n, K]."""
-        x = self.norm(F.embedding(tokens, self.token_embedding) + self.position_embedding)
-        x = torch.cat([self.class_embedding(labels)[:, None], x], dim=1)  # [B, 1 + n, D]
+        x = torch.cat([self.embed_classes(labels)[:, None], self.embed_tokens(tokens)], dim=1)  # [B, 1 + n, D]
         return self.head(self.transformer(x)[:, 1:])
 
-    def guided_logits(self, tokens: Tensor, labels: Tensor, guidance_scale: float) -> Tensor:
-        """u + s (c - u): c with the label, u without. One pass when they are the same thing."""
-        if guidance_scale == 1 or self.num_classes == 0:
-            return self(tokens, labels)
-        both = torch.cat([labels, torch.full_like(labels, self.num_classes)])
-        conditional, unconditional = self(tokens.repeat(2, 1), both).chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """tokens [B, n] in 0..K -> [B, n, D]."""
+        return self.norm(F.embedding(tokens, self.token_embedding) + self.position_embedding)
+
+    def embed_classes(self, labels: Tensor) -> Tensor:
+        """labels [B] in 0..C -> [B, D]."""
+        return self.class_embedding(labels)
 
 
 class TokenDistribution:
@@ -112,43 +108,3 @@ def stage2_losses(
     logits = prior(torch.where(mask, prior.num_codes, tokens), labels)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
     return {"loss": loss, "masked_share": mask.float().mean()}
-
-
-def mask_schedule(num_tokens: int, steps: int) -> list[int]:
-    """How many tokens stay masked after each step: floor(n cos(π/2 · (t + 1) / T)), 0 after the last."""
-    counts = [math.floor(num_tokens * math.cos(0.5 * math.pi * (t + 1) / steps)) for t in range(steps)]
-    return [*counts[:-1], 0]
-
-
-@torch.no_grad()
-def decode_iteratively(
-    prior: Prior,
-    labels: Tensor,
-    sample: Tensor,
-    *,
-    seed: int,
-    steps: int,
-    choice_temperature: float,
-    guidance_scale: float,
-) -> Tensor:
-    """Tokens of new series, from all-masked in `steps` steps.
-
-    Args:
-        labels: class of each row, int64 [B] in 0..C; C is "no class".
-        sample: global index of each row, int64 [B]; with the seed it decides the row's random numbers.
-
-    Returns:
-        int64 [B, n] in 0..K-1.
-    """
-    tokens = torch.full((labels.shape[0], prior.num_tokens), prior.num_codes, device=labels.device)
-    for step, num_masked in enumerate(mask_schedule(prior.num_tokens, steps)):
-        tokens = unmask_step(
-            prior.guided_logits(tokens, labels, guidance_scale),
-            tokens,
-            sample,
-            seed=seed,
-            step=step,
-            num_masked=num_masked,
-            choice_temperature=choice_temperature * (1 - (step + 1) / steps),
-        )
-    return tokens

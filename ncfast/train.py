@@ -104,7 +104,7 @@ def draw_samples(model: NCVQVAE, dataset: Dataset, out: Path) -> str:
     """samples.png, or the reason why there is none."""
     names = model.class_names
     per_class = 10
-    x, y = model.sample(per_class * max(1, len(names)), label=list(names) or None, seed=model.config.seed)
+    x, y = model.sample(per_class * max(1, len(names)), labels="balanced" if names else "none", seed=model.config.seed)
     labels = None if y is None else np.array([names.index(name) for name in y])
     try:
         plot_samples(

@@ -1,21 +1,12 @@
-import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from ncfast.config import make_config
 from ncfast.stage1 import VQVAE
-from ncfast.stage2 import (
-    Prior,
-    TokenDistribution,
-    decode_iteratively,
-    mask_schedule,
-    random_mask,
-    stage2_losses,
-)
+from ncfast.stage2 import Prior, TokenDistribution, random_mask, stage2_losses
 
 SMALL = {"dim": 8, "residual_blocks": 1, "codebook_size": 5, "prior_dim": 16, "prior_layers": 2, "prior_head_dim": 8}
 
@@ -89,49 +80,3 @@ def test_token_distribution_is_the_softmax_of_negative_distances(limit, monkeypa
     z_score = ((counts - expected) / (expected * (1 - p[rows])).sqrt().clamp_min(1e-9))[seen]
     assert z_score.abs().max() < 4.5
     assert 0.7 < z_score.square().mean() < 1.3
-
-
-def test_guidance():
-    prior = small_prior().eval()
-    tokens, labels = torch.full((2, 10), 5), torch.tensor([0, 2])
-    conditional, unconditional = prior(tokens, labels), prior(tokens, torch.tensor([3, 3]))
-    torch.testing.assert_close(prior.guided_logits(tokens, labels, 1.0), conditional, rtol=0, atol=0)
-    expected = unconditional + 2.5 * (conditional - unconditional)
-    torch.testing.assert_close(prior.guided_logits(tokens, labels, 2.5), expected)
-
-
-@pytest.mark.parametrize(("n", "steps"), [(75, 10), (40, 10), (8, 10), (1, 3), (30, 1)])
-def test_mask_schedule(n, steps):
-    schedule = mask_schedule(n, steps)
-    assert len(schedule) == steps and schedule[-1] == 0
-    assert all(a >= b for a, b in itertools.pairwise(schedule)) and schedule[0] <= n
-    for t, count in enumerate(schedule[:-1]):
-        assert count == int(n * np.cos(np.pi / 2 * (t + 1) / steps))
-
-
-def test_decoding_is_complete_seeded_and_independent_of_the_batch():
-    prior = small_prior().eval().double()  # in float64 a product does not care how many rows it has
-    labels, sample = torch.arange(8) % 4, torch.arange(100, 108)
-    options = {"steps": 5, "choice_temperature": 4.0, "guidance_scale": 1.5}
-    tokens = decode_iteratively(prior, labels, sample, seed=3, **options)
-    assert tokens.shape == (8, 10) and tokens.min() >= 0 and tokens.max() < 5
-    torch.testing.assert_close(tokens, decode_iteratively(prior, labels, sample, seed=3, **options))
-    torch.testing.assert_close(tokens[2:5], decode_iteratively(prior, labels[2:5], sample[2:5], seed=3, **options))
-    assert not torch.equal(tokens, decode_iteratively(prior, labels, sample, seed=4, **options))
-
-
-def test_decoding_with_one_step_has_the_priors_own_distribution():
-    prior = small_prior().eval()
-    B = 20_000
-    tokens = decode_iteratively(
-        prior,
-        torch.ones(B, dtype=torch.int64),
-        torch.arange(B),
-        seed=0,
-        steps=1,
-        choice_temperature=4.0,
-        guidance_scale=1.0,
-    )
-    p = prior(torch.full((1, 10), 5), torch.tensor([1])).softmax(-1)[0].detach()
-    observed = torch.stack([(tokens == k).float().mean(0) for k in range(5)], 1)
-    assert ((observed - p).abs() < 4.5 * (p * (1 - p) / B).sqrt()).all()

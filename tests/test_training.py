@@ -89,7 +89,7 @@ def test_fit_learns_and_samples():
     options = {**SMALL, "learning_rate": 4e-3, "augment": ("warp", "gauss")}
     model = ncfast.fit(x, y, ssl="vicreg", stage1_epochs=120, stage2_epochs=300, quiet=True, **options)
     assert np.square(model.reconstruct(x) - x).mean() < 0.3 * x.var()
-    generated, labels = model.sample(64, label=["slow", "fast"], seed=1)
+    generated, labels = model.sample(64, labels=["slow", "fast"], seed=1)
     assert generated.shape == (64, 1, 61) and np.isfinite(generated).all()
     # In data units: the mean of the waves is 5.
     assert abs(generated.mean() - 5) < 1 and 0.5 < generated.std() / x.std() < 1.5
@@ -111,7 +111,7 @@ def test_unlabelled_and_multivariate():
     generated, labels = model.sample(3)
     assert generated.shape == (3, 3, 50) and labels is None
     with pytest.raises(ncfast.UserError, match="without labels"):
-        model.sample(3, label="slow")
+        model.sample(3, labels="slow")
 
 
 def test_same_seed_same_weights_and_the_callers_generator_is_left_alone():
@@ -138,14 +138,50 @@ def test_sampling_does_not_depend_on_how_the_range_is_split(finished_run):
     assert not np.array_equal(whole[:5], model.sample(5, seed=10)[0])
 
 
-def test_labels_in_turn_and_in_proportion(finished_run):
+def test_batches_hold_the_same_series_whatever_their_size(finished_run):
     model = ncfast.load(finished_run)
-    assert model.sample(3, label="fast")[1].tolist() == ["fast"] * 3
-    assert model.sample(4, label=["slow", "fast"])[1].tolist() == ["slow", "fast"] * 2
-    drawn = model.draw_labels(torch.arange(4000), None, seed=0).double().mean()
-    assert abs(drawn - 0.5) < 4 * 0.5 / 4000**0.5
-    with pytest.raises(ncfast.UserError, match="no class 'medium'; this model knows fast, slow"):
-        model.sample(1, label="medium")
+    whole = model.sample(150, seed=9)[0]
+    for size in (1, 7, 64, 200):
+        batches = list(model.sample_batches(150, seed=9, batch_size=size))
+        assert [len(batch.x) for batch in batches] == [size] * (150 // size) + [150 % size] * (150 % size > 0)
+        np.testing.assert_array_equal(np.concatenate([batch.x for batch in batches]), whole)
+        np.testing.assert_array_equal(np.concatenate([batch.index for batch in batches]), np.arange(150))
+    with pytest.raises(ncfast.UserError, match="batch size is at least 1; got 0"):
+        model.sample_batches(5, batch_size=0)
+
+
+def test_labels(finished_run):
+    model = ncfast.load(finished_run)
+    assert model.sample(3, labels="fast")[1].tolist() == ["fast"] * 3
+    assert model.sample(4, labels=["slow", "fast"])[1].tolist() == ["slow", "fast"] * 2
+    assert model.sample(labels={"slow": 2, "fast": 1})[1].tolist() == ["slow", "slow", "fast"]
+    assert model.sample(4, labels="balanced")[1].tolist() == ["fast", "slow"] * 2
+    x, y = model.sample(3, labels="none")
+    assert x.shape == (3, 1, 61) and y is None
+    x, y = model.sample(0)
+    assert x.shape == (0, 1, 61)
+    for options, message in (
+        ({"n": 1, "labels": "medium"}, "no class 'medium'; this model knows fast, slow"),
+        ({"n": 4, "labels": {"slow": 3}}, "sum to 3; got n=4 from start=0"),
+        ({}, "got None"),
+        ({"n": -1}, "got -1"),
+        ({"n": 1, "seed": 2**63}, "seed below"),
+        ({"n": 1, "guidance": 3}, "no sampling option 'guidance'"),
+        ({"n": 1, "temperature": -1.0}, "--temperature is at least"),
+    ):
+        with pytest.raises(ncfast.UserError, match=message):
+            model.sample(**options)
+
+
+def test_sampling_options_change_what_is_drawn(finished_run):
+    model = ncfast.load(finished_run)
+
+    def tokens(**options):
+        return next(model.sample_batches(64, seed=1, batch_size=64, **options)).tokens
+
+    np.testing.assert_array_equal(tokens(temperature=1.0), tokens())
+    for option in ({"temperature": 0.3}, {"top_k": 1}, {"guidance_scale": 4.0}):
+        assert not np.array_equal(tokens(**option), tokens()), option
 
 
 def test_run_folder(finished_run):
@@ -216,13 +252,25 @@ def test_generate_writes_labelled_series_with_provenance(finished_run, tmp_path)
         assert json.loads(file.attrs["config"])["codebook_size"] == 8
     assert [path.name for path in tmp_path.iterdir()] == ["series.h5"]
 
-    one_class = tmp_path / "fast.h5"
-    assert (
-        program("generate", "--run", finished_run, "--num-samples", 5, "--out", one_class, "--label", "fast").returncode
-        == 0
-    )
-    with h5py.File(one_class) as file:
-        assert file["y"][:].tolist() == [0] * 5
+    counted = tmp_path / "counted.h5"
+    result = program("generate", "--run", finished_run, "--out", counted, "--labels", "slow:3,fast:2", "--top-k=2")
+    assert result.returncode == 0 and "class fast: 2, class slow: 3" in result.stdout
+    with h5py.File(counted) as file:
+        assert file["y"][:].tolist() == [1, 1, 1, 0, 0]
+        assert json.loads(file.attrs["config"])["top_k"] == 2
+
+
+def test_generated_files_do_not_depend_on_the_batch_size(finished_run, tmp_path):
+    contents = []
+    for size in (7, 64, 256):
+        out = tmp_path / f"{size}.h5"
+        result = program("generate", "--run", finished_run, "--num-samples", 300, "--out", out, "--batch-size", size)
+        assert result.returncode == 0, result.stderr
+        with h5py.File(out) as file:
+            contents.append({name: file[name][:] for name in ("x", "y", "tokens", "index")})
+    for other in contents[1:]:
+        for name, values in contents[0].items():
+            np.testing.assert_array_equal(values, other[name])
 
 
 @pytest.mark.parametrize(
@@ -246,7 +294,13 @@ def test_generate_writes_labelled_series_with_provenance(finished_run, tmp_path)
         ("generate", ["--run", "nowhere", "--num-samples", "1", "--out", "x.h5"], "nowhere is not the folder of a run"),
         ("generate", ["--run", "RUN", "--num-samples", "0", "--out", "x.h5"], "at least 1"),
         ("generate", ["--run", "RUN", "--num-samples", "1", "--out", "no/folder/x.h5"], "does not exist"),
-        ("generate", ["--run", "RUN", "--num-samples", "1", "--out", "x.h5", "--label", "red"], "no class 'red'"),
+        ("generate", ["--run", "RUN", "--num-samples", "1", "--out", "x.h5", "--labels", "red"], "no class 'red'"),
+        ("generate", ["--run", "RUN", "--out", "x.h5"], "say how many"),
+        ("generate", ["--run", "RUN", "--out", "x.h5", "--labels", "fast:3", "--num-samples", "4"], "at most 3, which"),
+        ("generate", ["--run", "RUN", "--out", "x.h5", "--labels", "fast:3,slow"], "name:count"),
+        ("generate", ["--run", "RUN", "--num-samples", "1", "--out", "x.h5", "--batch-size", "0"], "at least 1; got 0"),
+        ("generate", ["--run", "RUN", "--num-samples", "1", "--out", "x.h5", "--seed", "-1"], "--seed is at least 0"),
+        ("generate", ["--run", "RUN", "--num-samples", "1", "--out", "x.h5", "--top-k", "-1"], "--top-k is at least 0"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(name, arguments, message, data_file, finished_run, tmp_path):

@@ -1,0 +1,231 @@
+"""Drawing tokens from the prior by iterative decoding (MaskGIT, arXiv 2202.04200, section 3.2), no work wasted."""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ncfast.config import Config
+from ncfast.engine.cuda_graph import CudaGraph
+from ncfast.ops import unmask_step
+from ncfast.stage1 import VQVAE
+from ncfast.stage2 import Prior
+
+
+@dataclass(frozen=True)
+class WorkSavers:
+    """What the sampler leaves out because the result is known without it. Each can be switched off, to compare.
+
+    Attributes:
+        first_step_by_class: before the first step all series of a class are the same masks, so their logits are too:
+            computed once a class.
+        conditional_pass_only: at guidance 1 the logits without the class have no weight.
+        masked_positions_only: nothing is drawn where a token is known: after the last attention, only masked positions
+            go on. (Keys and values need all of them, and no other layer can leave one out: attention looks both ways.)
+        first_layer_table: what enters the first attention depends on a token and its position alone: its queries, keys
+            and values are looked up.
+        drop_idle_steps: a step after which as many tokens are masked as before it has changed nothing.
+    """
+
+    first_step_by_class: bool = True
+    conditional_pass_only: bool = True
+    masked_positions_only: bool = True
+    first_layer_table: bool = True
+    drop_idle_steps: bool = True
+
+    @classmethod
+    def none(cls) -> "WorkSavers":
+        return cls(*[False] * 5)
+
+
+def mask_schedule(num_tokens: int, steps: int, convention: str = "paper") -> list[int]:
+    """How many of `num_tokens` masked tokens are still masked after each step: floor(n cos(π/2 · (t + 1) / T)), then 0.
+
+    Google's convention ("google") reveals at least one token a step and keeps one for the last.
+    """
+    counts = [math.floor(num_tokens * math.cos(0.5 * math.pi * (t + 1) / steps)) for t in range(steps)]
+    if convention == "google":
+        unknown = num_tokens
+        for t, count in enumerate(counts):
+            counts[t] = unknown = min(unknown, max(1, min(count, unknown - 1)))
+    return [*counts[:-1], 0]
+
+
+class Sampler:
+    """Tokens of new series from a trained prior.
+
+    Every shape depends on the number of rows alone, nothing waits for the device, and random numbers are addressed by
+    (seed; sample, step, position): `decode` can be captured into one CUDA graph, and a row's tokens do not depend on
+    the other rows, as long as the number of rows stays the same.
+    """
+
+    # Rows of the first layer's table take 4 (dim + 3 H d) bytes each; a larger table is not made.
+    MAX_TABLE_BYTES = 2**28
+
+    @torch.no_grad()
+    def __init__(self, prior: Prior, config: Config, savers: WorkSavers | None = None) -> None:
+        """
+        Args:
+            prior: its weights are not to change while the sampler is used.
+            config: of it, the group "Sampling".
+            savers: all, when not given.
+        """
+        self.prior = prior
+        self.config = config
+        self.savers = WorkSavers() if savers is None else savers
+        self.device = prior.token_embedding.device
+        unguided = config.guidance_scale == 1 and self.savers.conditional_pass_only
+        self.guided = prior.num_classes > 0 and not unguided
+        self.table = self.first_layer_table() if self.savers.first_layer_table else None
+        self.first_logits = None
+        if self.savers.first_step_by_class:
+            classes = torch.arange(prior.num_classes + 1, device=self.device)
+            masks = torch.full((len(classes), prior.num_tokens), prior.num_codes, device=self.device)
+            self.first_logits = self.logits(masks, classes)  # [C + 1, n, K]
+        # Row u: the schedule of a series with u tokens to fill.
+        n, steps = prior.num_tokens, config.decoding_steps
+        schedules = [mask_schedule(unknown, steps, config.unmasking) for unknown in range(n + 1)]
+        self.schedules = torch.tensor(schedules, device=self.device)  # [n + 1, T]
+        self.schedule = schedules[n]
+
+    @torch.no_grad()
+    def decode(self, labels: Tensor, sample: Tensor, seed: int | Tensor, known: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            labels: class of each row, int64 [B] in 0..C; C is "no class".
+            sample: global index of each row, int64 [B]; with the seed it decides the row's random numbers.
+            seed: 64 bits; an int64 tensor without dimensions on the prior's device can change between graph replays.
+            known: int64 [B, n]: tokens that stay as they are, and K where one is wanted; None wants all.
+
+        Returns:
+            tokens int64 [B, n] in 0..K-1.
+        """
+        prior, config = self.prior, self.config
+        n, K, steps = prior.num_tokens, prior.num_codes, config.decoding_steps
+        tokens = torch.full((len(labels), n), K, device=self.device) if known is None else known
+        unknown = None if known is None else (known == K).sum(1)
+        positions = None
+        before = n
+        for step in range(steps):
+            # With known tokens every row has a schedule of its own, which the host does not look at.
+            num_masked = self.schedule[step] if unknown is None else self.schedules[unknown, step]
+            if unknown is None and num_masked == before and self.savers.drop_idle_steps:
+                continue
+            if step == 0 and known is None and self.first_logits is not None:
+                conditional = F.embedding(labels, self.first_logits.flatten(1)).unflatten(1, (n, K))
+                unconditional = self.first_logits[-1:].expand_as(conditional) if self.guided else None
+            elif self.guided:
+                conditional, unconditional = self.logits(
+                    tokens.repeat(2, 1),
+                    torch.cat([labels, torch.full_like(labels, prior.num_classes)]),
+                    None if positions is None else positions.repeat(2, 1),
+                ).chunk(2)
+            else:
+                conditional, unconditional = self.logits(tokens, labels, positions), None
+            tokens, masked = unmask_step(
+                conditional,
+                tokens,
+                sample,
+                seed=seed,
+                step=step,
+                num_masked=num_masked,
+                choice_temperature=config.choice_temperature * (1 - (step + 1) / steps),
+                positions=positions,
+                width=None if unknown is None else n,
+                unconditional=unconditional,
+                guidance_scale=config.guidance_scale,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                convention=config.unmasking,
+            )
+            if unknown is None:
+                before = num_masked
+                positions = masked if self.savers.masked_positions_only else None
+        return tokens
+
+    def logits(self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
+        """tokens [B, n] in 0..K, labels [B] in 0..C -> logits at `positions` (all, when None): [B, m, K].
+
+        An entry n of `positions` stands for none; its logits mean nothing.
+        """
+        prior = self.prior
+        x, qkv = self.first_layer(tokens, labels)
+        if positions is None:
+            return prior.head(prior.transformer.run(x, qkv)[:, 1:])
+        # The class token comes first.
+        shifted = positions.clamp(max=prior.num_tokens - 1) + 1
+        return prior.head(prior.transformer.run(x, qkv, shifted))
+
+    def first_layer(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the first block takes, x [B, 1 + n, dim], and its queries, keys and values, if they are in a table."""
+        prior = self.prior
+        if self.table is None:
+            x = torch.cat([prior.embed_classes(labels)[:, None], prior.embed_tokens(tokens)], dim=1)
+            return prior.transformer.embed(x), None
+        n = prior.num_tokens
+        position = torch.arange(n, device=self.device)
+        rows = torch.cat([(prior.num_codes + 1) * n + labels[:, None], tokens * n + position], dim=1)  # [B, 1 + n]
+        return F.embedding(rows, self.table[0]), F.embedding(rows, self.table[1])
+
+    def first_layer_table(self) -> tuple[Tensor, Tensor] | None:
+        """x and qkv of token k at position i in row k n + i, then of each class; None where that takes too much memory.
+
+        x [(K + 1) n + C + 1, dim], qkv [(K + 1) n + C + 1, 3 H d].
+        """
+        prior, transformer = self.prior, self.prior.transformer
+        n, K = prior.num_tokens, prior.num_codes
+        width = transformer.position.shape[1] + transformer.blocks[0].attention[1].qkv.out_features
+        if 4 * ((K + 1) * n + prior.num_classes + 1) * width > self.MAX_TABLE_BYTES:
+            return None
+        tokens = torch.arange(K + 1, device=self.device)[:, None].expand(-1, n)
+        classes = prior.embed_classes(torch.arange(prior.num_classes + 1, device=self.device))
+        # Any class token will do: it is dropped again.
+        embedded = transformer.embed(
+            torch.cat([classes[:1, None].expand(K + 1, -1, -1), prior.embed_tokens(tokens)], 1)
+        )
+        classes = transformer.project_in(classes) + transformer.position[0] * transformer.position_scale
+        x = torch.cat([embedded[:, 1:].flatten(0, 1), classes])
+        return x, transformer.blocks[0].qkv(x)
+
+
+class ChunkDecoder:
+    """Tokens and series of one chunk of rows; on a GPU all steps and the decoder are one CUDA graph."""
+
+    def __init__(self, vqvae: VQVAE, sampler: Sampler, *, graph: bool) -> None:
+        """graph: worth capturing, because several chunks of one size follow; without a GPU it has no effect."""
+        self.vqvae = vqvae
+        self.sampler = sampler
+        self.wants_graph = graph and sampler.device.type == "cuda"
+        self.graph: CudaGraph | None = None
+
+    @torch.no_grad()
+    def __call__(self, labels: Tensor, sample: Tensor, seed: int, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """labels, sample int64 [B], known int64 [B, n] or None -> tokens int64 [B, n], x [B, C, L] normalised.
+
+        The next call may overwrite both.
+        """
+        inputs = [labels, sample, torch.tensor(seed, device=self.sampler.device)]
+        if known is not None:
+            inputs.append(known)
+        if self.wants_graph and self.graph is None:
+            try:
+                self.graph = CudaGraph(self.decode, *inputs)
+            except RuntimeError as error:
+                self.wants_graph = False
+                warnings.warn(
+                    f"sampling without a CUDA graph, since it could not be captured: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return self.decode(*inputs) if self.graph is None else self.graph(*inputs)
+
+    def decode(
+        self, labels: Tensor, sample: Tensor, seed: Tensor, known: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        tokens = self.sampler.decode(labels, sample, seed, known)
+        # cuDNN may otherwise add up a transposed convolution in the order in which blocks happen to finish.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            return tokens, self.vqvae.detokenize(tokens)
