@@ -31,12 +31,8 @@ def plot_samples(
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("pictures need matplotlib: pip install 'ncfast[eval]'") from None
     rows = list(range(len(class_names)))[:MAX_CLASSES] if real_labels is not None else [None]
-    figure = Figure(figsize=(11, 0.6 + 1.6 * len(rows)), layout="constrained")
+    figure = make_figure(11, 0.6 + 1.6 * len(rows))
     axes = figure.subplots(len(rows), 2, sharex=True, sharey="row", squeeze=False)
     more = (
         "" if len(rows) >= len(class_names) or rows == [None] else f" (first {len(rows)} of {len(class_names)} classes)"
@@ -52,5 +48,49 @@ def plot_samples(
             panel.margins(x=0)
             panel.set_title(name if row is None else f"{name}, class {class_names[row]}", fontsize=9)
             panel.tick_params(labelsize=8)
+    write_figure(figure, path)
+
+
+def plot_completions(
+    path: Path, real: np.ndarray, observed: dict[str, np.ndarray], drawn: dict[str, np.ndarray], title: str
+) -> None:
+    """Writes one figure: a row a series, a column a task; what was observed, what was drawn, and what really followed.
+
+    Args:
+        path: the PNG.
+        real: whole series in data units [m, C, L]; the first channel is drawn.
+        observed: bool [L] of each task, True where the model saw the series.
+        drawn: completed series of each task [k, C, L], series i completing real[i mod m].
+        title: of the figure.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    m = len(real)
+    figure = make_figure(4 * len(observed), 0.6 + 1.8 * m)
+    figure.suptitle(title)
+    axes = figure.subplots(m, len(observed), sharex=True, sharey="row", squeeze=False)
+    for column, task in zip(axes.T, observed, strict=True):
+        seen = observed[task]
+        for i, panel in enumerate(column):
+            panel.plot(drawn[task][i::m, 0].T, color="C3", alpha=0.35, linewidth=0.7)
+            panel.plot(real[i, 0], color="black", linestyle=":", linewidth=1)
+            panel.plot(np.where(seen, real[i, 0], np.nan), color="C0", linewidth=1.6)
+            panel.margins(x=0)
+            panel.tick_params(labelsize=8)
+        column[0].set_title(task, fontsize=9)
+    write_figure(figure, path)
+
+
+def make_figure(width: float, height: float):
+    """Inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install 'ncfast[eval]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def write_figure(figure, path: Path) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

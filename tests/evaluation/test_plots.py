@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ncfast.errors import UserError
-from ncfast.evaluation.plots import plot_samples
+from ncfast.evaluation.plots import plot_completions, plot_samples
 
 
 @pytest.mark.parametrize("classes", [0, 1, 3, 40])
@@ -19,6 +19,17 @@ def test_writes_a_picture(tmp_path, classes):
     content = path.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 10_000
     assert [p.name for p in tmp_path.iterdir()] == ["samples.png"]
+
+
+def test_writes_completions(tmp_path):
+    pytest.importorskip("matplotlib")
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(2, 1, 30)).astype(np.float32)
+    seen = {"forecasting": np.arange(30) < 20, "a gap": np.arange(30) % 20 < 10}
+    drawn = {task: rng.normal(size=(6, 1, 30)) for task in seen}
+    plot_completions(tmp_path / "completions.png", real, seen, drawn, "title")
+    content = (tmp_path / "completions.png").read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 10_000
 
 
 def test_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
