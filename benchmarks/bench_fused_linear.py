@@ -1,8 +1,8 @@
 """fused_linear against PyTorch's layers one after the other, at the layers of the prior (64 series of 76 positions).
 
 `pytest benchmarks/ --benchmark-only` times each alone; `python benchmarks/bench_fused_linear.py` lets them take turns
-and prints one Markdown table. Expected of ours: 2 M N K operations forward and 6 M N K with the gradients, near the peak of
-the multiply-adds; PyTorch adds passes over x and the result for the norm, the GELU and the residual.
+and prints one Markdown table. Expected of ours: 2 M N K operations forward and 6 M N K with the gradients, near the
+peak of the multiply-adds; PyTorch adds passes over x and the result for the norm, the GELU and the residual.
 """
 
 import argparse

@@ -1,23 +1,27 @@
-// Nearest code in two passes. The first scores every (row, code) pair in float32 and keeps, for each row, the best and
-// the second-best score: where they are further apart than twice the rounding error can be, the best code is the
-// nearest one. The second pass measures the other rows, normally well under one in a hundred, against every code in
-// float64.
+// Nearest code. Scores on tensor cores, with an error bound, leave few codes of a row to choose between; float64
+// distances choose (nearest_code_tensor.cuh). A codebook that fits in shared memory takes one launch.
 //
-// A row that awaits the second pass is marked in the output itself, so no list is built, the host never waits and the
-// launches do not depend on the data.
+// Codes too long for that are scored in float32, where only the two best scores of a row are kept: where they are
+// further apart than twice the rounding error can be, the best code is the nearest one. Float64 data are not scored.
+//
+// In either case a row that is still open is marked in the output itself and a last pass measures it against every code
+// in float64: the host never waits and the launches do not depend on the data.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cfloat>
 #include <climits>
 #include <cmath>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
 #include "nearest_code.h"
+#include "nearest_code_tensor.cuh"
 
 namespace ncfast::cuda {
 namespace {
@@ -377,9 +381,147 @@ void launch_certified(const T* z, const float* codebook, int64_t H, int64_t M, i
   launch_rescore<T, float, kAligned>(z, codebook, H, M, K, D, stream, indices);
 }
 
+struct Device {
+  int processors;
+  int shared_bytes;  // that a block can have
+  bool hopper;       // wgmma
+};
+
+// NCFAST_CUDA_ISA=mma has a Hopper GPU run what the GPUs before it do.
+Device current_device() {
+  int device, processors, shared_bytes, major;
+  check(cudaGetDevice(&device), "the current device");
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "the device's processors");
+  check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "the shared memory");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "the device's capability");
+  const char* isa = std::getenv("NCFAST_CUDA_ISA");
+  return {processors, shared_bytes, major == 9 && !(isa != nullptr && std::string(isa) == "mma")};
+}
+
+// The shapes of the streamed path and its places in the workspace.
+struct StreamPlan {
+  int chunks, tiles, splits, stat_blocks, codes_per_stat_block, pack_blocks;
+  int64_t packed, bias, candidates, windows, partial, mean, reach, facts, exponents, bytes;
+
+  StreamPlan(int64_t H, int64_t M, int64_t K, int64_t D, int processors, bool hopper) {
+    const int tile_codes = stream_codes(hopper);
+    constexpr int64_t kMaxSplits = 16;
+    chunks = int(ceil_div(D, kTileColumns));
+    tiles = int(ceil_div(K, tile_codes * tile_unit(hopper))) * tile_unit(hopper);
+    const int64_t row_blocks = H * ceil_div(M, kStreamRows);
+    splits =
+        int(std::max<int64_t>(1, std::min({processors / row_blocks, int64_t(tiles / tile_unit(hopper)), kMaxSplits})));
+    codes_per_stat_block = int(ceil_div(K, std::min<int64_t>(kMaxStatBlocks, ceil_div(K, 64))));
+    stat_blocks = int(ceil_div(K, codes_per_stat_block));
+    pack_blocks = tiles * (tile_codes / kPackedCodes);
+
+    bytes = 0;
+    const auto place = [this](int64_t size) {
+      const int64_t start = bytes;
+      bytes += ceil_div(size, 16) * 16;
+      return start;
+    };
+    packed = place(H * tiles * chunks * tile_codes * kTileRowBytes);
+    bias = place(H * tiles * tile_codes * int64_t(sizeof(float)));
+    candidates = place(H * M * splits * kKept * int64_t(sizeof(Candidate)));
+    windows = place(H * M * int64_t(sizeof(float)));
+    partial = place(H * stat_blocks * D * int64_t(sizeof(ColumnStats)));
+    mean = place(H * chunks * kTileColumns * int64_t(sizeof(float)));
+    reach = place(H * chunks * kTileColumns * int64_t(sizeof(float)));
+    facts = place(H * pack_blocks * int64_t(sizeof(CodeFacts)));
+    exponents = place(H * int64_t(sizeof(int)));
+  }
+};
+
+constexpr int kMostProcessors = 1024;  // the workspace is measured for it, since its device is not known
+
+// Error of a tensor core's sum, in units of the product of the norms.
+float accumulation_error(int D) { return 1.5f * float(ceil_div(D, 16) * 16 + 16) * 0x1p-23f; }
+
+template <class Kernel>
+void allow_shared(Kernel* kernel, int bytes) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
+}
+
+// Whether the codebook fit in shared memory, and so the work was launched.
+template <bool kHopper, bool kAligned>
+bool launch_resident(const Matrix& z, const Matrix& codebook, int64_t H, int64_t M, int K, int D, bool exact,
+                     const Device& device, cudaStream_t stream, int64_t* indices) {
+  if (int64_t(K) * D * 2 > device.shared_bytes || H > 65535 || M > INT_MAX / 2) return false;
+  int groups = resident_threads(kHopper) / kWarpgroup;
+  while (groups >= 2 && ResidentLayout(K, D, groups).bytes > device.shared_bytes) --groups;
+  if (groups < 2) return false;
+  const ResidentLayout layout(K, D, groups);
+  const int64_t blocks_per_head = std::max<int64_t>(1, std::min(device.processors / H, ceil_div(M, kGroupRows)));
+  allow_shared(score_resident<kHopper, kAligned>, layout.bytes);
+  score_resident<kHopper, kAligned>
+      <<<dim3(unsigned(blocks_per_head), unsigned(H)), groups * kWarpgroup, layout.bytes, stream>>>(
+          z, codebook, int(M), K, D, accumulation_error(D), exact, indices);
+  check(cudaGetLastError(), "tensor-core pass");
+  return true;
+}
+
+// Whether the codes were short enough, and so the work was launched, up to the pass over what is still open.
+template <bool kHopper, bool kAligned>
+bool launch_stream(const Matrix& z, const Matrix& codebook, int64_t H, int64_t M, int K, int D, bool exact,
+                   const Device& device, cudaStream_t stream, char* workspace, int64_t* indices) {
+  constexpr int kCodes = stream_codes(kHopper);
+  const StreamPlan plan(H, M, K, D, std::min(device.processors, kMostProcessors), kHopper);
+  if (plan.chunks > kMaxChunks) return false;
+  // With wgmma a tile keeps its stages until it is done and the next one needs as many; codes too long for that give
+  // theirs back on the way.
+  const bool longer = kHopper && 2 * plan.chunks > kMaxStages;
+  int stages = kHopper ? kMaxStages : 2;
+  const int fewest_stages = kHopper && !longer ? 2 * plan.chunks : 2;
+  while (stages >= fewest_stages && StreamLayout(plan.chunks, stages, kCodes).bytes > device.shared_bytes) --stages;
+  if (stages < fewest_stages) return false;
+
+  const auto* codes = static_cast<const float*>(codebook.data);
+  char* packed = workspace + plan.packed;
+  const auto place = [workspace](int64_t offset, auto*& pointer) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(workspace + offset);
+  };
+  float *bias, *windows, *mean, *reach;
+  Candidate* candidates;
+  ColumnStats* partial;
+  CodeFacts* facts;
+  int* exponents;
+  place(plan.bias, bias);
+  place(plan.windows, windows);
+  place(plan.mean, mean);
+  place(plan.reach, reach);
+  place(plan.candidates, candidates);
+  place(plan.partial, partial);
+  place(plan.facts, facts);
+  place(plan.exponents, exponents);
+
+  column_stats<<<grid_size(H * plan.stat_blocks), kStatThreads, 0, stream>>>(codes, K, D, plan.stat_blocks,
+                                                                             plan.codes_per_stat_block, partial);
+  check(cudaGetLastError(), "codebook statistics");
+  const int padded = plan.chunks * kTileColumns;
+  combine_stats<<<grid_size(H * padded / 32), kStatThreads, 0, stream>>>(partial, D, padded, plan.stat_blocks, mean,
+                                                                         reach);
+  check(cudaGetLastError(), "codebook mean");
+  pack_codebook<kAligned, kCodes><<<grid_size(H * plan.pack_blocks), kPackThreads, 0, stream>>>(
+      codebook, K, D, plan.chunks, plan.tiles, mean, reach, packed, bias, exponents, facts);
+  check(cudaGetLastError(), "packing the codebook");
+
+  const int shared_bytes = StreamLayout(plan.chunks, stages, kCodes).bytes;
+  const StreamShape shape{M, K, D, plan.chunks, plan.tiles, plan.splits, stages};
+  const auto kernel = longer ? score_stream<kHopper, kHopper, kAligned> : score_stream<kHopper, false, kAligned>;
+  allow_shared(kernel, shared_bytes);
+  kernel<<<grid_size(H * ceil_div(M, kStreamRows) * plan.splits), stream_threads(kHopper), shared_bytes, stream>>>(
+      z, packed, bias, mean, exponents, facts, shape, accumulation_error(D), exact, windows, candidates);
+  check(cudaGetLastError(), "tensor-core pass");
+  decide<<<grid_size(ceil_div(H * M, kDecideThreads / 32 * kDecideRows)), kDecideThreads, 0, stream>>>(
+      z, codes, H * M, M, K, D, plan.splits, windows, candidates, kAmbiguous, indices);
+  check(cudaGetLastError(), "float64 choice");
+  return true;
+}
+
 template <class T>
-void dispatch(const void* z, const void* codebook, int64_t H, int64_t M, int K, int D, cudaStream_t stream,
-              void* workspace, int64_t* indices) {
+void dispatch(const void* z, DType dtype, const void* codebook, int64_t H, int64_t M, int K, int D, bool exact,
+              cudaStream_t stream, void* workspace, int64_t* indices) {
   const T* rows = static_cast<const T*>(z);
   if constexpr (std::is_same_v<T, double>) {
     static_assert(kAmbiguous == -1, "the memset below writes it as bytes of ones");
@@ -392,23 +534,37 @@ void dispatch(const void* z, const void* codebook, int64_t H, int64_t M, int K, 
     }
   } else {
     const float* codes = static_cast<const float*>(codebook);
-    float* bias = static_cast<float*>(workspace);
-    if (D % 4 == 0 && is_aligned(rows, 4 * sizeof(T)) && is_aligned(codes, 16)) {
-      launch_certified<T, true>(rows, codes, H, M, K, D, stream, bias, indices);
-    } else {
-      launch_certified<T, false>(rows, codes, H, M, K, D, stream, bias, indices);
+    const bool aligned = D % 4 == 0 && is_aligned(rows, 4 * sizeof(T)) && is_aligned(codes, 16);
+    const Device device = current_device();
+    const Matrix z_matrix{rows, dtype};
+    const Matrix code_matrix{codes, DType::f32};
+    const bool vectors = D % 8 == 0 && is_aligned(rows, 16) && is_aligned(codes, 16);
+    const auto resident = device.hopper ? (vectors ? launch_resident<true, true> : launch_resident<true, false>)
+                                        : (vectors ? launch_resident<false, true> : launch_resident<false, false>);
+    if (resident(z_matrix, code_matrix, H, M, K, D, exact, device, stream, indices)) return;
+    const auto streamed = device.hopper ? (vectors ? launch_stream<true, true> : launch_stream<true, false>)
+                                        : (vectors ? launch_stream<false, true> : launch_stream<false, false>);
+    char* bytes = static_cast<char*>(workspace);
+    if (streamed(z_matrix, code_matrix, H, M, K, D, exact, device, stream, bytes, indices)) {
+      const auto last_pass = aligned ? launch_rescore<T, float, true> : launch_rescore<T, float, false>;
+      return last_pass(rows, codes, H, M, K, D, stream, indices);
     }
+    const auto certified = aligned ? launch_certified<T, true> : launch_certified<T, false>;
+    certified(rows, codes, H, M, K, D, stream, static_cast<float*>(workspace), indices);
   }
 }
 
 }  // namespace
 
-int64_t nearest_code_workspace_bytes(int64_t H, int64_t /*M*/, int64_t K, int64_t /*D*/) {
-  return H * K * int64_t(sizeof(float));
+int64_t nearest_code_workspace_bytes(int64_t H, int64_t M, int64_t K, int64_t D) {
+  const int64_t scored = H * K * int64_t(sizeof(float));  // in float32
+  if (H == 0 || M == 0 || D == 0 || D > kMaxChunks * kTileColumns) return scored;
+  return std::max({scored, StreamPlan(H, M, K, D, kMostProcessors, true).bytes,
+                   StreamPlan(H, M, K, D, kMostProcessors, false).bytes});
 }
 
 void nearest_code(const void* z, DType dtype, const void* codebook, int64_t H, int64_t M, int64_t K, int64_t D,
-                  void* stream_handle, void* workspace, int64_t* indices) {
+                  bool exact, void* stream_handle, void* workspace, int64_t* indices) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (H == 0 || M == 0) return;
   if (K > INT_MAX / 2 || D > INT_MAX / 2) {
@@ -421,13 +577,13 @@ void nearest_code(const void* z, DType dtype, const void* codebook, int64_t H, i
   }
   switch (dtype) {
     case DType::f32:
-      return dispatch<float>(z, codebook, H, M, int(K), int(D), stream, workspace, indices);
+      return dispatch<float>(z, dtype, codebook, H, M, int(K), int(D), exact, stream, workspace, indices);
     case DType::f64:
-      return dispatch<double>(z, codebook, H, M, int(K), int(D), stream, workspace, indices);
+      return dispatch<double>(z, dtype, codebook, H, M, int(K), int(D), exact, stream, workspace, indices);
     case DType::f16:
-      return dispatch<__half>(z, codebook, H, M, int(K), int(D), stream, workspace, indices);
+      return dispatch<__half>(z, dtype, codebook, H, M, int(K), int(D), exact, stream, workspace, indices);
     case DType::bf16:
-      return dispatch<__nv_bfloat16>(z, codebook, H, M, int(K), int(D), stream, workspace, indices);
+      return dispatch<__nv_bfloat16>(z, dtype, codebook, H, M, int(K), int(D), exact, stream, workspace, indices);
   }
 }
 

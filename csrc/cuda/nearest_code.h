@@ -15,7 +15,9 @@ int64_t nearest_code_workspace_bytes(int64_t H, int64_t M, int64_t K, int64_t D)
 void nearest_code(const void* z,         // [H, M, D] of `dtype`, contiguous
                   DType dtype,           //
                   const void* codebook,  // [H, K, D] float32, or float64 when dtype is f64, contiguous
-                  int64_t H, int64_t M, int64_t K, int64_t D, void* stream,
+                  int64_t H, int64_t M, int64_t K, int64_t D,
+                  bool exact,  // otherwise the best score of one fp16 product decides where it can be had
+                  void* stream,
                   void* workspace,  // nearest_code_workspace_bytes(H, M, K, D) bytes, 16-byte aligned
                   // outputs
                   int64_t* indices);  // [H, M]

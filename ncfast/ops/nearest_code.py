@@ -42,7 +42,8 @@ def nearest_code(z: Tensor, codebook: Tensor, *, precision: str = "exact", impl:
     Args:
         z: vectors, float32, float64, float16 or bfloat16 [..., D]; or [H, ..., D] when the codebook is [H, K, D].
         codebook: codes, any of those dtypes, [K, D], or [H, K, D] for one codebook a head.
-        precision: "exact", or "fast", which allows an implementation to skip the exact re-scoring of near ties.
+        precision: "exact", or "fast", which allows an implementation to skip the exact re-scoring of near ties. On
+            a GPU "fast" takes the best of scores whose products are those of fp16 numbers.
         impl: "auto" (the fastest that can run the call), "reference", "cpp", "cuda" or "triton".
 
     Returns:
@@ -65,7 +66,8 @@ def nearest_code(z: Tensor, codebook: Tensor, *, precision: str = "exact", impl:
     double = torch.float64 in (z.dtype, codebook.dtype)
     z = z.double() if double else z
     codebook = codebook.double() if double else codebook.float()
-    return OPERATORS[name](z.contiguous(), codebook.contiguous()).reshape(shape)
+    options = {"exact": precision == "exact"} if name == "cuda" else {}
+    return OPERATORS[name](z.contiguous(), codebook.contiguous(), **options).reshape(shape)
 
 
 def check(z: Tensor, codebook: Tensor, precision: str) -> None:
@@ -122,7 +124,7 @@ def _cpp(z: Tensor, codebook: Tensor) -> Tensor:
     return indices
 
 
-def _cuda(z: Tensor, codebook: Tensor) -> Tensor:
+def _cuda(z: Tensor, codebook: Tensor, exact: bool = True) -> Tensor:
     (H, M, D), K = z.shape, codebook.shape[1]
     indices = torch.empty(H, M, dtype=torch.int64, device=z.device)
     module, _ = dispatch.load_module("_C_cuda")
@@ -136,6 +138,7 @@ def _cuda(z: Tensor, codebook: Tensor) -> Tensor:
             M,
             K,
             D,
+            exact,
             torch.cuda.current_stream().cuda_stream,
             workspace.data_ptr(),
             indices.data_ptr(),
@@ -149,18 +152,18 @@ def _triton(z: Tensor, codebook: Tensor) -> Tensor:
     return nearest_code_triton(z, codebook)
 
 
-def _fake(z: Tensor, codebook: Tensor) -> Tensor:
+def _fake(z: Tensor, codebook: Tensor, exact: bool = True) -> Tensor:
     return z.new_empty(z.shape[:-1], dtype=torch.int64)
 
 
 OPERATORS = {}
-for _name, _function, _keys in (
-    ("cpp", _cpp, ("CPU",)),
-    ("cuda", _cuda, ("CUDA",)),
-    ("triton", _triton, ("CUDA", "CPU")),
+for _name, _function, _keys, _options in (
+    ("cpp", _cpp, ("CPU",), ""),
+    ("cuda", _cuda, ("CUDA",), ", bool exact=True"),
+    ("triton", _triton, ("CUDA", "CPU"), ""),
 ):
     # z [H, M, D] contiguous; codebook [H, K, D] contiguous, float32 (float64 exactly when z is) -> int64 [H, M]
-    dispatch.library.define(f"nearest_code_{_name}(Tensor z, Tensor codebook) -> Tensor")
+    dispatch.library.define(f"nearest_code_{_name}(Tensor z, Tensor codebook{_options}) -> Tensor")
     for _key in _keys:
         dispatch.library.impl(f"nearest_code_{_name}", _function, _key)
     torch.library.register_fake(f"ncfast::nearest_code_{_name}", _fake, lib=dispatch.library)

@@ -1,0 +1,131 @@
+"""The error bound of docs/nearest_code_cuda.md, on an emulation of the tensor-core kernels."""
+
+import math
+
+import pytest
+import torch
+
+ROUNDINGS = 2.0**-24
+
+
+def scale_exponents(largest):
+    """[..] float64 powers of two that take `largest` to [2^14, 2^15)."""
+    exponents = torch.where(largest > 0, 14 - torch.frexp(largest).exponent + 1, 0)
+    return exponents.clamp(-126, 126)
+
+
+def cut(x, unit):
+    """Towards zero to a multiple of `unit`."""
+    return torch.trunc(x / unit) * unit
+
+
+def tensor_core_sum(z, e, block):
+    """z·e [M, K] of fp16 z [M, D], e [K, D]: blocks are aligned with their largest term and cut to 24 bits."""
+    total = torch.zeros(len(z), len(e), dtype=torch.float64)
+    for first in range(0, z.shape[1], block):
+        products = z[:, None, first : first + block] * e[None, :, first : first + block]  # [M, K, block]
+        terms = torch.cat([products, total[..., None]], -1)
+        largest = terms.abs().amax(-1, keepdim=True)
+        unit = torch.exp2(torch.frexp(largest).exponent.double() - 24)
+        total = cut(terms, unit).sum(-1)
+        total = cut(total, torch.exp2(torch.frexp(total).exponent.double() - 24))
+    return total
+
+
+def emulate(z, codebook, block, mean=None):
+    """(scores, exact scores, error bound), in the scaled units of each row: [M, K], [M, K], [M]."""
+    D = z.shape[1]
+    mean = codebook.mean(0) if mean is None else mean
+    z_centred, e_centred = z - mean, codebook - mean  # float32
+    b = scale_exponents(e_centred.abs().max())
+    a = torch.minimum(scale_exponents(z_centred.abs().amax(1)), b + 100)  # [M]
+    z_scaled, e_scaled = torch.ldexp(z_centred, a[:, None]), torch.ldexp(e_centred, b)
+    z_half, e_half = z_scaled.half().double(), e_scaled.half().double()
+    bias = -0.5 * e_scaled.square().sum(-1).double()  # [K], of float32 sums
+    factor = torch.exp2((a - b).clamp(min=-100).double())  # [M]
+    scores = (tensor_core_sum(z_half, e_half, block) + factor[:, None] * bias).float().double()
+
+    exact_z, exact_e = z.double() - mean.double(), codebook.double() - mean.double()
+    exact = torch.exp2((a[:, None] + b).double()) * (exact_z @ exact_e.T - 0.5 * exact_e.square().sum(-1))
+
+    norm, rest = z_half.norm(dim=1), (z_half - z_scaled.double()).norm(dim=1)  # [M]
+    e_rest = (e_half - e_scaled.double()).norm(dim=1).max()
+    e_norm, e_bias = e_half.norm(dim=1).max() + e_rest, -bias.min()
+    padded = math.ceil(D / 16) * 16
+    bound = norm * e_rest + rest * e_norm + 1.5 * (padded + 16) * 2.0**-23 * norm * e_norm
+    bound += (math.ceil(D / 64) * 8 + 24) * ROUNDINGS * (norm * e_norm + factor * e_bias) + 2.0**-99 * e_bias
+    return scores, exact, 1.001 * bound
+
+
+def next_up(x):
+    return torch.nextafter(x, torch.full_like(x, torch.inf))
+
+
+def data(name, M=60, K=90, D=40):
+    generator = torch.Generator().manual_seed(4)
+    z, codebook = torch.randn(M, D, generator=generator), torch.randn(K, D, generator=generator)
+    if name == "positive":  # every cut goes the same way
+        z, codebook = z.abs() + 1, codebook.abs() + 1
+    elif name.startswith("offset"):
+        z, codebook = z + float(name[6:]), codebook + float(name[6:])
+    elif name == "one_large_component":
+        z[:, 0] *= 1e4
+        codebook[:, 0] *= 1e4
+    elif name == "one_large_code":
+        codebook[3] *= 1e6
+    elif name == "one_ulp":
+        codebook[K // 2 :] = next_up(codebook[: K - K // 2])
+        z = codebook[torch.arange(M) % K] + 1e-5 * z
+    elif name == "duplicates":
+        codebook = codebook[torch.arange(K) % 7]
+    elif name in ("1e30", "1e-30"):
+        z, codebook = z * float(name), codebook * float(name)
+    elif name == "far_rows":
+        z = z * 10.0 ** torch.linspace(-35, 35, M)[:, None]
+    elif name == "wide":
+        z = z * 10.0 ** torch.linspace(-10, 0, D)
+    elif name == "vqgan_init":
+        codebook = (torch.rand(K, D, generator=generator) * 2 - 1) / K
+    return z, codebook
+
+
+DATA = [
+    *("gauss", "positive", "offset4", "offset1000", "one_large_component", "one_large_code", "one_ulp", "duplicates"),
+    *("1e30", "1e-30", "far_rows", "wide", "vqgan_init"),
+]
+
+
+@pytest.mark.parametrize("block", [4, 8, 16])
+@pytest.mark.parametrize("name", DATA)
+def test_scores_are_within_the_bound(name, block):
+    z, codebook = data(name)
+    scores, exact, bound = emulate(z, codebook, block)
+    assert (bound.isfinite() & (bound >= 0)).all()
+    # What float64 itself may be off by, as the exact scores are formed from centred data.
+    slack = 1e-14 * exact.abs().amax(-1)
+    assert ((scores - exact).abs() <= (bound + slack)[:, None]).all()
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_the_nearest_code_is_never_ruled_out(name):
+    z, codebook = data(name)
+    scores, exact, bound = emulate(z, codebook, 16)
+    # By the scores: from rows that are far enough float64 distances to all codes are the same.
+    nearest = exact.argmax(-1)
+    reached = scores >= (scores.amax(-1) - 2 * bound)[:, None]
+    assert reached.gather(1, nearest[:, None]).all()
+
+
+def test_any_centre_will_do():
+    z, codebook = data("offset4")
+    for mean in (torch.zeros(40), codebook[0], 100 * codebook[1]):
+        scores, exact, bound = emulate(z, codebook, 16, mean)
+        assert ((scores - exact).abs() <= bound[:, None]).all()
+
+
+def test_the_bound_rules_most_codes_out():
+    z, codebook = data("gauss", M=300, K=1024, D=64)
+    scores, _, bound = emulate(z, codebook, 16)
+    candidates = (scores >= (scores.amax(-1) - 2 * bound)[:, None]).sum(-1)
+    assert (candidates > 1).double().mean() < 0.08
+    assert candidates.max() < 5
