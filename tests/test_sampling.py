@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from ncfast.config import make_config
-from ncfast.sampling import Sampler, WorkSavers, mask_schedule
+from ncfast.sampling import ChunkDecoder, Sampler, WorkSavers, mask_schedule
+from ncfast.stage1 import VQVAE
 from ncfast.stage2 import Prior
 
 SMALL = {"dim": 8, "residual_blocks": 1, "codebook_size": 5, "prior_dim": 16, "prior_layers": 2, "prior_head_dim": 8}
@@ -228,3 +229,38 @@ def test_mask_schedule(count, steps):
     for before, after in itertools.pairwise([count, *google]):
         assert after < before or before <= 1  # at least one is revealed, unless it is the last
     assert all(masked == 0 if count == 0 else masked >= 1 for masked in google[:-1])
+
+
+def make_decoder(graph, device="cpu"):
+    torch.manual_seed(1)
+    config = make_config(**SMALL)
+    vqvae = VQVAE(config, 1, 96).eval().to(device)
+    prior = Prior(config, vqvae.vq.codebook, vqvae.num_tokens, C).eval().to(device)
+    return ChunkDecoder(vqvae, Sampler(prior, config), graph=graph)
+
+
+def test_a_graph_that_cannot_be_captured_is_said_and_done_without(monkeypatch):
+    def refuse(*arguments):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("ncfast.sampling.CudaGraph", refuse)
+    decoder, plain = make_decoder(graph=True), make_decoder(graph=False)
+    assert not decoder.wants_graph  # there is no GPU
+    decoder.wants_graph = True
+    labels, sample = torch.zeros(4, dtype=torch.int64), torch.arange(4)
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph.*not permitted"):
+        tokens, x = decoder(labels, sample, 0)
+    expected_tokens, expected = plain(labels, sample, 0)
+    assert torch.equal(tokens, expected_tokens) and torch.equal(x, expected)
+    decoder(labels, sample, 0)  # and not tried again
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_gives_the_same_bits_for_any_seed():
+    graphed, eager = make_decoder(True, "cuda"), make_decoder(False, "cuda")
+    for first, seed in ((0, 3), (64, 3), (0, 2**62)):
+        sample = torch.arange(first, first + 64, device="cuda")
+        tokens, x = graphed(sample % (C + 1), sample, seed)
+        expected_tokens, expected = eager(sample % (C + 1), sample, seed)
+        assert torch.equal(tokens, expected_tokens) and torch.equal(x, expected)
+    assert graphed.graph is not None
