@@ -17,6 +17,8 @@ from ncfast.ops import barlow_twins_loss, nearest_code, vibcreg_loss, vicreg_los
 class VQVAE(nn.Module):
     """x [B, C, L] --STFT--> u --encoder--> z [B, D, H, W'] --nearest code--> tokens [B, n] --decoder, ISTFT--> x̂."""
 
+    members: int | None = None  # models that this one holds, stacked: C and D are then E·C and E·D (`nn.stacked`)
+
     def __init__(self, config: Config, channels: int, length: int) -> None:
         super().__init__()
         self.stft = STFT(length, config.n_fft)
@@ -82,6 +84,8 @@ SSL_WEIGHTS = {"barlow": 1.0, "vicreg": 0.01, "vibcreg": 0.01}
 class SelfSupervision(nn.Module):
     """weight · L(P(pool(z_a)), P(pool(z_b))): the projector P trains with stage 1 and is then thrown away."""
 
+    members: int | None = None  # as of VQVAE
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.projector = Projector(2 * config.dim, config.projector_dim, whiten=config.ssl == "vibcreg")
@@ -89,8 +93,20 @@ class SelfSupervision(nn.Module):
         self.weight = SSL_WEIGHTS[config.ssl] if config.ssl_weight is None else config.ssl_weight
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        """Latent grids of the two views, [B, D, H, W'] each -> scalar."""
-        return self.weight * self.loss(*self.projector(pool(z_a), pool(z_b)))
+        """Latent grids of the two views, [B, D, H, W'] each -> scalar; [B, E·D, H, W'] -> [E]."""
+        if self.members is None:
+            return self.weight * self.loss(*self.projector(pool(z_a), pool(z_b)))
+        views = self.projector(pool(z_a, self.members), pool(z_b, self.members))  # [B, E·dim] each
+        pairs = zip(*(view.chunk(self.members, 1) for view in views), strict=True)
+        return self.weight * torch.stack([self.loss(a, b) for a, b in pairs])
+
+
+def squared_error(a: Tensor, b: Tensor, members: int | None) -> Tensor:
+    """Mean over all of a, b [B, C, ...] -> scalar; of each member's own [B, E·C, ...] -> [E]."""
+    if members is None:
+        return F.mse_loss(a, b)
+    each = F.mse_loss(a, b, reduction="none").unflatten(1, (members, -1))
+    return each.mean([d for d in range(each.dim()) if d != 1])
 
 
 def stage1_losses(
@@ -103,18 +119,21 @@ def stage1_losses(
           + SSL(z_q, z')                                   quantised original, continuous view; gradients to both
 
     Args:
-        x: normalised series [B, C, L].
-        view: augmented series [B, C, L], or None without SSL.
+        x: normalised series [B, C, L]; [B, E·C, L] for E models stacked, and the losses are then [E].
+        view: augmented series, as x, or None without SSL.
 
     The two views pass encoder and decoder one after the other: each has its own batch statistics.
     """
     u = model.stft(x)
     z = model.encode(u)
     z_q, _, commitment = model.vq(z)
+    members = model.members
+    if members is not None:  # its own is the mean over members
+        commitment = squared_error(z.mT, z_q.detach().mT, members)
     u_hat = model.decode(z_q)
     losses = {
-        "reconstruction_time": F.mse_loss(model.stft.inverse(u_hat), x),
-        "reconstruction_spectrum": F.mse_loss(u_hat, u),
+        "reconstruction_time": squared_error(model.stft.inverse(u_hat), x, members),
+        "reconstruction_spectrum": squared_error(u_hat, u, members),
         "commitment": commitment,
     }
     loss = losses["reconstruction_time"] + losses["reconstruction_spectrum"] + losses["commitment"]
@@ -122,8 +141,8 @@ def stage1_losses(
         u_view = model.stft(view)
         z_view = model.encode(u_view)
         u_view_hat = model.decode(z_view)
-        losses["reconstruction_view"] = F.mse_loss(model.stft.inverse(u_view_hat), view) + F.mse_loss(
-            u_view_hat, u_view
+        losses["reconstruction_view"] = squared_error(model.stft.inverse(u_view_hat), view, members) + squared_error(
+            u_view_hat, u_view, members
         )
         losses["ssl"] = ssl(model.as_grid(z_q), model.as_grid(z_view))
         loss = loss + view_weight * losses["reconstruction_view"] + losses["ssl"]

@@ -1,10 +1,13 @@
 """Stage 2: a MaskGIT prior over stage-1 tokens and its loss (NC-VQVAE; MaskGIT, arXiv 2202.04200)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncfast.config import Config
+from ncfast.nn.stacked import embedding
 from ncfast.nn.transformer import Transformer
 from ncfast.stage1 import VQVAE
 
@@ -39,13 +42,13 @@ class Prior(nn.Module):
         self.head = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D, eps=1e-12), nn.Linear(D, K))
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """tokens [B, n] in 0..K, labels [B] in 0..C -> logits [B, n, K]."""
-        x = torch.cat([self.embed_classes(labels)[:, None], self.embed_tokens(tokens)], dim=1)  # [B, 1 + n, D]
-        return self.head(self.transformer(x)[:, 1:])
+        """tokens [B, n] in 0..K, labels [B] in 0..C -> logits [B, n, K]; all with E in front for E models stacked."""
+        x = torch.cat([self.embed_classes(labels)[..., None, :], self.embed_tokens(tokens)], dim=-2)  # [B, 1 + n, D]
+        return self.head(self.transformer(x)[..., 1:, :])
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """tokens [B, n] in 0..K -> [B, n, D]."""
-        return self.norm(F.embedding(tokens, self.token_embedding) + self.position_embedding)
+        return self.norm(embedding(tokens, self.token_embedding) + self.position_embedding)
 
     def embed_classes(self, labels: Tensor) -> Tensor:
         """labels [B] in 0..C -> [B, D]."""
@@ -85,26 +88,48 @@ class TokenDistribution:
         return (cdf <= u).sum(-1).clamp_(max=cdf.shape[-1] - 1)
 
 
-def random_mask(shape: tuple[int, int], masking: str, generator: torch.Generator, device: torch.device) -> Tensor:
-    """bool [B, n]: floor(n cos(π t / 2)) random positions of each row, one t ~ U(0, 1) a batch, masked or kept."""
-    B, n = shape
-    t = torch.rand((), device=device, generator=generator, dtype=torch.float64)
-    drawn = torch.floor(n * torch.cos(0.5 * torch.pi * t))
-    rank = torch.rand(B, n, device=device, generator=generator).argsort(1).argsort(1)
+Generators = torch.Generator | Sequence[torch.Generator]  # of one model, or one for each of several
+
+
+def uniform(
+    shape: tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Random numbers in [0, 1) of that shape; of E generators [E, *shape]."""
+    if isinstance(generator, torch.Generator):
+        return torch.rand(shape, device=device, generator=generator, dtype=dtype)
+    return torch.stack([torch.rand(shape, device=device, generator=each, dtype=dtype) for each in generator])
+
+
+def random_mask(shape: tuple[int, int], masking: str, generator: Generators, device: torch.device) -> Tensor:
+    """bool [B, n]: floor(n cos(π t / 2)) random positions of each row, one t ~ U(0, 1) a batch, masked or kept.
+
+    shape: (B, n). E generators give E such batches [E, B, n].
+    """
+    t = uniform((), generator, device, torch.float64)[..., None, None]
+    drawn = torch.floor(shape[1] * torch.cos(0.5 * torch.pi * t))
+    rank = uniform(shape, generator, device).argsort(-1).argsort(-1)
     return rank < drawn if masking == "masked" else rank >= drawn
 
 
 def stage2_losses(
-    prior: Prior, tokens: Tensor, labels: Tensor | None, config: Config, generator: torch.Generator
+    prior: Prior, tokens: Tensor, labels: Tensor | None, config: Config, generator: Generators
 ) -> dict[str, Tensor]:
-    """Cross-entropy over all positions of one batch.  tokens [B, n], labels [B] or None."""
-    mask = random_mask(tuple(tokens.shape), config.masking, generator, tokens.device)
-    no_class = torch.full(tokens.shape[:1], prior.num_classes, device=tokens.device)
+    """Cross-entropy over all positions of one batch.
+
+    Args:
+        tokens: [B, n]; [E, B, n] for E models stacked, and the losses are then [E].
+        labels: [B] or [E, B], or None.
+        generator: or E of them.
+    """
+    B, n = tokens.shape[-2:]
+    mask = random_mask((B, n), config.masking, generator, tokens.device)
+    no_class = torch.full(tokens.shape[:-1], prior.num_classes, device=tokens.device)
     if labels is None:
         labels = no_class
     else:
-        dropped = torch.rand(labels.shape, device=labels.device, generator=generator) < config.class_dropout
+        dropped = uniform((B,), generator, labels.device) < config.class_dropout
         labels = torch.where(dropped, no_class, labels)
     logits = prior(torch.where(mask, prior.num_codes, tokens), labels)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
-    return {"loss": loss, "masked_share": mask.float().mean()}
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    each = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view_as(tokens)
+    return {"loss": each.mean((-2, -1)), "masked_share": mask.float().mean((-2, -1))}

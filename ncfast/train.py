@@ -1,5 +1,6 @@
 """Train both stages on one data set: python -m ncfast.train --dataset FordA --ssl vicreg"""
 
+import argparse
 import dataclasses
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import numpy as np
 import torch
 
 from ncfast.cli import Parser, choose_device, run
-from ncfast.config import PRESETS, add_config_arguments, given_config_values, make_config
+from ncfast.config import PRESETS, Config, add_config_arguments, given_config_values, make_config
 from ncfast.data.sources import Dataset, load_dataset
 from ncfast.engine.loop import batch_ends
+from ncfast.ensemble import members, train_ensemble
 from ncfast.errors import UserError
 from ncfast.evaluation.plots import plot_samples
 from ncfast.ncvqvae import NCVQVAE, DataFacts, build_models
@@ -35,16 +37,35 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--checkpoint-every", type=int, default=1, metavar="N", help="epochs between two saved states [1]"
     )
+    parser.add_argument(
+        "--seeds",
+        type=integers,
+        metavar="N,N,...",
+        help="train one model for each seed at once, stacked; their runs are --out/seedN",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
     add_config_arguments(parser)
     return parser
+
+
+def integers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"integers with commas between them, such as 1,2,3,4; got {text!r}") from None
 
 
 def main() -> None:
     arguments = make_parser().parse_args()
     if arguments.checkpoint_every < 1:
         raise UserError(f"--checkpoint-every is at least 1; got {arguments.checkpoint_every}")
-    config = make_config(arguments.preset, **given_config_values(arguments))
+    values = given_config_values(arguments)
+    seeds = arguments.seeds
+    if seeds is not None:
+        if "seed" in values:
+            raise UserError("give --seed for one model or --seeds for several, not both")
+        values["seed"] = members(make_config(arguments.preset, **values), seeds)[0].seed
+    config = make_config(arguments.preset, **values)
 
     dataset = load_dataset(arguments.dataset, arguments.data_dir)
     for note in dataset.notes:
@@ -52,24 +73,30 @@ def main() -> None:
     config = resolve_config(config, dataset)
     device, device_reason = choose_device(arguments.device)
     out = arguments.out or Path("runs") / f"{dataset.name}-{config.ssl}"
-    describe(config, dataset, device, device_reason, out)
+    describe(config, dataset, device, device_reason, out, seeds)
     if arguments.dry_run:
         return
 
-    model = train(
-        config,
-        dataset,
-        out=out,
-        device=device,
-        resume=arguments.resume,
-        checkpoint_every=arguments.checkpoint_every,
-    )
-    picture = draw_samples(model, dataset, out)
-    print(f"run: {out}{picture}")
-    print(f"next: python -m ncfast.generate --run {out} --num-samples 1000 --out {dataset.name}.h5")
+    how = {
+        "out": out,
+        "device": device,
+        "resume": arguments.resume,
+        "checkpoint_every": arguments.checkpoint_every,
+    }
+    if seeds is None:
+        runs = {out: train(config, dataset, **how)}
+    else:
+        models = train_ensemble(config, seeds, dataset, **how)
+        runs = {out / f"seed{model.config.seed}": model for model in models}
+    for run_folder, model in runs.items():
+        picture = draw_samples(model, dataset, run_folder)
+        print(f"run: {run_folder}{picture}")
+    print(f"next: python -m ncfast.generate --run {next(iter(runs))} --num-samples 1000 --out {dataset.name}.h5")
 
 
-def describe(config, dataset: Dataset, device: torch.device, device_reason: str, out: Path) -> None:
+def describe(
+    config: Config, dataset: Dataset, device: torch.device, device_reason: str, out: Path, seeds: list[int] | None
+) -> None:
     """Everything that was decided, before any time is spent."""
     data = DataFacts.of(dataset)
     with torch.device("meta"):
@@ -96,6 +123,8 @@ def describe(config, dataset: Dataset, device: torch.device, device_reason: str,
     )
     print(f"stage 2    {config.stage2_epochs} epochs x {steps2} steps")
     print(f"out        {out}")
+    if seeds is not None:
+        print(f"seeds      {' '.join(map(str, seeds))}: {len(seeds)} models at once")
     options = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items())
     print(f"options    {options}", flush=True)
 

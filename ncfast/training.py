@@ -16,7 +16,7 @@ from ncfast.data.augment import Augment
 from ncfast.data.sources import Dataset, from_arrays
 from ncfast.engine.checkpoint import read_json, read_state, write_json, write_tensors
 from ncfast.engine.logging import RunLog
-from ncfast.engine.loop import Progress, Stage, batch_ends, derived_seed, train_stage
+from ncfast.engine.loop import Progress, Stage, Step, batch_ends, derived_seed, train_stage
 from ncfast.errors import UserError
 from ncfast.ncvqvae import NCVQVAE, DataFacts, build_models, load_weights, read_config, write_config
 from ncfast.stage1 import VQVAE, SelfSupervision, stage1_losses
@@ -107,8 +107,7 @@ def train(
     }
 
     with RunLog(out) as log:
-        with seeded(config.seed, 1):
-            vqvae, _ = build_models(config, data)
+        vqvae = new_vqvae(config, data)
         if state is not None and state["stage"] == 2:
             load_weights(out / "stage1.safetensors", vqvae)
             vqvae = vqvae.to(device).eval()
@@ -120,8 +119,7 @@ def train(
                 write_tensors(out / "stage1.safetensors", vqvae.state_dict())
                 record_metrics(out, "stage1", {**summary(progress), **reconstruction(vqvae, data, dataset)})
 
-        with seeded(config.seed, 2):
-            prior = Prior(config, vqvae.vq.codebook.cpu(), vqvae.num_tokens, len(data.class_names))
+        prior = new_prior(config, vqvae, data)
         progress = train_stage(stage2(config, vqvae, prior, x, labels, device), log=log, state=state, **loop)
         if out is not None:
             write_tensors(out / "stage2.safetensors", prior.state_dict())
@@ -129,31 +127,32 @@ def train(
     return NCVQVAE(config, data, vqvae, prior, device)
 
 
+def new_vqvae(config: Config, data: DataFacts) -> VQVAE:
+    with seeded(config.seed, 1):
+        return build_models(config, data)[0]
+
+
+def new_self_supervision(config: Config) -> SelfSupervision | None:
+    with seeded(config.seed, 1, 1):
+        return None if config.ssl == "none" else SelfSupervision(config)
+
+
+def new_prior(config: Config, vqvae: VQVAE, data: DataFacts) -> Prior:
+    with seeded(config.seed, 2):
+        return Prior(config, vqvae.vq.codebook.cpu(), vqvae.num_tokens, len(data.class_names))
+
+
 def stage1(config: Config, vqvae: VQVAE, x: Tensor, device: torch.device) -> Stage:
-    modules = nn.ModuleDict({"vqvae": vqvae})
-    ssl, augment = None, None
-    if config.ssl != "none":
-        with seeded(config.seed, 1, 1):
-            modules["ssl"] = ssl = SelfSupervision(config)
-        augment = Augment(config.augment)
-    modules.to(device)
+    ssl = new_self_supervision(config)
+    augment = None if ssl is None else Augment(config.augment)
+    modules = nn.ModuleDict({"vqvae": vqvae} if ssl is None else {"vqvae": vqvae, "ssl": ssl}).to(device)
 
     def step(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         batch = x[rows]
         view = None if augment is None else augment(batch, generator)
         return stage1_losses(vqvae, ssl, batch, view, config.view_weight)
 
-    return Stage(
-        number=1,
-        name="stage 1 (VQVAE)",
-        modules=modules,
-        step=step,
-        num_series=len(x),
-        batch_size=config.batch_size,
-        epochs=config.stage1_epochs,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-    )
+    return stage(1, config, modules, step, len(x))
 
 
 def stage2(config: Config, vqvae: VQVAE, prior: Prior, x: Tensor, labels: Tensor | None, device: torch.device) -> Stage:
@@ -164,14 +163,22 @@ def stage2(config: Config, vqvae: VQVAE, prior: Prior, x: Tensor, labels: Tensor
         tokens = distribution.draw(rows, generator)
         return stage2_losses(prior, tokens, None if labels is None else labels[rows], config, generator)
 
+    return stage(2, config, modules, step, len(x))
+
+
+def stage(number: int, config: Config, modules: nn.ModuleDict, step: Step, num_series: int) -> Stage:
+    name, batch_size, epochs = {
+        1: ("stage 1 (VQVAE)", config.batch_size, config.stage1_epochs),
+        2: ("stage 2 (prior)", config.stage2_batch_size, config.stage2_epochs),
+    }[number]
     return Stage(
-        number=2,
-        name="stage 2 (prior)",
+        number=number,
+        name=name,
         modules=modules,
         step=step,
-        num_series=len(x),
-        batch_size=config.stage2_batch_size,
-        epochs=config.stage2_epochs,
+        num_series=num_series,
+        batch_size=batch_size,
+        epochs=epochs,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
     )
@@ -190,6 +197,8 @@ def seeded(*words: int) -> Iterator[None]:
 
 def prepare_folder(out: Path, config: Config, data: DataFacts, resume: bool) -> None:
     """A new folder for a new run, or the check that `out` holds this very run."""
+    if (out / "seeds.json").exists():
+        raise UserError(f"{out} holds runs of several seeds; continue them with --seeds, or choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

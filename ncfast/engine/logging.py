@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -57,6 +58,32 @@ class RunLog:
             self.file.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
+
+
+class RunLogs:
+    """The logs of several models trained at once: a list of values has one for each, anything else holds for all."""
+
+    def __init__(self, folders: Sequence[Path | None]) -> None:
+        self.logs = [RunLog(folder) for folder in folders]
+
+    def rewind(self, stage: int, epoch: int) -> None:
+        for log in self.logs:
+            log.rewind(stage, epoch)
+
+    def write(self, stage: int, epoch: int, step: int, values: dict[str, float | list[float]]) -> None:
+        for e, log in enumerate(self.logs):
+            log.write(stage, epoch, step, member_values(values, e))
+
+    def __enter__(self) -> "RunLogs":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for log in self.logs:
+            log.__exit__(*exception)
+
+
+def member_values(values: dict[str, float | list[float]], e: int) -> dict[str, float]:
+    return {name: value[e] if isinstance(value, list) else value for name, value in values.items()}
 
 
 def progress_bar(description: str, total: int, initial: int = 0, unit: str = "step", quiet: bool = False) -> Any:

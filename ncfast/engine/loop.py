@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ncfast.engine.checkpoint import drop_spare_state, write_state
-from ncfast.engine.logging import RunLog, progress_bar
+from ncfast.engine.logging import RunLog, RunLogs, progress_bar
 from ncfast.errors import UserError
 
-Step = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
+Step = Callable[[Tensor, torch.Generator | list[torch.Generator]], dict[str, Tensor]]
 
 
 def derived_seed(*words: int) -> int:
@@ -50,7 +50,8 @@ class Stage:
     Attributes:
         number: 1 or 2.
         modules: everything with parameters or buffers.
-        step: rows of the train set, generator -> losses of that batch; "loss" is minimised.
+        step: rows of the train set [B], generator -> losses of that batch; "loss" is minimised. For E models trained
+            at once: rows [E, B], E generators -> losses [E] each.
     """
 
     number: int
@@ -74,15 +75,15 @@ class Progress:
 
     epochs: int
     seconds: float
-    losses: dict[str, float]
+    losses: dict[str, float] | dict[str, list[float]]  # one for each of several models
 
 
 def train_stage(
     stage: Stage,
     *,
-    seed: int,
+    seed: int | Sequence[int],
     device: torch.device,
-    log: RunLog,
+    log: RunLog | RunLogs,
     state_path: Path | None,
     state: dict[str, Any] | None,
     checkpoint_every: int = 1,
@@ -94,6 +95,8 @@ def train_stage(
     uninterrupted one would.
 
     Args:
+        seed: one for each model where the stage trains several at once, each with the random numbers of a run alone.
+        log: takes what `Progress.losses` holds.
         state_path: where the state goes every `checkpoint_every` epochs and after the last; None keeps none.
         state: as read from there.
     """
@@ -110,36 +113,49 @@ def train_stage(
 
     per_epoch = stage.steps_per_epoch
     stage.modules.train()
-    generator = torch.Generator(device)
+    several = not isinstance(seed, int)
+    seeds = seed if several else [seed]
+    generators = [torch.Generator(device) for _ in seeds]
     begin = time.monotonic() - seconds
     shown = 0.0
     with progress_bar(stage.name, stage.epochs * per_epoch, epoch * per_epoch, quiet=quiet) as bar:
         while epoch < stage.epochs:
-            generator.manual_seed(derived_seed(seed, stage.number, epoch))
+            for each, generator in zip(seeds, generators, strict=True):
+                generator.manual_seed(derived_seed(each, stage.number, epoch))
             totals: dict[str, Tensor] = {}
-            for i, rows in enumerate(batches(stage.num_series, stage.batch_size, generator, device)):
+            orders = [batches(stage.num_series, stage.batch_size, generator, device) for generator in generators]
+            for i, members_rows in enumerate(zip(*orders, strict=True)):
+                rows = torch.stack(members_rows) if several else members_rows[0]
                 # The authors' scheduler also steps once between epochs, hence one step more in each.
                 rate = stage.learning_rate * cosine((epoch * (per_epoch + 1) + i) / (stage.epochs * (per_epoch + 1)))
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.zero_grad(set_to_none=True)
-                batch_losses = stage.step(rows, generator)
-                batch_losses["loss"].backward()
+                batch_losses = stage.step(rows, generators if several else generators[0])
+                batch_losses["loss"].sum().backward()  # members share no parameter: each gets its own gradient
                 optimizer.step()
                 batch_losses = {name: value.detach() for name, value in batch_losses.items()}
-                share = len(rows) / stage.num_series
+                share = rows.shape[-1] / stage.num_series
                 for name, value in batch_losses.items():
                     totals[name] = totals.get(name, 0.0) + share * value
                 bar.update(1)
                 if time.monotonic() - shown > 1:  # reading the loss waits for the device
                     shown = time.monotonic()
-                    bar.set_postfix(epoch=f"{epoch + 1}/{stage.epochs}", loss=f"{float(batch_losses['loss']):.4f}")
+                    bar.set_postfix(
+                        epoch=f"{epoch + 1}/{stage.epochs}", loss=f"{float(batch_losses['loss'].mean()):.4f}"
+                    )
             epoch += 1
-            losses = {name: float(total) for name, total in totals.items()}
+            losses = {name: total.tolist() for name, total in totals.items()}
             seconds = time.monotonic() - begin
-            if not math.isfinite(losses["loss"]):
+            lost = [
+                str(each)
+                for each, loss in zip(seeds, np.atleast_1d(losses["loss"]), strict=True)
+                if not np.isfinite(loss)
+            ]
+            if lost:
+                of_seeds = f" of seed {', '.join(lost)}" if several else ""
                 raise UserError(
-                    f"the loss of stage {stage.number} is no longer finite after epoch {epoch}; "
+                    f"the loss of stage {stage.number}{of_seeds} is no longer finite after epoch {epoch}; "
                     f"lower --learning-rate (now {stage.learning_rate:g})"
                 )
             log.write(stage.number, epoch, epoch * per_epoch, {**losses, "learning_rate": rate, "seconds": seconds})
@@ -156,7 +172,7 @@ def train_stage(
                     },
                 )
         if losses:
-            bar.set_postfix(epoch=f"{epoch}/{stage.epochs}", loss=f"{losses['loss']:.4f}")
+            bar.set_postfix(epoch=f"{epoch}/{stage.epochs}", loss=f"{np.mean(losses['loss']):.4f}")
     if state_path is not None:
         drop_spare_state(state_path)
     return Progress(epoch, seconds, losses)

@@ -24,6 +24,8 @@ def apply_linear(
     layer: nn.Linear, x: Tensor, norm: RMSNorm | None = None, *, gelu: bool = False, residual: Tensor | None = None
 ) -> Tensor:
     """residual + gelu(layer(norm(x)))."""
+    if not isinstance(layer, nn.Linear):  # of several models at once: `nn.stacked`
+        return layer.fused(x, norm, gelu, residual)
     norm_weight = None if norm is None else norm.weight
     return fused_linear(x, layer.weight, layer.bias, norm_weight, residual, norm_eps=RMSNorm.eps, gelu=gelu)
 
@@ -37,9 +39,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
 
-    def attend(self, qkv: Tensor) -> Tensor:  # [B, S, 3 H d] -> [B, S, H d]
-        B, S, _ = qkv.shape
-        return masked_attention(qkv.view(B, S, 3, self.heads, -1)).reshape(B, S, -1)
+    def attend(self, qkv: Tensor) -> Tensor:  # [..., S, 3 H d] -> [..., S, H d]
+        packed = qkv.unflatten(-1, (3, self.heads, -1)).flatten(0, -5)  # [B, S, 3, H, d]
+        return masked_attention(packed).reshape(*qkv.shape[:-1], -1)
 
 
 class Block(nn.Module):

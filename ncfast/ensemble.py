@@ -1,0 +1,188 @@
+"""Several runs at once: the same configuration from several seeds, as one stacked model. `--seeds` of the program.
+
+Each member draws what its run alone would draw, so it ends where that run ends, up to rounding. Products, convolutions,
+normalisations, codebooks and the optimiser take all members at once; random numbers, views and the SSL losses go member
+by member.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ncfast.config import Config, make_config
+from ncfast.data.augment import Augment
+from ncfast.data.sources import Dataset
+from ncfast.engine.checkpoint import read_json, read_state, write_json, write_tensors
+from ncfast.engine.logging import RunLogs, member_values
+from ncfast.engine.loop import Progress, Stage, train_stage
+from ncfast.errors import UserError
+from ncfast.ncvqvae import NCVQVAE, DataFacts, load_weights
+from ncfast.nn.stacked import stack, unstack
+from ncfast.stage1 import VQVAE, stage1_losses
+from ncfast.stage2 import Prior, TokenDistribution, stage2_losses
+from ncfast.training import (
+    new_prior,
+    new_self_supervision,
+    new_vqvae,
+    prepare_folder,
+    reconstruction,
+    record_metrics,
+    stage,
+    summary,
+)
+
+
+def train_ensemble(
+    config: Config,
+    seeds: Sequence[int],
+    dataset: Dataset,
+    *,
+    out: Path | None,
+    device: torch.device,
+    resume: bool = False,
+    checkpoint_every: int = 1,
+    quiet: bool = False,
+) -> list[NCVQVAE]:
+    """`training.train` for every seed, in one process; arguments as there.
+
+    With `out`, every member has a run folder of its own, `out`/seed<seed>; the state of all is `out`/state.pt.
+
+    Raises:
+        UserError: a seed that comes twice; a folder that holds another run.
+    """
+    configs = members(config, seeds)
+    data = DataFacts.of(dataset)
+    folders = [None if out is None else out / f"seed{seed}" for seed in seeds]
+    if out is not None:
+        prepare_folders(out, folders, configs, data, resume)
+    x = data.normalise(dataset.X_train, device)  # [N, C, L]
+    labels = None if dataset.y_train is None else torch.from_numpy(dataset.y_train).to(device)
+    state = read_state(out / "state.pt", device) if out is not None and (out / "state.pt").exists() else None
+    loop = {
+        "seed": list(seeds),
+        "device": device,
+        "state_path": None if out is None else out / "state.pt",
+        "checkpoint_every": checkpoint_every,
+        "quiet": quiet,
+    }
+
+    with RunLogs(folders) as log:
+        vqvaes = [new_vqvae(each, data) for each in configs]
+        if state is not None and state["stage"] == 2:
+            for vqvae, folder in zip(vqvaes, folders, strict=True):
+                load_weights(folder / "stage1.safetensors", vqvae.to(device).eval())
+        else:
+            first = stage1(configs, vqvaes, x, device)
+            progress = train_stage(first, log=log, state=state, **loop)
+            state = None
+            unstack(first.modules["vqvae"], vqvaes)
+            del first  # the projectors
+            for e, (vqvae, folder) in enumerate(zip(vqvaes, folders, strict=True)):
+                vqvae.to(device).eval()
+                if folder is not None:
+                    write_tensors(folder / "stage1.safetensors", vqvae.state_dict())
+                    metrics = {**member_summary(progress, e), **reconstruction(vqvae, data, dataset)}
+                    record_metrics(folder, "stage1", metrics)
+
+        priors = [new_prior(each, vqvae, data) for each, vqvae in zip(configs, vqvaes, strict=True)]
+        second = stage2(configs, vqvaes, priors, x, labels, device)
+        progress = train_stage(second, log=log, state=state, **loop)
+        unstack(second.modules["prior"], priors)
+        if out is not None:
+            for e, (prior, folder) in enumerate(zip(priors, folders, strict=True)):
+                write_tensors(folder / "stage2.safetensors", prior.state_dict())
+                record_metrics(folder, "stage2", member_summary(progress, e))
+    return [NCVQVAE(*parts, device) for parts in zip(configs, [data] * len(seeds), vqvaes, priors, strict=True)]
+
+
+def members(config: Config, seeds: Sequence[int]) -> list[Config]:
+    """The configuration of each member."""
+    twice = sorted({seed for seed in seeds if list(seeds).count(seed) > 1})
+    if twice or not seeds:
+        got = f"{', '.join(map(str, twice))} more than once" if twice else "none"
+        raise UserError(f"--seeds are different integers, such as 1,2,3,4; got {got}")
+    for seed in seeds:
+        make_config(seed=seed)  # refuses what is no seed
+    return [dataclasses.replace(config, seed=seed) for seed in seeds]
+
+
+def prepare_folders(
+    out: Path, folders: Sequence[Path], configs: Sequence[Config], data: DataFacts, resume: bool
+) -> None:
+    """New folders for new runs, or the check that `out` holds these very runs."""
+    seeds = [config.seed for config in configs]
+    path = out / "seeds.json"
+    if (out / "config.json").exists():
+        raise UserError(f"{out} holds the run of one seed; choose another --out")
+    if path.exists():
+        if not resume:
+            raise UserError(f"{out} already holds runs; add --resume to continue them, or choose another --out")
+        old = read_json(path)
+        if old != seeds:
+            raise UserError(f"{out} was started with --seeds {','.join(map(str, old))}; use the same, or another --out")
+    else:
+        for folder in folders:
+            if (folder / "config.json").exists():
+                raise UserError(f"{folder} already holds a run of its own; choose another --out")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {out}: {error.strerror}; choose another --out") from error
+        write_json(path, seeds)
+    for folder, config in zip(folders, configs, strict=True):
+        prepare_folder(folder, config, data, resume)
+
+
+def member_summary(progress: Progress, e: int) -> dict[str, Any]:
+    return summary(dataclasses.replace(progress, losses=member_values(progress.losses, e)))
+
+
+def stage1(configs: Sequence[Config], vqvaes: Sequence[VQVAE], x: Tensor, device: torch.device) -> Stage:
+    """Stage 1 of all members. `vqvaes` keep their weights: `unstack` writes the trained ones into them."""
+    config = configs[0]
+    modules = nn.ModuleDict({"vqvae": stack(vqvaes, folded=True)})
+    augment = None
+    if config.ssl != "none":
+        modules["ssl"] = stack([new_self_supervision(each) for each in configs], folded=True)
+        augment = Augment(config.augment)
+    modules.to(device)
+    ssl = modules["ssl"] if augment is not None else None
+
+    def step(rows: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
+        batch = x[rows]  # [E, B, C, L]
+        view = None
+        if augment is not None:
+            view = fold(torch.stack([augment(own, each) for own, each in zip(batch, generators, strict=True)]))
+        return stage1_losses(modules["vqvae"], ssl, fold(batch), view, config.view_weight)
+
+    return stage(1, config, modules, step, len(x))
+
+
+def fold(x: Tensor) -> Tensor:
+    """[E, B, C, L] -> [B, E·C, L]."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def stage2(
+    configs: Sequence[Config],
+    vqvaes: Sequence[VQVAE],
+    priors: Sequence[Prior],
+    x: Tensor,
+    labels: Tensor | None,
+    device: torch.device,
+) -> Stage:
+    """Stage 2 of all members; `priors` as `vqvaes` of stage 1."""
+    config = configs[0]
+    distributions = [TokenDistribution(vqvae, x) for vqvae in vqvaes]
+    modules = nn.ModuleDict({"prior": stack(priors, folded=False)}).to(device)
+
+    def step(rows: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
+        drawn = zip(distributions, rows, generators, strict=True)
+        tokens = torch.stack([distribution.draw(own, each) for distribution, own, each in drawn])  # [E, B, n]
+        return stage2_losses(modules["prior"], tokens, None if labels is None else labels[rows], config, generators)
+
+    return stage(2, config, modules, step, len(x))
