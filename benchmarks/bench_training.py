@@ -1,19 +1,25 @@
 """One training step of each stage at the paper's FordA configuration, whole and part by part.
 
 `pytest benchmarks/ --benchmark-only` times the steps; `python benchmarks/bench_training.py` prints a Markdown table of
-the parts, timed in turns in one run.
+the parts, timed in turns in one run. With `--ensemble 4` it prints instead what a step of four models at once takes
+against four steps of one.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from common import interleaved, machine, table
 from torch import Tensor
 
+from ncfast import ensemble, training
 from ncfast.config import Config, make_config
 from ncfast.data.augment import Augment
+from ncfast.data.sources import from_arrays
+from ncfast.ncvqvae import DataFacts
 from ncfast.stage1 import VQVAE, SelfSupervision, stage1_losses
 from ncfast.stage2 import Prior, stage2_losses
 
@@ -93,6 +99,56 @@ class Stage2Step:
         }
 
 
+class EnsembleStep:
+    """One step of E models at once, E of them being what `--seeds` trains; with E None of one model alone."""
+
+    def __init__(self, number: int, ssl: str, E: int | None, device: torch.device) -> None:
+        config = dataclasses.replace(make_config("paper", ssl=ssl), seed=0)
+        N = config.batch_size if number == 1 else config.stage2_batch_size
+        generator = np.random.default_rng(0)
+        x, y = generator.normal(size=(N, LENGTH)), np.arange(N) % CLASSES
+        dataset = from_arrays(x.astype(np.float32), y)
+        data = DataFacts.of(dataset)
+        x, labels = data.normalise(dataset.X_train, device), torch.from_numpy(dataset.y_train).to(device)
+        configs = [dataclasses.replace(config, seed=seed) for seed in range(E or 1)]
+        vqvaes = [training.new_vqvae(each, data).to(device).eval() for each in configs]
+        if number == 1 and E is None:
+            self.stage = training.stage1(config, vqvaes[0], x, device)
+        elif number == 1:
+            self.stage = ensemble.stage1(configs, vqvaes, x, device)
+        else:
+            priors = [training.new_prior(each, vqvae, data) for each, vqvae in zip(configs, vqvaes, strict=True)]
+            if E is None:
+                self.stage = training.stage2(config, vqvaes[0], priors[0], x, labels, device)
+            else:
+                self.stage = ensemble.stage2(configs, vqvaes, priors, x, labels, device)
+        self.stage.modules.train()
+        self.optimizer = torch.optim.AdamW(self.stage.modules.parameters(), lr=1e-3, weight_decay=1e-3, fused=True)
+        rows, generators = torch.arange(N, device=device), [torch.Generator(device) for _ in configs]
+        self.arguments = (rows, generators[0]) if E is None else (rows.expand(E, -1), generators)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.stage.step(*self.arguments)["loss"].sum().backward()
+        self.optimizer.step()
+
+
+def ensemble_table(E: int, device: torch.device, seconds: float) -> str:
+    rows = []
+    for number, ssl in ((1, "none"), (1, "vicreg"), (2, "none")):
+        one, together = (EnsembleStep(number, ssl, members, device) for members in (None, E))
+
+        def in_turn(one: EnsembleStep = one) -> None:
+            for _ in range(E):
+                one()
+
+        times = interleaved({"solo": in_turn, "together": together}, seconds, device=device.type)
+        solo, both = times["solo"], times["together"]
+        what = f"ssl {ssl}" if number == 1 else "prior"
+        rows.append([str(number), what, f"{1e3 * solo:.1f}", f"{1e3 * both:.1f}", f"{solo / both:.2f}"])
+    return table(["stage", "step", f"{E} steps of one, ms", f"one of {E} at once, ms", "ratio"], rows)
+
+
 @pytest.mark.parametrize("ssl", ["none", "barlow", "vicreg", "vibcreg"])
 def test_stage1_step(benchmark, ssl):
     benchmark.pedantic(Stage1Step(ssl), rounds=5, warmup_rounds=1)
@@ -105,8 +161,14 @@ def test_stage2_step(benchmark):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=30.0, help="how long each stage is timed [30]")
-    seconds = parser.parse_args().seconds
-    print(f"{machine()}\n")
+    parser.add_argument("--ensemble", type=int, metavar="E", help="time E models at once against E steps of one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --ensemble [cpu]")
+    arguments = parser.parse_args()
+    seconds = arguments.seconds
+    print(f"{machine(arguments.device)}\n")
+    if arguments.ensemble is not None:
+        print(ensemble_table(arguments.ensemble, torch.device(arguments.device), seconds))
+        return
     rows = []
     stage1 = {ssl: Stage1Step(ssl) for ssl in ("none", "barlow", "vicreg", "vibcreg")}
     times = interleaved({f"whole step, ssl {ssl}": step for ssl, step in stage1.items()}, seconds)
