@@ -100,7 +100,7 @@ class Stage2Step:
 
 
 class EnsembleStep:
-    """One step of E models at once, E of them being what `--seeds` trains; with E None of one model alone."""
+    """One step of E models at once, as `--seeds` trains them, or with E None of one model alone."""
 
     def __init__(self, number: int, ssl: str, E: int | None, device: torch.device) -> None:
         config = dataclasses.replace(make_config("paper", ssl=ssl), seed=0)

@@ -54,7 +54,7 @@ def train_ensemble(
     Raises:
         UserError: a seed that comes twice; a folder that holds another run.
     """
-    configs = members(config, seeds)
+    configs = member_configs(config, seeds)
     data = DataFacts.of(dataset)
     folders = [None if out is None else out / f"seed{seed}" for seed in seeds]
     if out is not None:
@@ -99,7 +99,7 @@ def train_ensemble(
     return [NCVQVAE(*parts, device) for parts in zip(configs, [data] * len(seeds), vqvaes, priors, strict=True)]
 
 
-def members(config: Config, seeds: Sequence[int]) -> list[Config]:
+def member_configs(config: Config, seeds: Sequence[int]) -> list[Config]:
     """The configuration of each member."""
     twice = sorted({seed for seed in seeds if list(seeds).count(seed) > 1})
     if twice or not seeds:

@@ -295,7 +295,8 @@ def write_config(folder: Path, config: Config, data: DataFacts) -> None:
 def read_config(folder: Path) -> tuple[Config, DataFacts]:
     path = folder / "config.json"
     if not path.exists():
-        raise UserError(f"{folder} is not the folder of a run: it has no config.json")
+        hint = "; it holds one for each seed, such as seed1" if (folder / "seeds.json").exists() else ""
+        raise UserError(f"{folder} is not the folder of a run: it has no config.json{hint}")
     content = read_json(path)
     try:
         if content["format"] != FORMAT:

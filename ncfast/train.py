@@ -11,7 +11,7 @@ from ncfast.cli import Parser, choose_device, run
 from ncfast.config import PRESETS, Config, add_config_arguments, given_config_values, make_config
 from ncfast.data.sources import Dataset, load_dataset
 from ncfast.engine.loop import batch_ends
-from ncfast.ensemble import members, train_ensemble
+from ncfast.ensemble import member_configs, train_ensemble
 from ncfast.errors import UserError
 from ncfast.evaluation.plots import plot_samples
 from ncfast.ncvqvae import NCVQVAE, DataFacts, build_models
@@ -64,7 +64,7 @@ def main() -> None:
     if seeds is not None:
         if "seed" in values:
             raise UserError("give --seed for one model or --seeds for several, not both")
-        values["seed"] = members(make_config(arguments.preset, **values), seeds)[0].seed
+        values["seed"] = member_configs(make_config(arguments.preset, **values), seeds)[0].seed
     config = make_config(arguments.preset, **values)
 
     dataset = load_dataset(arguments.dataset, arguments.data_dir)

@@ -94,6 +94,11 @@ def train(
     """
     data = DataFacts.of(dataset)
     if out is not None:
+        for folder in (out, out.parent):  # the state of a member is with that of the others
+            if (folder / "seeds.json").exists():
+                raise UserError(
+                    f"{folder} holds runs of several seeds; continue them with --seeds, or choose another --out"
+                )
         prepare_folder(out, config, data, resume)
     x = data.normalise(dataset.X_train, device)  # [N, C, L]
     labels = None if dataset.y_train is None else torch.from_numpy(dataset.y_train).to(device)
@@ -197,8 +202,6 @@ def seeded(*words: int) -> Iterator[None]:
 
 def prepare_folder(out: Path, config: Config, data: DataFacts, resume: bool) -> None:
     """A new folder for a new run, or the check that `out` holds this very run."""
-    if (out / "seeds.json").exists():
-        raise UserError(f"{out} holds runs of several seeds; continue them with --seeds, or choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

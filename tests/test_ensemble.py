@@ -1,17 +1,20 @@
 """Several models at once: each member is its run alone, up to rounding."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
-from test_training import FLAGS, SMALL, assert_same_weights, data_file, program, waves  # noqa: F401
+from test_training import FLAGS, SMALL, assert_same_weights, program, waves
 from torch import nn
 
 import ncfast
-from ncfast import ensemble, training
+import ncfast.train
+from ncfast import cli, ensemble, training
 from ncfast.config import make_config
 from ncfast.data.sources import from_arrays
+from ncfast.engine import loop
 from ncfast.engine.logging import RunLog, RunLogs
 from ncfast.engine.loop import train_stage
 from ncfast.ncvqvae import DataFacts
@@ -19,6 +22,14 @@ from ncfast.nn.stacked import stack, unstack
 
 SEEDS = [3, 1, 8]
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "waves.npz"
+    x, y = waves()
+    np.savez(path, X_train=x, y_train=y, X_test=x[:10], y_test=y[:10])
+    return path
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
@@ -75,7 +86,7 @@ def assert_members_equal(twin, modules):
 @pytest.mark.parametrize("ssl", ["none", "barlow", "vicreg", "vibcreg"])
 def test_stage1_members_are_their_solo_runs(ssl, dtype):
     config, data, x, _ = prepared(ssl, channels=2, augment=("warp", "slice", "gauss"))
-    configs = ensemble.members(config, SEEDS)
+    configs = ensemble.member_configs(config, SEEDS)
     vqvaes = [new_vqvae(each, data) for each in configs]
     together = ensemble.stage1(configs, vqvaes, x, CPU)
     losses = run(together, SEEDS)
@@ -98,7 +109,7 @@ def test_stage1_members_are_their_solo_runs(ssl, dtype):
 def test_stage2_members_are_their_solo_runs(labelled, masking, dtype):
     config, data, x, labels = prepared("none", prior_layers=2, prior_ff_mult=2, masking=masking)
     labels = labels if labelled else None
-    configs = ensemble.members(config, SEEDS)
+    configs = ensemble.member_configs(config, SEEDS)
     vqvaes = [new_vqvae(each, data).eval() for each in configs]
     priors = [training.new_prior(each, vqvae, data) for each, vqvae in zip(configs, vqvaes, strict=True)]
     together = ensemble.stage2(configs, vqvaes, priors, x, labels, CPU)
@@ -114,6 +125,14 @@ def test_stage2_members_are_their_solo_runs(labelled, masking, dtype):
     assert_members_equal(together.modules, solo)
 
 
+def test_a_single_seed_is_an_ensemble_too():
+    config, data, x, _ = prepared("vibcreg")
+    vqvae = new_vqvae(config, data)
+    losses = run(ensemble.stage1([config], [vqvae], x, CPU), [config.seed])
+    expected = run(training.stage1(config, vqvae, x, CPU), config.seed)
+    assert {name: value[0] for name, value in losses.items()} == pytest.approx(expected, rel=1e-4)
+
+
 def test_layers_without_a_twin_are_refused():
     with pytest.raises(TypeError, match="no twin for GroupNorm"):
         stack([nn.Sequential(nn.GroupNorm(2, 4))] * 2, folded=True)
@@ -121,19 +140,19 @@ def test_layers_without_a_twin_are_refused():
         stack([ncfast.VectorQuantize(4, 8, threshold_ema_dead_code=2)] * 2, folded=True)
 
 
-def arguments(data_file, out, *more):  # noqa: F811
+def arguments(data_file, out, *more):
     return ["--dataset", data_file, "--out", out, "--stage1-epochs", 3, "--stage2-epochs", 3, *FLAGS, *more]
 
 
 @pytest.fixture(scope="module")
-def finished(data_file, tmp_path_factory):  # noqa: F811
+def finished(data_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("ensemble") / "runs"
     result = program("train", *arguments(data_file, out, "--seeds", "1,2"))
     assert result.returncode == 0, result.stderr
     return out
 
 
-def test_program_writes_whole_runs_that_equal_solo_runs(finished, data_file, tmp_path):  # noqa: F811
+def test_program_writes_whole_runs_that_equal_solo_runs(finished, data_file, tmp_path):
     solo = tmp_path / "solo"
     assert program("train", *arguments(data_file, solo, "--seed", 2)).returncode == 0
     assert json.loads((finished / "seed2" / "config.json").read_text()) == json.loads(
@@ -159,8 +178,6 @@ def test_program_writes_whole_runs_that_equal_solo_runs(finished, data_file, tmp
 
 @pytest.mark.parametrize("stop", [(1, 2), (2, 1)])
 def test_resumed_equals_uninterrupted(stop, finished, tmp_path, monkeypatch):
-    from ncfast.engine import loop
-
     config, _ = ncfast.ncvqvae.read_config(finished / "seed1")
     x, y = waves()
     dataset = from_arrays(x, y)
@@ -198,18 +215,23 @@ def test_resumed_equals_uninterrupted(stop, finished, tmp_path, monkeypatch):
         (["--seeds", "1,2,3", "--resume"], "was started with --seeds 1,2;"),
         (["--seeds", "1,2", "--resume", "--dim", "16"], "dim was 8 and is 16"),
         (["--seed", "1", "--resume"], "holds runs of several seeds"),
+        (["--seed", "1", "--resume", "--out", "MEMBER"], "holds runs of several seeds"),
+        (["--seeds", "1,2", "--out", "MEMBER"], "holds the run of one seed"),
     ],
 )
-def test_mistakes_are_one_line(more, message, finished, data_file):  # noqa: F811
-    result = program("train", *arguments(data_file, finished, *more))
-    assert result.returncode == 2, result.stderr
-    lines = result.stderr.splitlines()
+def test_mistakes_are_one_line(more, message, finished, data_file, monkeypatch, capsys):
+    more = [str(finished / "seed1") if each == "MEMBER" else each for each in more]
+    monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments(data_file, finished, *more))])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(ncfast.train.main)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
 
 
 def test_divergence_names_the_seeds():
     config, data, x, _ = prepared("none", learning_rate=1e30)
-    configs = ensemble.members(config, [4, 5])
+    configs = ensemble.member_configs(config, [4, 5])
     vqvaes = [new_vqvae(each, data) for each in configs]
     with pytest.raises(ncfast.UserError, match=r"stage 1 of seed 4, 5 is no longer finite"):
         run(ensemble.stage1(configs, vqvaes, x, CPU), [4, 5])
