@@ -94,10 +94,11 @@ def train(
     """
     data = DataFacts.of(dataset)
     if out is not None:
-        for folder in (out, out.parent):  # the state of a member is with that of the others
+        # The state of a member is with that of the others.
+        for folder in (out, out.parent) if out.name.startswith("seed") else (out,):
             if (folder / "seeds.json").exists():
                 raise UserError(
-                    f"{folder} holds runs of several seeds; continue them with --seeds, or choose another --out"
+                    f"{folder} holds runs of several seeds; continue them with --seeds, or use another --out"
                 )
         prepare_folder(out, config, data, resume)
     x = data.normalise(dataset.X_train, device)  # [N, C, L]

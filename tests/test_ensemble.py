@@ -162,7 +162,7 @@ def test_program_writes_whole_runs_that_equal_solo_runs(finished, data_file, tmp
     for ours, theirs in zip(*records, strict=True):
         assert ours.pop("seconds") > 0 and theirs.pop("seconds") > 0
         # A token drawn where two codes meet may be another one after stage 1 has been rounded otherwise.
-        assert ours == pytest.approx(theirs, rel=1e-4 if ours["stage"] == 1 else 1e-2)
+        assert ours == pytest.approx(theirs, rel=1e-3 if ours["stage"] == 1 else 1e-2)
     metrics = [json.loads((run / "metrics.json").read_text()) for run in (finished / "seed2", solo)]
     for stage in ("stage1", "stage2"):
         for each in metrics:
