@@ -15,11 +15,11 @@ PyTorch writes out as some ten tensors of B S H d elements each way.
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import fma_peak, interleaved, machine, table
+from common import OURS, Timing, copies, flat, fma_peak, machine, reason, rows, show, table, timings
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,8 +31,16 @@ LENGTHS = (16, 17, 41, 64, 76, 97, 128, 192, 256, 512)
 HEAD_DIMS = (32, 64)
 BLOCK_SHAPES = [(17, 64), (41, 64), (76, 32), (76, 64), (128, 64), (256, 64)]  # S, d
 TOKENS, HEADS = 256 * 76, 2
+LARGE = 8192  # sequences: B H = 16,384 of S = 76 and d = 64 are enough for any GPU
+CUDA_CASES = [  # S, d, block, B
+    (76, 64, False, LARGE),
+    (76, 64, True, LARGE),
+    (76, 64, False, None),
+    (76, 64, True, None),
+    *((S, d, True, None) for S, d in BLOCK_SHAPES if (S, d) != (76, 64)),
+    *((S, 64, False, None) for S in (17, 41, 128, 256, 512)),
+]
 MODES = {"forward": 4, "backward": 10, "both": 14}  # FLOPs over B H S² d
-OURS = "ncfast"
 BACKENDS = {
     "cpu": {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH},
     "cuda": {
@@ -44,10 +52,12 @@ BACKENDS = {
 }
 
 
-def data(S: int, d: int, device: str, dtype: torch.dtype, block: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+def data(
+    S: int, d: int, device: str, dtype: torch.dtype, block: bool, B: int | None = None, seed: int = 0
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """qkv [B, S, 3, H, d] and, for the block, q_scale, k_scale [d] and null_kv [2, H, d]; a gradient [B, S, H, d]."""
-    generator = torch.Generator().manual_seed(0)
-    B = TOKENS // S
+    generator = torch.Generator().manual_seed(seed)
+    B = B or TOKENS // S
     qkv = torch.randn(B, S, 3, HEADS, d, generator=generator).to(device, dtype)
     gradient = torch.randn(B, S, HEADS, d, generator=generator).to(device, dtype)
     inputs = (qkv,)
@@ -95,7 +105,7 @@ def peers(device: str, block: bool, compiled: bool) -> dict[str, Callable[..., T
 
 
 def calls_of(peer: Callable[..., Tensor], inputs: tuple[Tensor, ...], gradient: Tensor) -> dict[str, Callable]:
-    """Forward; backward; both, which returns the gradients. What does not run is left out."""
+    """Forward; backward; both, which returns the gradients."""
 
     constants = tuple(x.detach() for x in inputs)  # FlexAttention refuses anything else on a CPU
 
@@ -103,20 +113,30 @@ def calls_of(peer: Callable[..., Tensor], inputs: tuple[Tensor, ...], gradient: 
         with torch.no_grad():
             return peer(*constants)
 
+    @functools.cache  # made by the first call, on the stream of whoever calls
+    def out():
+        return peer(*inputs)
+
+    def backward():
+        return torch.autograd.grad(out(), inputs, gradient, retain_graph=True)
+
     def both():
         return torch.autograd.grad(peer(*inputs), inputs, gradient)
 
-    calls = {}
-    try:
-        forward()
-        calls["forward"] = forward
-        both()
-        out = peer(*inputs)
-        calls["backward"] = lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True)
-        calls["both"] = both
-    except Exception as error:  # which class it is depends on the backend
-        print(f"<!-- {' '.join(str(error).split())[:150]} -->")
-    return calls
+    return {"forward": forward, "backward": backward, "both": both}
+
+
+def why_not(calls: dict[str, Callable]) -> dict[str, str]:
+    """Which modes do not run, and why: a peer may have no backward pass, or nothing for this device and dtype."""
+    reasons = {}
+    for mode, needed in (("forward", "forward"), ("both", "both"), ("backward", "both")):
+        try:
+            calls[needed]() if needed not in reasons else None
+        except Exception as error:  # which class it is depends on the backend
+            reasons[mode] = reason(error)
+        if needed in reasons:
+            reasons[mode] = reasons[needed]
+    return reasons
 
 
 @pytest.mark.benchmark(min_rounds=3)
@@ -143,35 +163,69 @@ def exact_gradient(inputs: tuple[Tensor, ...], gradient: Tensor, sequences: int 
     return torch.autograd.grad(written_out(qkv, *block), qkv, gradient[:sequences].double())[0]
 
 
-def measure(S: int, d: int, block: bool, arguments: argparse.Namespace) -> list[list[str]]:
+def measure(
+    S: int,
+    d: int,
+    block: bool,
+    device: str,
+    dtype: torch.dtype,
+    seconds: float,
+    compiled: bool,
+    B: int | None = None,
+) -> list[dict]:
     """The rows of one shape."""
     torch._dynamo.reset()
-    inputs, gradient = data(S, d, arguments.device, getattr(torch, arguments.dtype), block)
-    B = inputs[0].shape[0]
-    everyone = peers(arguments.device, block, not arguments.no_compile)
-    calls = {name: calls_of(peer, inputs, gradient) for name, peer in everyone.items()}
-    exact = exact_gradient(inputs, gradient)
+    torch._functorch.config.donated_buffer = False  # backward is timed alone, again and again
+    B = B or TOKENS // S
+    seeds = range(copies(4 * B * S * HEADS * d * dtype.itemsize, device))
+    inputs = [data(S, d, device, dtype, block, B, seed) for seed in seeds]
+    calls, missing = {}, {}
+    for name, peer in peers(device, block, compiled).items():
+        calls[name] = [calls_of(peer, *each) for each in inputs]
+        missing[name] = why_not(calls[name][0])
+    exact = exact_gradient(*inputs[0])
+    size = exact.abs().max()
     errors = {}
-    for name, of in calls.items():
-        if "both" in of:
-            error = (of["both"]()[0][: exact.shape[0]] - exact).abs().max() / exact.abs().max()
-            errors[name] = f"{error.item():.0e}"
-    times = {}
-    for mode in MODES:
-        running = {name: of[mode] for name, of in calls.items() if mode in of}
-        times[mode] = interleaved(running, arguments.seconds, device=arguments.device)
-    rows = []
-    for name in calls:
-        cells = [f"{B} x {S} x {d}", name]
-        for mode, flops in MODES.items():
-            if name not in times[mode]:
-                cells += ["-"] * 3
-                continue
-            time = times[mode][name]
-            cells += [f"{time * 1e3:.3f}", f"{flops * B * HEADS * S * S * d / time * 1e-9:.0f}"]
-            cells += [f"{time / times[mode][OURS]:.2f}"]
-        rows.append([*cells, errors.get(name, "-")])
-    return rows
+    for name, each in calls.items():
+        if "both" not in missing[name]:
+            errors[name] = ((each[0]["both"]()[0][: exact.shape[0]] - exact).abs().max() / size).item()
+    made = []
+    for mode, flops in MODES.items():
+        running = {name: [of[mode] for of in each] for name, each in calls.items() if mode not in missing[name]}
+        times = timings(running, seconds, device)
+        times |= {name: Timing(None, reasons[mode]) for name, reasons in missing.items() if mode in reasons}
+        work = flops * B * HEADS * S * S * d * 1e-9
+        rates = {name: work / time.seconds for name, time in times.items() if time.seconds}
+        case = f"{B} x {S} x {d}"
+        made += rows(case, times, mode, error=errors, rate=rates)
+    return made
+
+
+def cases(device: str, seconds: float) -> Iterator[list[dict]]:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    shapes = [(76, 64, False, None), (76, 64, True, None)] if device == "cpu" else CUDA_CASES
+    for S, d, block, B in shapes:
+        made = measure(S, d, block, device, dtype, seconds, True, B)
+        kind = "normalised, null key, " if block else ""
+        yield [row | {"case": f"{row['case']}, {kind}{str(dtype).removeprefix('torch.')}"} for row in made]
+
+
+def lines(made: list[dict]) -> list[list[str]]:
+    """The rows of one shape, all modes of a peer in one line."""
+    of = {(row["peer"], row["what"]): row for row in made}
+    result = []
+    for name in dict.fromkeys(row["peer"] for row in made):
+        row = of[name, "forward"]
+        if row["seconds"] is None:
+            print(f"<!-- {name}: {row['how']} -->")
+            continue
+        cells = [row["case"], name]
+        for mode in MODES:
+            row = of[name, mode]
+            time = row["seconds"] and row["seconds"] * 1e3
+            cells += [show(time, ".3f"), show(row.get("rate"), ".0f"), show(row["ratio"], ".2f")]
+        result.append([*cells, show(row.get("error"), ".0e")])
+    return result
 
 
 def main() -> None:
@@ -188,7 +242,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    torch._functorch.config.donated_buffer = False  # backward is timed alone, again and again
     columns = ["B x S x d", ""]
     columns += [column for mode in MODES for column in (f"{mode}, median ms", "GFLOP/s", "time / ours")]
     columns += ["largest error / largest gradient"]
@@ -196,9 +249,14 @@ def main() -> None:
     if arguments.device == "cpu" and (peak := fma_peak()):
         print(f"multiply-adds at most {peak:.0f} GFLOP/s")
     shapes = [(S, d) for d in arguments.head_dims for S in arguments.lengths]
-    rows = [row for S, d in shapes for row in measure(S, d, False, arguments)]
-    print(f"\n{table(columns, rows)}\n\nwith q and k normalised, and a null key:\n")
-    print(table(columns, [row for S, d in BLOCK_SHAPES for row in measure(S, d, True, arguments)]))
+    options = (arguments.device, getattr(torch, arguments.dtype), arguments.seconds, not arguments.no_compile)
+    large = [LARGE] if arguments.device == "cuda" else []
+    plain = flat(lines(measure(76, 64, False, *options, B)) for B in large)
+    plain += flat(lines(measure(S, d, False, *options)) for S, d in shapes)
+    print(f"\n{table(columns, plain)}\n\nwith q and k normalised, and a null key:\n")
+    block = flat(lines(measure(76, 64, True, *options, B)) for B in large)
+    block += flat(lines(measure(S, d, True, *options)) for S, d in BLOCK_SHAPES)
+    print(table(columns, block))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ speed of memory; the one-hot product makes an M x K matrix and 2 M K D FLOPs of 
 """
 
 import argparse
-from collections.abc import Callable
+import functools
+from collections.abc import Iterator
 
 import pytest
 import torch
-from common import interleaved, machine, table
+from common import OURS, copies, flat, machine, rows, table, timings
 from torch import Tensor
 
 from ncfast.ops import code_stats
@@ -20,13 +21,14 @@ SHAPES = [  # M, K, D
     (16384, 1024, 64),
     (8192, 16384, 256),
 ]
-OURS = "ncfast"
+CUDA_SHAPES = [(65536, 1024, 64), (65536, 16384, 256), *SHAPES]
 Stats = tuple[Tensor, Tensor]  # counts [K], sums [K, D]
 
 
-def data(M: int, K: int, D: int) -> Stats:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(M, D, generator=generator), torch.randint(0, K, (M,), generator=generator)
+def data(M: int, K: int, D: int, device: str = "cpu", seed: int = 0) -> Stats:
+    generator = torch.Generator().manual_seed(seed)
+    z, indices = torch.randn(M, D, generator=generator), torch.randint(0, K, (M,), generator=generator)
+    return z.to(device), indices.to(device)
 
 
 def ours(z: Tensor, indices: Tensor, K: int) -> Stats:
@@ -65,27 +67,18 @@ def test_code_stats(benchmark, shape, peer):
     benchmark(PEERS[peer], *data(*shape), K)
 
 
-def measure(shape: tuple[int, int, int], seconds: float) -> list[list[str]]:
-    """The rows of one shape."""
-    M, K, D = shape
-    z, indices = data(*shape)
-    calls: dict[str, Callable[[], Stats]] = {
-        name: lambda peer=peer: peer(z, indices, K) for name, peer in PEERS.items()
-    }
-    _, exact = index_add(z.double(), indices, K)
-    errors = {name: (call()[1] - exact).abs().max().item() for name, call in calls.items()}
-    times = interleaved(calls, seconds)
-    return [
-        [
-            f"{M} x {K} x {D}",
-            name,
-            f"{time * 1e3:.2f}",
-            f"{4 * (M + K) * D / time * 1e-9:.1f}",
-            f"{time / times[OURS]:.2f}",
-            f"{errors[name]:.0e}",
-        ]
-        for name, time in times.items()
-    ]
+def cases(device: str, seconds: float) -> Iterator[list[dict]]:
+    for M, K, D in SHAPES if device == "cpu" else CUDA_SHAPES:
+        inputs = [data(M, K, D, device, seed) for seed in range(copies(4 * M * D, device))]
+        calls = {
+            name: [functools.partial(peer, z, indices, K) for z, indices in inputs] for name, peer in PEERS.items()
+        }
+        z, indices = inputs[0]
+        _, exact = index_add(z.double(), indices, K)
+        errors = {name: (each[0]()[1] - exact).abs().max().item() for name, each in calls.items()}
+        times = timings(calls, seconds, device)
+        rates = {name: 4e-9 * (M + K) * D / time.seconds for name, time in times.items() if time.seconds}
+        yield rows(f"{M} x {K} x {D}", times, error=errors, rate=rates)
 
 
 def main() -> None:
@@ -97,7 +90,18 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     print(f"code_stats, float32, on {machine()}\n")
     columns = ["M x K x D", "", "median ms", "GB/s", "time / ours", "largest error"]
-    print(table(columns, [row for shape in SHAPES for row in measure(shape, options.seconds)]))
+    lines = [
+        [
+            row["case"],
+            row["peer"],
+            f"{row['seconds'] * 1e3:.2f}",
+            f"{row['rate']:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['error']:.0e}",
+        ]
+        for row in flat(cases("cpu", options.seconds))
+    ]
+    print(table(columns, lines))
 
 
 if __name__ == "__main__":

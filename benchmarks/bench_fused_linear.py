@@ -6,11 +6,11 @@ peak of the multiply-adds; PyTorch adds passes over x and the result for the nor
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import fma_peak, interleaved, machine, table
+from common import OURS, copies, flat, fma_peak, machine, rows, table, timings
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,18 +24,17 @@ LAYERS = {  # N, K, and which of norm, bias, GELU and residual
     "second of feed-forward, residual": (256, 256, "bias residual"),
 }
 MODES = ("forward", "forward + backward")
-OURS = "ncfast"
 
 
-def data(layer: str) -> tuple[dict[str, Tensor], bool]:
+def data(layer: str, device: str = "cpu", seed: int = 0) -> tuple[dict[str, Tensor], bool]:
     """Arguments of fused_linear, and whether there is a GELU."""
     N, K, parts = LAYERS[layer]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     shapes = {"x": (M, K), "weight": (N, K)}
     shapes |= {"bias": (N,)} if "bias" in parts else {}
     shapes |= {"norm_weight": (K,)} if "norm" in parts else {}
     shapes |= {"residual": (M, N)} if "residual" in parts else {}
-    tensors = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    tensors = {name: torch.randn(*shape, generator=generator).to(device) for name, shape in shapes.items()}
     tensors["weight"] /= K**0.5
     return {name: tensor.requires_grad_() for name, tensor in tensors.items()}, "gelu" in parts
 
@@ -51,9 +50,9 @@ def pytorch(x, weight, bias=None, norm_weight=None, residual=None, *, gelu=False
 PEERS = {OURS: fused_linear, "PyTorch": pytorch}
 
 
-def call(peer: Callable, layer: str, mode: str) -> Callable[[], object]:
-    tensors, gelu = data(layer)
-    gradient = torch.randn(M, LAYERS[layer][0])
+def call(peer: Callable, layer: str, mode: str, device: str = "cpu", seed: int = 0) -> Callable[[], object]:
+    tensors, gelu = data(layer, device, seed)
+    gradient = torch.randn(M, LAYERS[layer][0], device=device)
 
     def forward():
         with torch.no_grad():
@@ -74,6 +73,17 @@ def test_fused_linear(benchmark, layer, mode, peer):
     benchmark(call(PEERS[peer], layer, mode))
 
 
+def cases(device: str, seconds: float) -> Iterator[list[dict]]:
+    for layer, (N, K, _) in LAYERS.items():
+        for mode in MODES:
+            seeds = range(copies(4 * M * (N + K), device))
+            calls = {name: [call(peer, layer, mode, device, seed) for seed in seeds] for name, peer in PEERS.items()}
+            times = timings(calls, seconds, device)
+            flop = (2 if mode == "forward" else 6) * M * N * K
+            rates = {name: flop / time.seconds * 1e-9 for name, time in times.items() if time.seconds}
+            yield rows(layer, times, mode, rate=rates)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -82,15 +92,17 @@ def main() -> None:
     options = parser.parse_args()
     peak = fma_peak()
     print(f"fused_linear, {M} rows, float32, on {machine()}" + (f"; peak {peak:.0f} GFLOP/s" if peak else "") + "\n")
-    rows = []
-    for layer, (N, K, _) in LAYERS.items():
-        for mode in MODES:
-            flop = (2 if mode == "forward" else 6) * M * N * K
-            times = interleaved({name: call(peer, layer, mode) for name, peer in PEERS.items()}, options.seconds)
-            for name, time in times.items():
-                ratio = f"{time / times[OURS]:.2f}"
-                rows.append([f"{layer}, {mode}", name, f"{1e3 * time:.2f}", f"{flop / time * 1e-9:.0f}", ratio])
-    print(table(["", "", "median ms", "GFLOP/s", "time / ours"], rows))
+    lines = [
+        [
+            f"{row['case']}, {row['what']}",
+            row["peer"],
+            f"{row['seconds'] * 1e3:.2f}",
+            f"{row['rate']:.0f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in flat(cases("cpu", options.seconds))
+    ]
+    print(table(["", "", "median ms", "GFLOP/s", "time / ours"], lines))
 
 
 if __name__ == "__main__":

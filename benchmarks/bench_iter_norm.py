@@ -7,11 +7,11 @@ at half the speed of multiply-adds. Autograd makes no use of the symmetry, and k
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import fma_peak, interleaved, machine, table
+from common import OURS, copies, flat, fma_peak, machine, rows, show, table, timings
 from torch import Tensor
 
 from ncfast.ops import iter_norm
@@ -19,13 +19,12 @@ from ncfast.ops import iter_norm
 SHAPES = [(128, 4096, 64), (256, 2048, 64), (256, 8192, 64)]  # N, D, groups
 ITERATIONS, EPS = 5, 1e-5
 MODES = ("forward", "forward + backward")
-OURS = "ncfast"
 
 
-def data(N: int, D: int) -> tuple[Tensor, Tensor]:
+def data(N: int, D: int, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
     """x [N, D] and a gradient of the result [N, D]."""
-    generator = torch.Generator().manual_seed(0)
-    x, gradient = torch.randn(2, N, D, generator=generator)
+    generator = torch.Generator().manual_seed(seed)
+    x, gradient = torch.randn(2, N, D, generator=generator).to(device)
     return x.requires_grad_(), gradient
 
 
@@ -60,9 +59,11 @@ PEERS = {
 }
 
 
-def call(peer: Callable, mode: str, N: int, D: int, groups: int) -> Callable[[], Tensor | None]:
+def call(
+    peer: Callable, mode: str, N: int, D: int, groups: int, device: str = "cpu", seed: int = 0
+) -> Callable[[], Tensor | None]:
     """Runs the peer in that mode; returns the gradient of x, if any."""
-    x, gradient = data(N, D)
+    x, gradient = data(N, D, device, seed)
 
     def forward():
         with torch.no_grad():
@@ -83,8 +84,8 @@ def test_iter_norm(benchmark, shape, mode, peer):
     benchmark(call(PEERS[peer], mode, *shape))
 
 
-def exact_gradient(N: int, D: int, groups: int) -> Tensor:
-    x, gradient = data(N, D)
+def exact_gradient(N: int, D: int, groups: int, device: str) -> Tensor:
+    x, gradient = data(N, D, device)
     x = x.detach().double().requires_grad_()
     return torch.autograd.grad(reference(x, groups), x, gradient.double())[0]
 
@@ -97,24 +98,20 @@ def flops(mode: str, N: int, D: int, groups: int) -> float:
     return forward if mode == "forward" else forward + backward
 
 
-def measure(shape: tuple[int, int, int], mode: str, seconds: float, peak: float | None) -> list[list[str]]:
-    """The rows of one shape and mode."""
-    N, D, groups = shape
-    calls = {name: call(peer, mode, *shape) for name, peer in PEERS.items()}
-    errors = {}
-    if mode != "forward":
-        exact = exact_gradient(*shape)
-        errors = {name: f"{(run() - exact).abs().max() / exact.abs().max():.0e}" for name, run in calls.items()}
-    times = interleaved(calls, seconds)
-    rows = []
-    for name, time in times.items():
-        rate = flops(mode, *shape) / time * 1e-9
-        of_peak = f"{100 * rate / peak:.0f} %" if peak and name == OURS else "-"
-        relative = f"{time / times[OURS]:.2f}"
-        rows.append(
-            [f"{N} x {D} / {groups}, {mode}", name, f"{time * 1e3:.2f}", of_peak, relative, errors.get(name, "-")]
-        )
-    return rows
+def cases(device: str, seconds: float) -> Iterator[list[dict]]:
+    for shape in SHAPES:
+        N, D, groups = shape
+        for mode in MODES:
+            seeds = range(copies(8 * N * D, device))
+            calls = {name: [call(peer, mode, *shape, device, seed) for seed in seeds] for name, peer in PEERS.items()}
+            errors = {}
+            if mode != "forward":
+                exact = exact_gradient(*shape, device)
+                size = exact.abs().max()
+                errors = {name: ((each[0]() - exact).abs().max() / size).item() for name, each in calls.items()}
+            times = timings(calls, seconds, device)
+            rates = {name: flops(mode, *shape) / time.seconds * 1e-9 for name, time in times.items() if time.seconds}
+            yield rows(f"{N} x {D} / {groups}", times, mode, error=errors, rate=rates)
 
 
 def main() -> None:
@@ -127,9 +124,12 @@ def main() -> None:
     peak = fma_peak()
     print(f"iter_norm, {ITERATIONS} steps, float32, on {machine()}; {peak or 0:.0f} GFLOP/s of multiply-adds\n")
     columns = ["N x D / groups", "", "median ms", "of peak", "time / ours", "largest error / largest gradient"]
-    print(
-        table(columns, [r for shape in SHAPES for mode in MODES for r in measure(shape, mode, options.seconds, peak)])
-    )
+    lines = []
+    for row in flat(cases("cpu", options.seconds)):
+        of_peak = f"{100 * row['rate'] / peak:.0f} %" if peak and row["peer"] == OURS else "-"
+        cells = [f"{row['case']}, {row['what']}", row["peer"], f"{row['seconds'] * 1e3:.2f}", of_peak]
+        lines.append([*cells, f"{row['ratio']:.2f}", show(row.get("error"), ".0e")])
+    print(table(columns, lines))
 
 
 if __name__ == "__main__":

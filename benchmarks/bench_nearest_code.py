@@ -12,11 +12,11 @@ maximum of the scores (9 µs) and each block's own copy of the codebook (6 µs) 
 import argparse
 import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import fma_peak, interleaved, machine, table
+from common import OURS, Timing, copies, flat, fma_peak, machine, reason, rows, show, table, timings
 from torch import Tensor
 
 from ncfast.ops import nearest_code, nearest_code_reference
@@ -34,17 +34,16 @@ SHAPES = [  # M, K, D
     (4096, 262144, 16),
 ]
 CUDA_SHAPES = [
+    (65536, 1024, 64),
+    (65536, 16384, 256),
     (65536, 32, 64),
     (16384, 1024, 64),
-    (65536, 1024, 64),
     (65536, 1024, 128),
     (16384, 16384, 8),
     (65536, 8192, 32),
     (4096, 16384, 256),
-    (65536, 16384, 256),
     (65536, 262144, 16),
 ]
-OURS = "ncfast"
 # PyTorch's [M, K] matrices beyond this are made for some rows at a time.
 MATRIX_BYTES = 2**30
 
@@ -150,56 +149,37 @@ def test_nearest_code(benchmark, shape, peer):
     benchmark(PEERS[peer](*data(*shape)))
 
 
-def graph_of(calls: list[Callable[[], Tensor]]) -> Callable[[], object]:
-    """Replays all of them, one after the other."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()  # compiles and allocates what it needs
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph.replay
-
-
-def measure(shape: tuple[int, int, int], seconds: float, device: str) -> list[list[str]]:
-    """The rows of one shape; peers that are not installed are left out."""
-    M, K, D = shape
-    # On a GPU, vectors that are not in its cache; a long call passes over more than fits there anyway.
-    repeats = 1 if device == "cpu" else 2 if M * K > 2**30 else max(2, min(16, 2**28 // (4 * M * D)))
-    codebook = data(*shape, device)[1]
-    inputs = [data(*shape, device, seed)[0] for seed in range(repeats)]
-    calls = {}
-    for name, peer in (CUDA_PEERS if device == "cuda" else PEERS).items():
-        try:
-            calls[name] = [peer(z, codebook) for z in inputs]
-        except ImportError as error:
-            print(f"{name} is left out: {error}\n")
-    exact = reference(inputs[0], codebook)()
-    differing = {name: int((call[0]() != exact).sum()) for name, call in calls.items()}
-    del exact
-    peak = fma_peak() if device == "cpu" else None
-    timed = {name: graph_of(call) if device == "cuda" else call[0] for name, call in calls.items()}
-    times = {name: time / repeats for name, time in interleaved(timed, seconds, device=device).items()}
-    peak = peak and max(peak, fma_peak())
-    chunked = " (in blocks of rows)" if len(row_blocks(inputs[0], codebook)) > 1 else ""
-    rows = []
-    for name, time in times.items():
-        rate = 2 * M * K * D / time * 1e-9
-        rows.append(
-            [
-                f"{M} x {K} x {D}",
-                name + (chunked if name.startswith("torch") else ""),
-                f"{time * 1e3:.2f}" if device == "cpu" else f"{time * 1e3:.4f}",
-                f"{rate:.1f}" if device == "cpu" else f"{rate * 1e-3:.1f}",
-                *([f"{100 * rate / peak:.0f}" if peak else "-"] if device == "cpu" else []),
-                f"{time / times[OURS]:.2f}",
-                str(differing[name]),
-            ]
-        )
-    return rows
+def cases(device: str, seconds: float, shapes: list[tuple[int, ...]] = ()) -> Iterator[list[dict]]:
+    for M, K, D in shapes or (CUDA_SHAPES if device == "cuda" else SHAPES):
+        codebook = data(M, K, D, device)[1]
+        # A long call passes over more than a GPU's cache holds anyway.
+        repeats = copies(4 * M * D, device) if M * K <= 2**30 else 1
+        inputs = [data(M, K, D, device, seed)[0] for seed in range(repeats)]
+        chunked = " (in blocks of rows)" if len(row_blocks(inputs[0], codebook)) > 1 else ""
+        calls, missing = {}, {}
+        for name, peer in (CUDA_PEERS if device == "cuda" else PEERS).items():
+            name += chunked if name.startswith("torch") else ""
+            try:
+                calls[name] = [peer(z, codebook) for z in inputs]
+            except ImportError as error:
+                missing[name] = Timing(None, reason(error))
+        exact = reference(inputs[0], codebook)()
+        differing = {}
+        for name, each in list(calls.items()):
+            try:
+                differing[name] = int((each[0]() != exact).sum())
+            except Exception as error:  # a peer's compiler may not know this GPU or this torch
+                if name == OURS:
+                    raise
+                missing[name] = Timing(None, reason(error))
+                del calls[name]
+        del exact
+        peak = fma_peak() if device == "cpu" else None
+        times = timings(calls, seconds, device)
+        peak = peak and max(peak, fma_peak())
+        rates = {name: 2e-9 * M * K * D / time.seconds for name, time in times.items() if time.seconds}
+        shares = {name: 100 * rate / peak for name, rate in rates.items()} if peak else {}
+        yield rows(f"{M} x {K} x {D}", times | missing, error=differing, rate=rates, of_peak=shares)
 
 
 def main() -> None:
@@ -217,8 +197,16 @@ def main() -> None:
     if device == "cuda":
         columns[3:5] = ["TFLOP/s"]
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes or ()]
-    shapes = shapes or (CUDA_SHAPES if device == "cuda" else SHAPES)
-    print(table(columns, [row for shape in shapes for row in measure(shape, options.seconds, device)]))
+    lines = []
+    for row in flat(cases(device, options.seconds, shapes)):
+        if row["seconds"] is None:
+            print(f"{row['peer']} is left out: {row['how']}\n")
+            continue
+        cells = [row["case"], row["peer"], f"{row['seconds'] * 1e3:{'.2f' if device == 'cpu' else '.4f'}}"]
+        cells += [f"{row['rate'] if device == 'cpu' else row['rate'] * 1e-3:.1f}"]
+        cells += [show(row.get("of_peak"), ".0f")] if device == "cpu" else []
+        lines.append([*cells, show(row["ratio"], ".2f"), str(row["error"])])
+    print(table(columns, lines))
 
 
 if __name__ == "__main__":

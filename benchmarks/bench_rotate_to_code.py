@@ -7,11 +7,11 @@ tensors of M D elements on the way.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import interleaved, machine, table
+from common import OURS, copies, flat, machine, rows, show, table, timings
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,14 +20,13 @@ from ncfast.ops import rotate_to_code
 SHAPES = [(16384, 64), (8192, 256), (65536, 64)]  # M, D
 K = 1024
 MODES = ("forward", "forward + backward")
-OURS = "ncfast"
 
 
-def data(M: int, D: int) -> tuple[Tensor, ...]:
+def data(M: int, D: int, device: str = "cpu", seed: int = 0) -> tuple[Tensor, ...]:
     """z [M, D], codebook [K, D], indices [M] and a gradient of the codes [M, D]."""
-    generator = torch.Generator().manual_seed(0)
-    z, codebook, gradient = (torch.randn(rows, D, generator=generator) for rows in (M, K, M))
-    return z.requires_grad_(), codebook, torch.randint(0, K, (M,), generator=generator), gradient
+    generator = torch.Generator().manual_seed(seed)
+    z, codebook, gradient = (torch.randn(n, D, generator=generator).to(device) for n in (M, K, M))
+    return z.requires_grad_(), codebook, torch.randint(0, K, (M,), generator=generator).to(device), gradient
 
 
 def ours(z: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,10 +55,10 @@ PEERS = {
 }
 
 
-def call(peer: Callable, mode: str, M: int, D: int) -> Callable[[], Tensor | None]:
+def call(peer: Callable, mode: str, M: int, D: int, device: str = "cpu", seed: int = 0) -> Callable[[], Tensor | None]:
     """Runs the peer in that mode; returns the gradient of z, if any."""
-    z, codebook, indices, gradient = data(M, D)
-    one = torch.ones(())
+    z, codebook, indices, gradient = data(M, D, device, seed)
+    one = torch.ones((), device=device)
 
     def forward():
         with torch.no_grad():
@@ -80,34 +79,27 @@ def test_rotate_to_code(benchmark, shape, mode, peer):
     benchmark(call(PEERS[peer], mode, *shape))
 
 
-def exact_gradient(M: int, D: int) -> Tensor:
-    z, codebook, indices, gradient = data(M, D)
+def exact_gradient(M: int, D: int, device: str) -> Tensor:
+    z, codebook, indices, gradient = data(M, D, device)
     z = z.detach().double().requires_grad_()
     outputs = reference(z, codebook, indices)
     return torch.autograd.grad(outputs, z, (gradient.double(), torch.ones_like(outputs[1])))[0]
 
 
-def measure(shape: tuple[int, int], mode: str, seconds: float) -> list[list[str]]:
-    """The rows of one shape and mode."""
-    M, D = shape
-    calls = {name: call(peer, mode, M, D) for name, peer in PEERS.items()}
-    errors = {}
-    if mode != "forward":
-        exact = exact_gradient(M, D)
-        errors = {name: f"{(run() - exact).abs().max() / exact.abs().max():.0e}" for name, run in calls.items()}
-    least_bytes = (12 if mode == "forward" else 28) * M * D
-    times = interleaved(calls, seconds)
-    return [
-        [
-            f"{M} x {D}, {mode}",
-            name,
-            f"{time * 1e3:.2f}",
-            f"{least_bytes / time * 1e-9:.1f}",
-            f"{time / times[OURS]:.2f}",
-            errors.get(name, "-"),
-        ]
-        for name, time in times.items()
-    ]
+def cases(device: str, seconds: float) -> Iterator[list[dict]]:
+    for M, D in SHAPES:
+        for mode in MODES:
+            seeds = range(copies(8 * M * D, device))
+            calls = {name: [call(peer, mode, M, D, device, seed) for seed in seeds] for name, peer in PEERS.items()}
+            errors = {}
+            if mode != "forward":
+                exact = exact_gradient(M, D, device)
+                size = exact.abs().max()
+                errors = {name: ((each[0]() - exact).abs().max() / size).item() for name, each in calls.items()}
+            times = timings(calls, seconds, device)
+            least_bytes = (12 if mode == "forward" else 28) * M * D
+            rates = {name: least_bytes / time.seconds * 1e-9 for name, time in times.items() if time.seconds}
+            yield rows(f"{M} x {D}", times, mode, error=errors, rate=rates)
 
 
 def main() -> None:
@@ -119,8 +111,18 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     print(f"rotate_to_code, K = {K}, float32, on {machine()}\n")
     columns = ["M x D", "", "median ms", "GB/s", "time / ours", "largest error / largest gradient"]
-    rows = [row for shape in SHAPES for mode in MODES for row in measure(shape, mode, options.seconds)]
-    print(table(columns, rows))
+    lines = [
+        [
+            f"{row['case']}, {row['what']}",
+            row["peer"],
+            f"{row['seconds'] * 1e3:.2f}",
+            f"{row['rate']:.1f}",
+            f"{row['ratio']:.2f}",
+            show(row.get("error"), ".0e"),
+        ]
+        for row in flat(cases("cpu", options.seconds))
+    ]
+    print(table(columns, lines))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ one Markdown table a loss. Operations of forward + backward: 6 N D² (Barlow Twi
 import argparse
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from common import interleaved, machine, peak_memory, table
+from common import OURS, Timing, copies, machine, peak_memory, reason, rows, show, table, timings
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,7 +27,6 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 SHAPES = [(128, 4096), (256, 2048), (256, 8192), (1024, 4096), (1024, 512)]
 CUDA_SHAPES = [*SHAPES, (2048, 8192)]
 SMALL = [(128, 4096), (256, 2048), (1024, 512)]
-OURS = "ncfast"
 
 
 def barlow_twins_eager(za: Tensor, zb: Tensor) -> Tensor:
@@ -137,9 +136,9 @@ PEERS = {
 
 
 @functools.cache
-def data(N: int, D: int, device: str) -> tuple[Tensor, Tensor]:
+def data(N: int, D: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Two views that agree in part, [N, D] each."""
-    generator = torch.Generator().manual_seed(N + D)
+    generator = torch.Generator().manual_seed(N + D + seed)
     za = torch.randn(N, D, generator=generator)
     zb = za + 0.5 * torch.randn(N, D, generator=generator)
     return za.to(device).requires_grad_(), zb.to(device).requires_grad_()
@@ -173,30 +172,41 @@ def test_ssl(benchmark, name, shape, peer):
     benchmark.pedantic(step(loss, *data(*shape, "cpu")), rounds=5, warmup_rounds=1)
 
 
-def measure(name: str, shape: tuple[int, int], seconds: float, device: str) -> list[list[str]]:
-    za, zb = data(*shape, device)
-    losses = {}
+def measure(name: str, shape: tuple[int, int], seconds: float, device: str) -> list[dict]:
+    """The rows of one loss and shape."""
+    inputs = [data(*shape, device, seed) for seed in range(copies(8 * shape[0] * shape[1], device))]
+    za, zb = inputs[0]
+    losses, missing, errors = {}, {}, {}
     for peer, build in PEERS.items():
         try:
             losses[peer] = build(name, device)
-        except Unavailable as reason:
-            print(f"{name}: {peer} is left out: {reason}\n")
-    calls = {
-        "forward": {peer: functools.partial(loss, za, zb) for peer, loss in losses.items()},
-        "step": {peer: step(loss, za, zb) for peer, loss in losses.items()},
+            errors[peer] = gradient_error(peer, name, losses[peer], za, zb)
+        except Unavailable as error:
+            missing[peer] = Timing(None, str(error))
+        except Exception as error:  # a peer's own
+            if peer == OURS:
+                raise
+            losses.pop(peer, None)
+            missing[peer] = Timing(None, reason(error))
+    modes = {
+        "forward": {peer: [functools.partial(loss, *views) for views in inputs] for peer, loss in losses.items()},
+        "forward + backward": {peer: [step(loss, *views) for views in inputs] for peer, loss in losses.items()},
     }
-    errors = {peer: gradient_error(peer, name, loss, za, zb) for peer, loss in losses.items()}
-    times = {what: interleaved(each, seconds, device=device) for what, each in calls.items()}
-    memory = {what: {peer: peak_memory(call, device) for peer, call in each.items()} for what, each in calls.items()}
-    chosen = choose(name, "auto", why_not_kernels(za.device), "auto", za)
-    rows = []
-    for peer in losses:
-        row = [" x ".join(map(str, shape)), f"{peer} ({chosen})" if peer == OURS else peer]
-        for what in calls:
-            row += [f"{times[what][peer] * 1e3:.2f}", f"{memory[what][peer]:.0f}"]
-        rows.append([*row, f"{times['step'][peer] / times['step'][OURS]:.2f}", f"{errors[peer]:.0e}"])
-        print(" | ".join(rows[-1]), flush=True)
-    return rows
+    chosen = {OURS: choose(name, "auto", why_not_kernels(za.device), "auto", za)}
+    made = []
+    for mode, calls in modes.items():
+        times = timings(calls, seconds, device) | missing
+        memory = {peer: peak_memory(each[0], device) for peer, each in calls.items() if times[peer].seconds}
+        made += rows(
+            ", ".join([name, " x ".join(map(str, shape))]), times, mode, mib=memory, error=errors, chosen=chosen
+        )
+    return made
+
+
+def cases(device: str, seconds: float) -> Iterator[list[dict]]:
+    for shape in CUDA_SHAPES if device == "cuda" else SHAPES:
+        for name in LOSSES:
+            yield measure(name, shape, seconds, device)
 
 
 def main() -> None:
@@ -214,8 +224,20 @@ def main() -> None:
     columns = ["N x D", "", "forward ms", "MiB", "forward + backward ms", "MiB", "time / ours", "gradient error"]
     tables = {}
     for name in LOSSES:
-        rows = [row for shape in shapes for row in measure(name, shape, arguments.seconds, arguments.device)]
-        tables[name] = table(columns, rows)
+        lines = []
+        for shape in shapes:
+            of = {(row["peer"], row["what"]): row for row in measure(name, shape, arguments.seconds, arguments.device)}
+            for peer in dict.fromkeys(peer for peer, _ in of):
+                forward, step = of[peer, "forward"], of[peer, "forward + backward"]
+                if step["seconds"] is None:
+                    print(f"{name}: {peer} is left out: {step['how']}\n")
+                    continue
+                cells = [" x ".join(map(str, shape)), f"{peer} ({step['chosen']})" if peer == OURS else peer]
+                for row in (forward, step):
+                    cells += [f"{row['seconds'] * 1e3:.2f}", f"{row['mib']:.0f}"]
+                lines.append([*cells, f"{step['ratio']:.2f}", show(step["error"], ".0e")])
+                print(" | ".join(lines[-1]), flush=True)
+        tables[name] = table(columns, lines)
     for name, text in tables.items():
         print(f"\n{name}\n\n{text}")
 

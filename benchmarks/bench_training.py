@@ -7,12 +7,12 @@ against four steps of one.
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
-from common import interleaved, machine, table
+from common import OURS, flat, interleaved, machine, peak_memory, rows, table, timings
 from torch import Tensor
 
 from ncfast import ensemble, training
@@ -37,17 +37,17 @@ def forward_backward(outputs: Callable[[], Tensor | tuple[Tensor, ...]]) -> Call
 
 
 class Stage1Step:
-    def __init__(self, ssl: str) -> None:
+    def __init__(self, ssl: str, device: str = "cpu") -> None:
         torch.manual_seed(0)
         config = make_config("paper", ssl=ssl)
-        self.model = VQVAE(config, 1, LENGTH)
-        self.ssl = None if ssl == "none" else SelfSupervision(config)
+        self.model = VQVAE(config, 1, LENGTH).to(device)
+        self.ssl = None if ssl == "none" else SelfSupervision(config).to(device)
         self.augment = Augment(config.augment)
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator(device).manual_seed(0)
         modules = [self.model] if self.ssl is None else [self.model, self.ssl]
         parameters = [p for module in modules for p in module.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-3, fused=True)
-        self.x = torch.randn(config.batch_size, 1, LENGTH)
+        self.x = torch.randn(config.batch_size, 1, LENGTH).to(device)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -73,15 +73,16 @@ class Stage1Step:
 
 
 class Stage2Step:
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         torch.manual_seed(0)
         self.config: Config = make_config("paper")
-        self.prior = Prior(self.config, torch.randn(self.config.codebook_size, self.config.dim), 75, CLASSES)
+        codebook = torch.randn(self.config.codebook_size, self.config.dim)
+        self.prior = Prior(self.config, codebook, 75, CLASSES).to(device)
         self.optimizer = torch.optim.AdamW(self.prior.parameters(), lr=1e-3, weight_decay=1e-3, fused=True)
         B = self.config.stage2_batch_size
-        self.tokens = torch.randint(0, self.config.codebook_size, (B, 75))
-        self.labels = torch.randint(0, CLASSES, (B,))
-        self.generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(0, self.config.codebook_size, (B, 75)).to(device)
+        self.labels = torch.randint(0, CLASSES, (B,)).to(device)
+        self.generator = torch.Generator(device).manual_seed(0)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -90,7 +91,7 @@ class Stage2Step:
 
     def parts(self) -> dict[str, Callable[[], object]]:
         B, S = len(self.tokens), self.tokens.shape[1] + 1
-        x = torch.randn(B, S, self.config.prior_dim, requires_grad=True)
+        x = torch.randn(B, S, self.config.prior_dim, device=self.tokens.device, requires_grad=True)
         block = self.prior.transformer.blocks[0]
         return {
             "attention half, one of 4 layers": forward_backward(lambda: block.attention_half(x)),
@@ -134,7 +135,7 @@ class EnsembleStep:
 
 
 def ensemble_table(E: int, device: torch.device, seconds: float) -> str:
-    rows = []
+    lines = []
     for number, ssl in ((1, "none"), (1, "vicreg"), (2, "none")):
         one, together = (EnsembleStep(number, ssl, members, device) for members in (None, E))
 
@@ -145,8 +146,8 @@ def ensemble_table(E: int, device: torch.device, seconds: float) -> str:
         times = interleaved({"solo": in_turn, "together": together}, seconds, device=device.type)
         solo, both = times["solo"], times["together"]
         what = f"ssl {ssl}" if number == 1 else "prior"
-        rows.append([str(number), what, f"{1e3 * solo:.1f}", f"{1e3 * both:.1f}", f"{solo / both:.2f}"])
-    return table(["stage", "step", f"{E} steps of one, ms", f"one of {E} at once, ms", "ratio"], rows)
+        lines.append([str(number), what, f"{1e3 * solo:.1f}", f"{1e3 * both:.1f}", f"{solo / both:.2f}"])
+    return table(["stage", "step", f"{E} steps of one, ms", f"one of {E} at once, ms", "ratio"], lines)
 
 
 @pytest.mark.parametrize("ssl", ["none", "barlow", "vicreg", "vibcreg"])
@@ -158,26 +159,41 @@ def test_stage2_step(benchmark):
     benchmark.pedantic(Stage2Step(), rounds=5, warmup_rounds=1)
 
 
+def cases(device: str, seconds: float) -> Iterator[list[dict]]:
+    """Called eagerly on a GPU too, as the training loop calls them."""
+    stage1 = {ssl: Stage1Step(ssl, device) for ssl in ("none", "barlow", "vicreg", "vibcreg")}
+    stage2 = Stage2Step(device)
+    names = "1 (batch 128)", "2 (batch 256)"
+    yield timed_steps(names[0], {f"whole step, ssl {ssl}": step for ssl, step in stage1.items()}, seconds, device)
+    yield timed_steps(names[1], {"whole step": stage2}, seconds, device)
+    yield timed_steps(names[0], {f"  {name}": part for name, part in stage1["vicreg"].parts().items()}, seconds, device)
+    yield timed_steps(names[1], {f"  {name}": part for name, part in stage2.parts().items()}, seconds, device)
+
+
+def timed_steps(stage: str, steps: dict[str, Callable], seconds: float, device: str) -> list[dict]:
+    times = timings({name: [step] for name, step in steps.items()}, seconds, device, capture=False)
+    made = []
+    for name, step in steps.items():
+        # A CPU's allocator keeps what the steps before have freed.
+        memory = {OURS: peak_memory(step, device)} if device == "cuda" and times[name].seconds else {}
+        made += rows(f"stage {stage}", {OURS: times[name]}, name, mib=memory)
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seconds", type=float, default=30.0, help="how long each stage is timed [30]")
     parser.add_argument("--ensemble", type=int, metavar="E", help="time E models at once against E steps of one")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --ensemble [cpu]")
-    arguments = parser.parse_args()
-    seconds = arguments.seconds
-    print(f"{machine(arguments.device)}\n")
-    if arguments.ensemble is not None:
-        print(ensemble_table(arguments.ensemble, torch.device(arguments.device), seconds))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options = parser.parse_args()
+    print(f"{machine(options.device)}\n")
+    if options.ensemble is not None:
+        print(ensemble_table(options.ensemble, torch.device(options.device), options.seconds))
         return
-    rows = []
-    stage1 = {ssl: Stage1Step(ssl) for ssl in ("none", "barlow", "vicreg", "vibcreg")}
-    times = interleaved({f"whole step, ssl {ssl}": step for ssl, step in stage1.items()}, seconds)
-    times |= interleaved({f"  {name}": part for name, part in stage1["vicreg"].parts().items()}, seconds)
-    rows += [["1 (batch 128)", name, f"{1e3 * t:.1f}"] for name, t in times.items()]
-    step = Stage2Step()
-    times = interleaved({"whole step": step} | {f"  {name}": part for name, part in step.parts().items()}, seconds)
-    rows += [["2 (batch 256)", name, f"{1e3 * t:.1f}"] for name, t in times.items()]
-    print(table(["stage", "what, forward and backward", "median ms"], rows))
+    made = sorted(flat(cases(options.device, options.seconds)), key=lambda row: row["case"])
+    lines = [[row["case"].removeprefix("stage "), row["what"], f"{1e3 * row['seconds']:.1f}"] for row in made]
+    print(table(["stage", "what, forward and backward", "median ms"], lines))
 
 
 if __name__ == "__main__":

@@ -7,23 +7,22 @@ are masked, a quarter stay so; what is known is not drawn. The reference and mul
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import interleaved, machine, table
+from common import OURS, copies, flat, machine, rows, table, timings
 from torch import Tensor
 
 from ncfast.ops import dispatch, unmask_step
 from ncfast.ops.unmask_step import why_not
 
 SHAPES = [(256, 75, 32), (256, 256, 1024)]  # B, n, K
-OURS = "ncfast"
 
 
-def data(B: int, n: int, K: int, device: str) -> tuple[Tensor, ...]:
+def data(B: int, n: int, K: int, device: str, seed: int = 0) -> tuple[Tensor, ...]:
     """Logits [B, n, K], tokens [B, n] of which half are masked, sample [B]."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(B, n, K, generator=generator)
     tokens = torch.randint(0, K, (B, n), generator=generator)
     tokens.scatter_(1, torch.rand(B, n, generator=generator).topk(n // 2).indices, K)
@@ -54,8 +53,8 @@ def multinomial(logits: Tensor, tokens: Tensor, sample: Tensor) -> Tensor:
 PEERS = {OURS: step("auto"), "reference": step("reference"), "multinomial + topk": multinomial}
 
 
-def call(peer: Callable, shape: tuple[int, int, int], device: str) -> Callable[[], Tensor]:
-    given = data(*shape, device)
+def call(peer: Callable, shape: tuple[int, int, int], device: str, seed: int = 0) -> Callable[[], Tensor]:
+    given = data(*shape, device, seed)
     return lambda: peer(*given)
 
 
@@ -67,20 +66,12 @@ def test_unmask_step(benchmark, shape, peer):
     benchmark(call(PEERS[peer], shape, "cpu"))
 
 
-def measure(shape: tuple[int, int, int], device: str, seconds: float) -> list[list[str]]:
-    """The rows of one shape."""
-    times = interleaved({name: call(peer, shape, device) for name, peer in PEERS.items()}, seconds, device=device)
-    B, n, _ = shape
-    return [
-        [
-            " x ".join(map(str, shape)),
-            name,
-            f"{time * 1e3:.3f}",
-            f"{1e9 * time / (B * n):.1f}",
-            f"{time / times[OURS]:.2f}",
-        ]
-        for name, time in times.items()
-    ]
+def cases(device: str, seconds: float) -> Iterator[list[dict]]:
+    for shape in SHAPES:
+        B, n, K = shape
+        seeds = range(copies(4 * B * n * K, device))
+        calls = {name: [call(peer, shape, device, seed) for seed in seeds] for name, peer in PEERS.items()}
+        yield rows(f"{B} x {n} x {K}", timings(calls, seconds, device))
 
 
 def main() -> None:
@@ -94,7 +85,12 @@ def main() -> None:
     implementation = dispatch.choose("unmask_step", "auto", why_not(torch.device(options.device)))
     print(f"unmask_step, float32 logits, {OURS} is {implementation}, on {machine(options.device)}\n")
     columns = ["B x n x K", "", "median ms", "ns / position", "time / ours"]
-    print(table(columns, [row for shape in SHAPES for row in measure(shape, options.device, options.seconds)]))
+    lines = []
+    for row in flat(cases(options.device, options.seconds)):
+        B, n, _ = map(int, row["case"].split(" x "))
+        cells = [row["case"], row["peer"], f"{row['seconds'] * 1e3:.3f}", f"{1e9 * row['seconds'] / (B * n):.1f}"]
+        lines.append([*cells, f"{row['ratio']:.2f}"])
+    print(table(columns, lines))
 
 
 if __name__ == "__main__":

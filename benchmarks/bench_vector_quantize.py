@@ -6,12 +6,12 @@ turns and prints one Markdown table. Both have the same state, and moving averag
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import interleaved, machine, peak_memory, table
-from torch import nn
+from common import OURS, Timing, copies, machine, peak_memory, rows, table, timings
+from torch import Tensor, nn
 
 from ncfast import VectorQuantize
 
@@ -32,10 +32,11 @@ SHAPES = {
     "LlamaGen": (4096, 16384, 8, {"use_cosine_sim": True}),
     "dead codes replaced": (16384, 1024, 64, {"threshold_ema_dead_code": 2}),
 }
+CUDA_SHAPES = {"65536 x 1024": (65536, 1024, 64, {}), "65536 x 16384": (65536, 16384, 256, {}), **SHAPES}
 MODES = ("eval", "forward", "forward + backward")
 
 
-def modules(K: int, D: int, options: dict) -> dict[str, nn.Module]:
+def modules(K: int, D: int, options: dict, device: str = "cpu") -> dict[str, nn.Module]:
     """Ours and, where installed, the original, in the same state."""
     torch.manual_seed(0)
     ours = VectorQuantize(D, K, **options)
@@ -43,50 +44,68 @@ def modules(K: int, D: int, options: dict) -> dict[str, nn.Module]:
         nn.functional.normalize(torch.randn(K, D), dim=-1) if options.get("use_cosine_sim") else (torch.randn(K, D))
     )
     ours._codebook.embed_avg.copy_(ours._codebook.embed)
-    both = {"ncfast": ours}
+    both = {OURS: ours.to(device)}
     try:
         import vector_quantize_pytorch
     except ImportError:
         return both
     both["original"] = vector_quantize_pytorch.VectorQuantize(D, K, **options)
     both["original"].load_state_dict(copy.deepcopy(ours.state_dict()))
+    both["original"].to(device)
     return both
 
 
-def call(module: nn.Module, mode: str, M: int, D: int) -> Callable[[], object]:
-    x = torch.randn(16 if M % 16 == 0 else 1, M // (16 if M % 16 == 0 else 1), D)
+def calls(module: nn.Module, mode: str, M: int, D: int, device: str = "cpu") -> list[Callable[[], object]]:
+    """The module on vectors of each call's own."""
+    module = copy.deepcopy(module).train(mode != "eval")
+    B = 16 if M % 16 == 0 else 1
+    return [one_call(module, mode, torch.randn(B, M // B, D, device=device)) for _ in range(copies(4 * M * D, device))]
+
+
+def one_call(module: nn.Module, mode: str, x: Tensor) -> Callable[[], object]:
     if mode == "eval":
-        module = copy.deepcopy(module).eval()
 
         def run():
             with torch.no_grad():
                 return module(x)
 
         return run
-    module = copy.deepcopy(module).train()
     x.requires_grad_()
     if mode == "forward":
         return lambda: module(x)
     gradient = torch.randn_like(x)
 
     def step():
-        x.grad = None
         quantized, _, loss = module(x)
-        torch.autograd.backward([quantized, loss], [gradient, None])
+        return torch.autograd.grad([quantized, loss], x, [gradient, torch.ones_like(loss)])
 
     return step
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", [name for name, (M, K, *_) in SHAPES.items() if M * K < 2**26])
-@pytest.mark.parametrize("whose", ["ncfast", "original"])
+@pytest.mark.parametrize("whose", [OURS, "original"])
 def test_vector_quantize(benchmark, name, mode, whose):
     M, K, D, options = SHAPES[name]
     both = modules(K, D, options)
     if whose not in both:
         pytest.skip("vector-quantize-pytorch is not installed: pip install 'ncfast[test]'")
     benchmark.group = f"VectorQuantize {name}, {mode}"
-    benchmark.pedantic(call(both[whose], mode, M, D), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(calls(both[whose], mode, M, D)[0], rounds=5, warmup_rounds=1)
+
+
+def cases(device: str, seconds: float) -> Iterator[list[dict]]:
+    for name, (M, K, D, options) in (CUDA_SHAPES if device == "cuda" else SHAPES).items():
+        both = modules(K, D, options, device)
+        made = []
+        for mode in MODES:
+            running = {whose: calls(module, mode, M, D, device) for whose, module in both.items()}
+            times = timings(running, seconds, device)
+            memory = {whose: peak_memory(running[whose][0], device) for whose in both if times[whose].seconds}
+            if "original" not in both:
+                times["original"] = Timing(None, "vector-quantize-pytorch is not installed")
+            made += rows(f"{name}: {M} x {K} x {D}", times, mode, mib=memory)
+        yield made
 
 
 def main() -> None:
@@ -94,21 +113,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row [2]")
     arguments = parser.parse_args()
     print(f"VectorQuantize, float32, rotation trick, on {machine()}\n")
-    rows = []
-    for name, (M, K, D, options) in SHAPES.items():
-        both = modules(K, D, options)
+    lines = []
+    for made in cases("cpu", arguments.seconds):
+        of = {(row["what"], row["peer"]): row for row in made}
         for mode in MODES:
-            calls = {whose: call(module, mode, M, D) for whose, module in both.items()}
-            times = interleaved(calls, arguments.seconds)
-            memory = {whose: peak_memory(run) for whose, run in calls.items()}
-            row = [f"{name}: {M} x {K} x {D}", mode, f"{1e3 * times['ncfast']:.2f}", f"{memory['ncfast']:.0f}"]
-            if "original" in both:
-                ratio = times["original"] / times["ncfast"]
-                row += [f"{1e3 * times['original']:.1f}", f"{memory['original']:.0f}", f"{ratio:.1f}"]
-            rows.append(row)
-            print(" | ".join(row), flush=True)
+            ours, original = of[mode, OURS], of[mode, "original"]
+            line = [ours["case"], mode, f"{1e3 * ours['seconds']:.2f}", f"{ours['mib']:.0f}"]
+            if original["seconds"]:
+                line += [f"{1e3 * original['seconds']:.1f}", f"{original['mib']:.0f}", f"{original['ratio']:.1f}"]
+            lines.append(line)
+            print(" | ".join(line), flush=True)
     columns = ["M x K x D", "what", "ncfast ms", "MiB", "original ms", "MiB", "original / ncfast"]
-    print("\n" + table(columns[: len(rows[0])], rows))
+    print("\n" + table(columns[: len(lines[0])], lines))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,287 @@
+"""Every GPU test and benchmark in one command, `make gpu`: one JSON, and one Markdown table made of it.
+
+Each benchmark runs in a process of its own, so that a crash loses no other, and has a share of `--minutes`: when that is
+over it stops after the case at hand. Peers that are installed take part; of the others the reason is in their rows.
+Exit codes: 0; 1 when a test or a benchmark failed, the rest having run; 2 without a GPU.
+"""
+
+import argparse
+import contextlib
+import importlib
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+from common import OURS, machine, reason, show, table
+
+from ncfast.cli import Parser, run
+from ncfast.engine.checkpoint import atomic_path, read_json, write_json
+from ncfast.errors import UserError
+from ncfast.info import version
+from ncfast.ops import dispatch
+
+ROOT = Path(__file__).resolve().parents[1]
+# Shares of the time: those that compile peers with torch.compile, or have large ones, need more.
+BENCHMARKS = {
+    "nearest_code": 4,
+    "ssl": 8,
+    "training": 3,
+    "sampling": 3,
+    "attention": 8,
+    "vector_quantize": 4,
+    "unmask_step": 1,
+    "code_stats": 1,
+    "rotate_to_code": 2,
+    "iter_norm": 2,
+    "fused_linear": 2,
+}
+PACKAGES = ("triton", "vector-quantize-pytorch", "flash-kmeans", "lightly", "numpy")
+TEST_PROCESSES = 8
+START = 20.0  # seconds that a process may take beyond its share: imports, a last case
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="benchmarks/gpu.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu is for trying this out [cuda]")
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the table goes beside it [gpu.json]")
+    parser.add_argument("--minutes", type=float, default=6.0, help="for everything that is asked for [6]")
+    parser.add_argument("--seconds", type=float, default=0.3, help="how long the peers of a case take turns [0.3]")
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument(
+        "--tests", action="store_true", help="first run the tests marked gpu, for half the time at most"
+    )
+    parser.add_argument("--check", action="store_true", help="only say whether there is a GPU")
+    parser.add_argument("--worker", nargs=2, metavar=("NAME", "SECONDS"), help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = make_parser().parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        cuda = f"CUDA {torch.version.cuda}, but sees no device" if torch.version.cuda else "no CUDA"
+        raise UserError(f"make gpu needs an NVIDIA GPU and a CUDA build of torch; torch {torch.__version__} has {cuda}")
+    if options.check:
+        return
+    if options.worker:
+        work(*options.worker, options)
+        return
+    start = time.monotonic()
+    end = start + 60 * options.minutes
+    report = facts(options)
+    if options.tests:
+        report["tests"] = run_tests(time.monotonic() + 30 * options.minutes)
+    names = options.only or list(BENCHMARKS)
+    for i, name in enumerate(names):
+        # What one leaves of its share goes to those after it.
+        share = (end - time.monotonic()) * BENCHMARKS[name] / sum(BENCHMARKS[other] for other in names[i:])
+        print(f"{name}: {max(share, 0):.0f} s", file=sys.stderr, flush=True)
+        report["rows"] += run_benchmark(name, share, options)
+        report["seconds"] = round(time.monotonic() - start, 1)
+        write_report(options.out, report)  # after each: what is measured stays, whatever happens next
+    print(markdown(report))
+    if failures(report):
+        sys.exit(1)
+
+
+def facts(options: argparse.Namespace) -> dict:
+    """What the figures depend on."""
+    return {
+        "machine": machine(options.device),
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "versions": {"ncfast": version("ncfast"), "python": platform.python_version(), "torch": torch.__version__}
+        | {"cuda": torch.version.cuda}
+        | {package: version(package) for package in PACKAGES},
+        "build": dispatch.build_facts(),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "minutes": options.minutes,
+        "seconds": 0.0,
+        "tests": None,
+        "rows": [],
+    }
+
+
+def commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def work(name: str, seconds: str, options: argparse.Namespace) -> None:
+    """In a process of its own: measures case after case until its time is over, at least one."""
+    end = time.monotonic() + float(seconds)
+    measured = {"rows": [], "complete": False}
+    for made in importlib.import_module(f"bench_{name}").cases(options.device, options.seconds):
+        measured["rows"] += made
+        write_json(options.out, measured)
+        if time.monotonic() > end:
+            return
+    write_json(options.out, measured | {"complete": True})
+
+
+def run_benchmark(name: str, share: float, options: argparse.Namespace) -> list[dict]:
+    """The rows of one benchmark; the last says what went wrong, if anything did."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        command = [sys.executable, __file__, "--worker", name, f"{share:.1f}", "--device", options.device]
+        command += ["--seconds", str(options.seconds), "--out", str(out)]
+        log = Path(folder) / "log"
+        code = finish([start(command, log)], time.monotonic() + max(share, 0) + START)[0]
+        measured = read_json(out) if out.exists() else {"rows": [], "complete": False}
+        text = log.read_text(errors="replace").strip()
+    made = [{"benchmark": name, **row} for row in measured["rows"]]
+    failed = [row for row in made if row["peer"] == OURS and row["seconds"] is None]
+    if code is None:
+        why = f"stopped {START:.0f} s after its time"
+    elif code:
+        why = f"exit code {code}: {text.splitlines()[-1] if text else 'no output'}"
+    elif failed:
+        why = f"{OURS} did not run: {failed[0]['how']}"
+    elif not made:
+        why = "it has no cases"
+    else:
+        why = None
+    if why is not None:
+        print(text, file=sys.stderr)
+        return [*made, {"benchmark": name, "failed": why}]
+    return made if measured["complete"] else [*made, {"benchmark": name, "note": "its time was over: not all cases"}]
+
+
+def run_tests(deadline: float) -> dict:
+    """The tests marked gpu in several processes. What takes long is compiling, which is the host's."""
+    processes = max(1, min(TEST_PROCESSES, (os.cpu_count() or 1) // 2))
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    result = {"passed": 0, "skipped": 0, "failed": [], "seconds": 0.0}
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / f"{i}.log" for i in range(processes)]
+        commands = [
+            [sys.executable, "-m", "pytest", "tests", "-m", "gpu", f"--shard={i}/{processes}", "-p", "no:cacheprovider"]
+            + [f"--junitxml={log}.xml"]
+            for i, log in enumerate(logs)
+        ]
+        codes = finish([start(*each, environment) for each in zip(commands, logs, strict=True)], deadline)
+        for i, (code, log) in enumerate(zip(codes, logs, strict=True)):
+            with contextlib.suppress(FileNotFoundError, ElementTree.ParseError):
+                count_tests(ElementTree.parse(f"{log}.xml"), result)
+            if code not in (0, 5):  # 5: none of them is in this share
+                print(log.read_text(errors="replace"), file=sys.stderr)
+            if code not in (0, 1, 5):  # of 1 the failed tests are known by name
+                ended = "was stopped when the time was over" if code is None else f"ended with exit code {code}"
+                result["failed"].append(f"process {i + 1} of {processes} {ended}")
+    if not (result["passed"] or result["failed"]):
+        result["failed"].append("no test ran")
+    return result | {"seconds": round(time.monotonic() - begin, 1)}
+
+
+def count_tests(tree: ElementTree.ElementTree, result: dict) -> None:
+    for case in tree.iter("testcase"):
+        if case.find("skipped") is not None:
+            result["skipped"] += 1
+            continue
+        wrong = [part for part in case if part.tag in ("failure", "error")]
+        if wrong:
+            message = (wrong[0].get("message") or "").strip().splitlines() or [""]
+            result["failed"].append(f"{case.get('classname')}::{case.get('name')}: {message[0][:150]}")
+        else:
+            result["passed"] += 1
+
+
+def start(command: list[str], log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    with open(log, "wb") as file:
+        # A group of its own: compilers that it starts end with it.
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+def finish(processes: list[subprocess.Popen], deadline: float) -> list[int | None]:
+    """Exit codes; None for those that had to be killed at the deadline."""
+    codes = []
+    try:
+        for process in processes:
+            try:
+                codes.append(process.wait(max(0.0, deadline - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                codes.append(None)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return codes
+
+
+def failures(report: dict) -> list[str]:
+    failed = [f"test {name}" for name in (report["tests"] or {"failed": []})["failed"]]
+    return failed + [f"{row['benchmark']}: {row['failed']}" for row in report["rows"] if "failed" in row]
+
+
+def write_report(out: Path, report: dict) -> None:
+    write_json(out, report)
+    with atomic_path(out.with_suffix(".md")) as temporary:
+        temporary.write_text(markdown(report) + "\n")
+
+
+def markdown(report: dict) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    lines = [f"{report['machine']}, {report['cores']} cores; {versions}"]
+    lines += [f"commit {report['commit'] or 'unknown'}, {report['date']}, {report['seconds']:.0f} s in all"]
+    if report["tests"] is not None:
+        tests = report["tests"]
+        counts = f"{tests['passed']} passed, {len(tests['failed'])} failed, {tests['skipped']} skipped"
+        lines.append(f"GPU tests: {counts} in {tests['seconds']:.0f} s")
+    lines += [f"- failed: {what}" for what in failures(report)]
+    columns = ["benchmark", "case", "what", "peer", "median ms", "time / ours", "peak MiB", "error", "timed"]
+    made = table(columns, [cells(row) for row in report["rows"]]).splitlines()
+    made[1] = "|" + " --- |" * 4 + " ---: |" * 4 + " --- |"
+    legend = (
+        "timed: in CUDA graphs with inputs that take turns, unless it says eager, and why; error: against float64, as the "
+        "benchmark's own table says, of nearest_code the rows that differ."
+    )
+    return "\n\n".join(["\n".join(lines), "\n".join(made), legend])
+
+
+def cells(row: dict) -> list[str]:
+    if "failed" in row or "note" in row:
+        said = f"FAILED: {row['failed']}" if "failed" in row else row["note"]
+        return [row["benchmark"], escaped(said), *[""] * 7]
+    error = row.get("error")
+    return [
+        row["benchmark"],
+        row["case"],
+        row["what"].strip(),
+        row["peer"],
+        show(row["seconds"] and row["seconds"] * 1e3, ".4g"),
+        show(row["ratio"], ".2f"),
+        show(row.get("mib"), ".0f"),
+        str(error) if isinstance(error, int) else show(error, ".0e"),
+        escaped(row["how"]),
+    ]
+
+
+def escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    run(main)
