@@ -2,13 +2,15 @@
 # make test   venv, install, all tests
 # make bench  the benchmark tables
 # make lint   ruff and clang-format
+# make gpu    on a GPU machine, with its own Python and no network: build, GPU tests, GPU benchmarks -> gpu.json, gpu.md
 VENV ?= .venv
 PYTHON ?= python3
+MINUTES ?= 6
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu lint clean
 
 demo: $(VENV)/demo.stamp
 	rm -rf runs/demo
@@ -22,6 +24,12 @@ test: $(VENV)/test.stamp
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+gpu: export PYTHONPATH := $(CURDIR)
+gpu:
+	@$(PYTHON) benchmarks/gpu.py --check
+	NCFAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) benchmarks/gpu.py --tests --minutes $(MINUTES) --out gpu.json
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

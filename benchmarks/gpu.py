@@ -1,7 +1,7 @@
 """Every GPU test and benchmark in one command, `make gpu`: one JSON, and one Markdown table made of it.
 
-Each benchmark runs in a process of its own, so that a crash loses no other, and has a share of `--minutes`: when that is
-over it stops after the case at hand. Peers that are installed take part; of the others the reason is in their rows.
+Each benchmark runs in a process of its own, so that a crash loses no other, and has a share of `--minutes`: it stops
+before the case that would not fit in. Peers that are installed take part; of the others the reason is in their rows.
 Exit codes: 0; 1 when a test or a benchmark failed, the rest having run; 2 without a GPU.
 """
 
@@ -20,13 +20,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
-from common import OURS, machine, reason, show, table
+from common import OURS, machine, show, table
 
 from ncfast.cli import Parser, run
 from ncfast.engine.checkpoint import atomic_path, read_json, write_json
 from ncfast.errors import UserError
 from ncfast.info import version
 from ncfast.ops import dispatch
+from ncfast.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 # Shares of the time: those that compile peers with torch.compile, or have large ones, need more.
@@ -45,7 +46,7 @@ BENCHMARKS = {
 }
 PACKAGES = ("triton", "vector-quantize-pytorch", "flash-kmeans", "lightly", "numpy")
 TEST_PROCESSES = 8
-START = 20.0  # seconds that a process may take beyond its share: imports, a last case
+GRACE = 30.0  # seconds that a process may take beyond its share: imports, a first case
 
 
 def make_parser() -> Parser:
@@ -73,18 +74,20 @@ def main(arguments: list[str] | None = None) -> None:
     if options.worker:
         work(*options.worker, options)
         return
-    start = time.monotonic()
-    end = start + 60 * options.minutes
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    end = begin + 60 * options.minutes
     report = facts(options)
     if options.tests:
-        report["tests"] = run_tests(time.monotonic() + 30 * options.minutes)
+        report["tests"] = run_tests(begin + 30 * options.minutes)
+        write_report(options.out, report)
     names = options.only or list(BENCHMARKS)
     for i, name in enumerate(names):
         # What one leaves of its share goes to those after it.
         share = (end - time.monotonic()) * BENCHMARKS[name] / sum(BENCHMARKS[other] for other in names[i:])
         print(f"{name}: {max(share, 0):.0f} s", file=sys.stderr, flush=True)
-        report["rows"] += run_benchmark(name, share, options)
-        report["seconds"] = round(time.monotonic() - start, 1)
+        report["rows"] += run_benchmark(name, share, share + GRACE, options)
+        report["seconds"] = round(time.monotonic() - begin, 1)
         write_report(options.out, report)  # after each: what is measured stays, whatever happens next
     print(markdown(report))
     if failures(report):
@@ -97,7 +100,7 @@ def facts(options: argparse.Namespace) -> dict:
         "machine": machine(options.device),
         "cores": os.cpu_count(),
         "platform": platform.platform(),
-        "versions": {"ncfast": version("ncfast"), "python": platform.python_version(), "torch": torch.__version__}
+        "versions": {"ncfast": __version__, "python": platform.python_version(), "torch": torch.__version__}
         | {"cuda": torch.version.cuda}
         | {package: version(package) for package in PACKAGES},
         "build": dispatch.build_facts(),
@@ -121,31 +124,36 @@ def commit() -> str | None:
 
 
 def work(name: str, seconds: str, options: argparse.Namespace) -> None:
-    """In a process of its own: measures case after case until its time is over, at least one."""
-    end = time.monotonic() + float(seconds)
+    """In a process of its own: measures at least one case, and more while one like the last fits into its time."""
+    begin = time.monotonic()
+    end = begin + float(seconds)
     measured = {"rows": [], "complete": False}
     for made in importlib.import_module(f"bench_{name}").cases(options.device, options.seconds):
         measured["rows"] += made
         write_json(options.out, measured)
-        if time.monotonic() > end:
+        now = time.monotonic()
+        if now + (now - begin) > end:
             return
+        begin = now
     write_json(options.out, measured | {"complete": True})
 
 
-def run_benchmark(name: str, share: float, options: argparse.Namespace) -> list[dict]:
+def run_benchmark(name: str, share: float, limit: float, options: argparse.Namespace) -> list[dict]:
     """The rows of one benchmark; the last says what went wrong, if anything did."""
+    if limit <= 0:
+        return [{"benchmark": name, "failed": "not started: the time was over"}]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, __file__, "--worker", name, f"{share:.1f}", "--device", options.device]
         command += ["--seconds", str(options.seconds), "--out", str(out)]
         log = Path(folder) / "log"
-        code = finish([start(command, log)], time.monotonic() + max(share, 0) + START)[0]
+        code = finish([start(command, log)], time.monotonic() + limit)[0]
         measured = read_json(out) if out.exists() else {"rows": [], "complete": False}
         text = log.read_text(errors="replace").strip()
     made = [{"benchmark": name, **row} for row in measured["rows"]]
     failed = [row for row in made if row["peer"] == OURS and row["seconds"] is None]
     if code is None:
-        why = f"stopped {START:.0f} s after its time"
+        why = f"killed {limit:.0f} s after its start; its share was {max(share, 0):.0f} s"
     elif code:
         why = f"exit code {code}: {text.splitlines()[-1] if text else 'no output'}"
     elif failed:
@@ -169,8 +177,7 @@ def run_tests(deadline: float) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"{i}.log" for i in range(processes)]
         commands = [
-            [sys.executable, "-m", "pytest", "tests", "-m", "gpu", f"--shard={i}/{processes}", "-p", "no:cacheprovider"]
-            + [f"--junitxml={log}.xml"]
+            [sys.executable, "-m", "pytest", "tests", "-m", "gpu", f"--shard={i}/{processes}", f"--junitxml={log}.xml"]
             for i, log in enumerate(logs)
         ]
         codes = finish([start(*each, environment) for each in zip(commands, logs, strict=True)], deadline)
@@ -255,8 +262,8 @@ def markdown(report: dict) -> str:
     made = table(columns, [cells(row) for row in report["rows"]]).splitlines()
     made[1] = "|" + " --- |" * 4 + " ---: |" * 4 + " --- |"
     legend = (
-        "timed: in CUDA graphs with inputs that take turns, unless it says eager, and why; error: against float64, as the "
-        "benchmark's own table says, of nearest_code the rows that differ."
+        "timed: in CUDA graphs with inputs that take turns, unless it says eager, and why. "
+        "error: against float64, as the benchmark's own table says; of nearest_code the rows that differ."
     )
     return "\n\n".join(["\n".join(lines), "\n".join(made), legend])
 

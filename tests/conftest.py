@@ -1,6 +1,7 @@
 """Shared test set-up."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -10,8 +11,25 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--shard", metavar="I/N", help="run every Nth test from the Ith on, counted from 0")
+
+
+def runs_on_a_gpu(item):
+    """Whether a test of the operations takes the GPU where there is one: its name says which kernels it runs."""
+    name = f"{item.path.name}::{item.name}"
+    on_the_host = r"offline|gpu_build|test_dispatch"
+    return item.path.parent.name == "ops" and re.search("triton|cuda", name) and not re.search(on_the_host, name)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(config, items):
+    if shard := config.getoption("--shard"):
+        first, step = map(int, shard.split("/"))
+        items[:] = items[first::step]
     if torch.cuda.is_available():
+        for item in filter(runs_on_a_gpu, items):
+            item.add_marker("gpu")
         return
     for item in items:
         if "gpu" in item.keywords:
