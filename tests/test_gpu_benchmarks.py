@@ -1,0 +1,136 @@
+"""What `make gpu` collects, writes and exits with, as far as a machine without a GPU can tell."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+GOOD = """
+from common import Timing, rows
+
+def cases(device, seconds):
+    times = {"ncfast": Timing(0.002, "graph"), "slow | peer": Timing(0.006, "eager: it waits"),
+             "absent": Timing(None, "not installed")}
+    yield rows("7 x 8", times, "forward", mib={"ncfast": 12.4}, error={"ncfast": 3e-7, "slow | peer": 5})
+"""
+BAD = GOOD + "    raise ValueError('something broke')\n"
+OURS_MISSING = "from common import Timing, rows\n\ndef cases(device, seconds):\n"
+OURS_MISSING += "    yield rows('7', {'ncfast': Timing(None, 'no kernel'), 'peer': Timing(1.0, 'graph')})\n"
+LONG = GOOD.replace("    yield", "    while True:\n      __import__('time').sleep(0.5)\n      yield")
+STUCK = GOOD + "    __import__('time').sleep(600)\n"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("gpu")
+
+
+@pytest.fixture
+def stubs(gpu, monkeypatch, tmp_path):
+    """stubs(name=source, ...): these are the benchmarks."""
+
+    def make(**sources):
+        for name, source in sources.items():
+            (tmp_path / f"bench_{name}.py").write_text(source)
+        monkeypatch.setattr(gpu, "BENCHMARKS", dict.fromkeys(sources, 1))
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+
+    return make
+
+
+def program(*arguments):
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *map(str, arguments)]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+
+def test_a_failed_benchmark_is_a_row_and_the_others_run(gpu, stubs, tmp_path, capsys):
+    stubs(bad=BAD, good=GOOD)
+    out = tmp_path / "new folder" / "gpu.json"
+    with pytest.raises(SystemExit) as exit:
+        gpu.main(["--device", "cpu", "--out", str(out)])
+    assert exit.value.code == 1
+    report = json.loads(out.read_text())
+    assert [row.get("peer") for row in report["rows"]] == ["ncfast", "slow | peer", "absent", None] + [
+        "ncfast",
+        "slow | peer",
+        "absent",
+    ]
+    assert report["rows"][3] == {"benchmark": "bad", "failed": "exit code 1: ValueError: something broke"}
+    assert report["rows"][5]["ratio"] == pytest.approx(3.0) and report["rows"][6]["seconds"] is None
+    assert report["versions"]["torch"] == torch.__version__ and report["machine"] and report["tests"] is None
+    # The table is made of the JSON, and nothing is left of how they were written.
+    text = out.with_suffix(".md").read_text()
+    assert text == gpu.markdown(report) + "\n" and text in capsys.readouterr().out
+    assert sorted(path.name for path in out.parent.iterdir()) == ["gpu.json", "gpu.md"]
+    assert "| good | 7 x 8 | forward | ncfast | 2 | 1.00 | 12 | 3e-07 | graph |" in text
+    assert r"| good | 7 x 8 | forward | slow \| peer | 6 | 3.00 | - | 5 | eager: it waits |" in text
+    assert "| good | 7 x 8 | forward | absent | - | - | - | - | not installed |" in text
+    assert "- failed: bad: exit code 1: ValueError: something broke" in text
+
+
+def test_an_operation_of_ours_that_does_not_run_is_a_failure(gpu, stubs, tmp_path):
+    stubs(ours_missing=OURS_MISSING)
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--out", str(tmp_path / "gpu.json")])
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert rows[-1]["failed"] == "ncfast did not run: no kernel" and rows[1]["peer"] == "peer"
+
+
+def test_time_is_kept(gpu, stubs, tmp_path, monkeypatch):
+    stubs(long=LONG, stuck=STUCK)
+    monkeypatch.setattr(gpu, "GRACE", 15.0)
+    begin = time.monotonic()
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--minutes", "0.05", "--out", str(tmp_path / "gpu.json")])
+    assert time.monotonic() - begin < 60
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    notes = [row for row in rows if "peer" not in row]
+    assert notes[0] == {"benchmark": "long", "note": "its time was over: not all cases"}
+    assert notes[1]["failed"].startswith("killed ") and rows[-2]["benchmark"] == "stuck"  # what it had measured stays
+
+
+def test_failed_tests_are_in_the_report(gpu, tmp_path):
+    (tmp_path / "x.xml").write_text(
+        "<testsuites><testsuite><testcase classname='a' name='b'/><testcase classname='a' name='c'><skipped/></testcase>"
+        "<testcase classname='a' name='d'><failure message='assert 1 == 2&#10;more'/></testcase></testsuite></testsuites>"
+    )
+    counted = {"passed": 0, "skipped": 0, "failed": [], "seconds": 1.0}
+    gpu.count_tests(gpu.ElementTree.parse(tmp_path / "x.xml"), counted)
+    assert counted == {"passed": 1, "skipped": 1, "failed": ["a::d: assert 1 == 2"], "seconds": 1.0}
+    report = gpu.facts(gpu.make_parser().parse_args(["--device", "cpu"])) | {"tests": counted}
+    assert gpu.failures(report) == ["test a::d: assert 1 == 2"]
+    assert "GPU tests: 1 passed, 1 failed, 1 skipped in 1 s" in gpu.markdown(report)
+
+
+def test_every_benchmark_of_an_operation_is_in_the_list(gpu):
+    there = {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
+    assert set(gpu.BENCHMARKS) == there
+    for name in there:
+        assert callable(importlib.import_module(f"bench_{name}").cases)
+
+
+def test_from_end_to_end(tmp_path):
+    options = ["--only", "unmask_step", "--seconds", 0.01, "--minutes", 0.001]  # one case: there is always one
+    done = program("--device", "cpu", *options, "--out", tmp_path / "gpu.json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert [row.get("peer") for row in rows] == ["ncfast", "reference", "multinomial + topk", None]
+    assert rows[0]["seconds"] > 0 and rows[0]["ratio"] == 1 and rows[0]["case"] == "256 x 75 x 32"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("option", ["--check", "--tests"])
+def test_without_a_gpu_it_says_so(option, tmp_path):
+    done = program(option, "--out", tmp_path / "gpu.json")
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr.startswith("error: make gpu needs an NVIDIA GPU") and done.stderr.count("\n") == 1
