@@ -259,7 +259,7 @@ def markdown(report: dict) -> str:
         lines.append(f"GPU tests: {counts} in {tests['seconds']:.0f} s")
     lines += [f"- failed: {what}" for what in failures(report)]
     columns = ["benchmark", "case", "what", "peer", "median ms", "time / ours", "peak MiB", "error", "timed"]
-    made = table(columns, [cells(row) for row in report["rows"]]).splitlines()
+    made = table(columns, [[cell.replace("|", "\\|") for cell in cells(row)] for row in report["rows"]]).splitlines()
     made[1] = "|" + " --- |" * 4 + " ---: |" * 4 + " --- |"
     legend = (
         "timed: in CUDA graphs with inputs that take turns, unless it says eager, and why. "
@@ -271,7 +271,7 @@ def markdown(report: dict) -> str:
 def cells(row: dict) -> list[str]:
     if "failed" in row or "note" in row:
         said = f"FAILED: {row['failed']}" if "failed" in row else row["note"]
-        return [row["benchmark"], escaped(said), *[""] * 7]
+        return [row["benchmark"], said, *[""] * 7]
     error = row.get("error")
     return [
         row["benchmark"],
@@ -282,12 +282,8 @@ def cells(row: dict) -> list[str]:
         show(row["ratio"], ".2f"),
         show(row.get("mib"), ".0f"),
         str(error) if isinstance(error, int) else show(error, ".0e"),
-        escaped(row["how"]),
+        row["how"],
     ]
-
-
-def escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 if __name__ == "__main__":

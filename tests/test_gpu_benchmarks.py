@@ -25,7 +25,7 @@ def cases(device, seconds):
 BAD = GOOD + "    raise ValueError('something broke')\n"
 OURS_MISSING = "from common import Timing, rows\n\ndef cases(device, seconds):\n"
 OURS_MISSING += "    yield rows('7', {'ncfast': Timing(None, 'no kernel'), 'peer': Timing(1.0, 'graph')})\n"
-LONG = GOOD.replace("    yield", "    while True:\n      __import__('time').sleep(0.5)\n      yield")
+LONG = GOOD.replace("    yield", "    while not __import__('time').sleep(0.4):\n        yield")
 STUCK = GOOD + "    __import__('time').sleep(600)\n"
 
 
@@ -60,11 +60,8 @@ def test_a_failed_benchmark_is_a_row_and_the_others_run(gpu, stubs, tmp_path, ca
         gpu.main(["--device", "cpu", "--out", str(out)])
     assert exit.value.code == 1
     report = json.loads(out.read_text())
-    assert [row.get("peer") for row in report["rows"]] == ["ncfast", "slow | peer", "absent", None] + [
-        "ncfast",
-        "slow | peer",
-        "absent",
-    ]
+    peers = ["ncfast", "slow | peer", "absent"]
+    assert [row.get("peer") for row in report["rows"]] == [*peers, None, *peers]
     assert report["rows"][3] == {"benchmark": "bad", "failed": "exit code 1: ValueError: something broke"}
     assert report["rows"][5]["ratio"] == pytest.approx(3.0) and report["rows"][6]["seconds"] is None
     assert report["versions"]["torch"] == torch.__version__ and report["machine"] and report["tests"] is None
@@ -86,23 +83,23 @@ def test_an_operation_of_ours_that_does_not_run_is_a_failure(gpu, stubs, tmp_pat
     assert rows[-1]["failed"] == "ncfast did not run: no kernel" and rows[1]["peer"] == "peer"
 
 
-def test_time_is_kept(gpu, stubs, tmp_path, monkeypatch):
+def test_time_is_kept(gpu, stubs):
     stubs(long=LONG, stuck=STUCK)
-    monkeypatch.setattr(gpu, "GRACE", 15.0)
+    options = gpu.make_parser().parse_args(["--device", "cpu"])
+    rows = gpu.run_benchmark("long", 1.0, 100.0, options)
+    assert rows[-1] == {"benchmark": "long", "note": "its time was over: not all cases"} and rows[0]["peer"] == "ncfast"
     begin = time.monotonic()
-    with pytest.raises(SystemExit):
-        gpu.main(["--device", "cpu", "--minutes", "0.05", "--out", str(tmp_path / "gpu.json")])
+    *_, absent, failed = gpu.run_benchmark("stuck", 9.0, 12.0, options)
     assert time.monotonic() - begin < 60
-    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    notes = [row for row in rows if "peer" not in row]
-    assert notes[0] == {"benchmark": "long", "note": "its time was over: not all cases"}
-    assert notes[1]["failed"].startswith("killed ") and rows[-2]["benchmark"] == "stuck"  # what it had measured stays
+    assert absent["peer"] == "absent"  # what it had measured stays
+    assert failed["failed"] == "killed 12 s after its start; its share was 9 s"
+    assert "not started" in gpu.run_benchmark("long", -40.0, -10.0, options)[0]["failed"]
 
 
 def test_failed_tests_are_in_the_report(gpu, tmp_path):
     (tmp_path / "x.xml").write_text(
-        "<testsuites><testsuite><testcase classname='a' name='b'/><testcase classname='a' name='c'><skipped/></testcase>"
-        "<testcase classname='a' name='d'><failure message='assert 1 == 2&#10;more'/></testcase></testsuite></testsuites>"
+        "<testsuite><testcase classname='a' name='b'/><testcase classname='a' name='c'><skipped/></testcase>"
+        "<testcase classname='a' name='d'><failure message='assert 1 == 2&#10;more'/></testcase></testsuite>"
     )
     counted = {"passed": 0, "skipped": 0, "failed": [], "seconds": 1.0}
     gpu.count_tests(gpu.ElementTree.parse(tmp_path / "x.xml"), counted)
