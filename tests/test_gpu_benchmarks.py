@@ -83,16 +83,17 @@ def test_an_operation_of_ours_that_does_not_run_is_a_failure(gpu, stubs, tmp_pat
     assert rows[-1]["failed"] == "ncfast did not run: no kernel" and rows[1]["peer"] == "peer"
 
 
+@pytest.mark.slow
 def test_time_is_kept(gpu, stubs):
     stubs(long=LONG, stuck=STUCK)
     options = gpu.make_parser().parse_args(["--device", "cpu"])
     rows = gpu.run_benchmark("long", 1.0, 100.0, options)
     assert rows[-1] == {"benchmark": "long", "note": "its time was over: not all cases"} and rows[0]["peer"] == "ncfast"
     begin = time.monotonic()
-    *_, absent, failed = gpu.run_benchmark("stuck", 9.0, 12.0, options)
+    *_, absent, failed = gpu.run_benchmark("stuck", 17.0, 20.0, options)
     assert time.monotonic() - begin < 60
     assert absent["peer"] == "absent"  # what it had measured stays
-    assert failed["failed"] == "killed 12 s after its start; its share was 9 s"
+    assert failed["failed"] == "killed 20 s after its start; its share was 17 s"
     assert "not started" in gpu.run_benchmark("long", -40.0, -10.0, options)[0]["failed"]
 
 
