@@ -1,5 +1,5 @@
 # make demo   venv, install, train on a bundled data set, generate 1,000 series
-# make test   venv, install, all tests
+# make test   venv, install, all tests, a process for each core
 # make bench  the benchmark tables
 # make lint   ruff and clang-format
 # make gpu    on a GPU machine, with its own Python and no network: build, GPU tests, GPU benchmarks -> gpu.json, gpu.md
@@ -20,7 +20,7 @@ demo: $(VENV)/demo.stamp
 	@echo "picture: runs/demo/samples.png   series: runs/demo/generated.h5"
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal --benchmark-disable
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only

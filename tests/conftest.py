@@ -4,6 +4,12 @@ import os
 import re
 
 import pytest
+
+# Where every core has a test process of its own, more threads would only wait for each other; programs that a test
+# starts inherit it. Read when torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Without a GPU the Triton kernels run in Triton's interpreter; the variable must be set before triton is imported.

@@ -1,5 +1,6 @@
 """Both stages end to end on small data: results, run folder, resuming, errors."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -218,7 +219,9 @@ def test_killed_and_resumed_equals_uninterrupted(stage, epoch, kill, data_file, 
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert program("train", *arguments, "--out", straight).returncode == 0
     command = [sys.executable, "-m", "ncfast.train", *map(str, arguments), "--out", str(broken)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore SIGINT, and what they start inherits that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     wait_for_epoch(process, broken, stage, epoch)
     process.send_signal(kill)
     _, stderr = process.communicate()
