@@ -182,7 +182,6 @@ def timed_steps(stage: str, steps: dict[str, Callable], seconds: float, device: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seconds", type=float, default=30.0, help="how long each stage is timed [30]")
     parser.add_argument("--ensemble", type=int, metavar="E", help="time E models at once against E steps of one")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
