@@ -18,8 +18,8 @@ from torch import Tensor
 from ncfast import ensemble, training
 from ncfast.config import Config, make_config
 from ncfast.data.augment import Augment
+from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
-from ncfast.ncvqvae import DataFacts
 from ncfast.stage1 import VQVAE, SelfSupervision, stage1_losses
 from ncfast.stage2 import Prior, stage2_losses
 

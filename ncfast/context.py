@@ -1,18 +1,12 @@
 """Completing series: what was observed stays, the rest is drawn given the tokens that the observed part determines."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from ncfast.data.facts import DataFacts
 from ncfast.errors import UserError
 from ncfast.stage1 import VQVAE
-
-if TYPE_CHECKING:
-    from ncfast.ncvqvae import DataFacts
 
 
 class Context:
@@ -41,7 +35,7 @@ class Context:
             UserError: shapes that do not fit the model, or an observed number that is not finite.
         """
         C, L = data.channels, data.length
-        self.original = self.as_series(np.asarray(context, dtype=np.float32), C, L, "context")
+        self.original = self.as_series(np.asarray(context, dtype=np.float32), C, L)
         finite = np.isfinite(self.original)
         if mask is None:
             self.observed = finite
@@ -65,7 +59,7 @@ class Context:
         self.known: Tensor | None = None
 
     @staticmethod
-    def as_series(x: np.ndarray, C: int, L: int, what: str) -> np.ndarray:
+    def as_series(x: np.ndarray, C: int, L: int) -> np.ndarray:
         """[m, C, L] of any of the shapes a user may bring."""
         shape = x.shape
         if x.ndim == 1:
@@ -73,7 +67,7 @@ class Context:
         if x.ndim == 2:
             x = x[None] if C > 1 and x.shape == (C, L) else x[:, None]
         if x.ndim != 3 or x.shape[1:] != (C, L) or len(x) == 0:
-            raise UserError(f"{what} is [m, {C}, {L}] (m from 1, channels may be left out when 1); got {list(shape)}")
+            raise UserError(f"context is [m, {C}, {L}] (m from 1, channels may be left out when 1); got {list(shape)}")
         return x
 
     def __len__(self) -> int:

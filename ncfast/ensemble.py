@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from ncfast.config import Config, make_config
 from ncfast.data.augment import Augment
+from ncfast.data.facts import DataFacts
 from ncfast.data.sources import Dataset
 from ncfast.engine.checkpoint import read_json, read_state, write_json, write_tensors
 from ncfast.engine.logging import RunLogs, member_values
 from ncfast.engine.loop import Progress, Stage, train_stage
 from ncfast.errors import UserError
-from ncfast.ncvqvae import NCVQVAE, DataFacts, load_weights
+from ncfast.ncvqvae import NCVQVAE, load_weights
 from ncfast.nn.stacked import stack, unstack
 from ncfast.stage1 import VQVAE, stage1_losses
 from ncfast.stage2 import Prior, TokenDistribution, stage2_losses

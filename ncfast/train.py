@@ -9,12 +9,13 @@ import torch
 
 from ncfast.cli import Parser, choose_device, run
 from ncfast.config import PRESETS, Config, add_config_arguments, given_config_values, make_config
+from ncfast.data.facts import DataFacts
 from ncfast.data.sources import Dataset, load_dataset
 from ncfast.engine.loop import batch_ends
 from ncfast.ensemble import member_configs, train_ensemble
 from ncfast.errors import UserError
 from ncfast.evaluation.plots import plot_samples
-from ncfast.ncvqvae import NCVQVAE, DataFacts, build_models
+from ncfast.ncvqvae import NCVQVAE, build_models
 from ncfast.ops import dispatch
 from ncfast.ops.nearest_code import why_not
 from ncfast.stage1 import SelfSupervision

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ncfast.config import Config, make_config
 from ncfast.data.augment import Augment
+from ncfast.data.facts import DataFacts
 from ncfast.data.sources import Dataset, from_arrays
 from ncfast.engine.checkpoint import read_json, read_state, write_json, write_tensors
 from ncfast.engine.logging import RunLog
 from ncfast.engine.loop import Progress, Stage, Step, batch_ends, derived_seed, train_stage
 from ncfast.errors import UserError
-from ncfast.ncvqvae import NCVQVAE, DataFacts, build_models, load_weights, read_config, write_config
+from ncfast.ncvqvae import NCVQVAE, build_models, load_weights, read_config, write_config
 from ncfast.stage1 import VQVAE, SelfSupervision, stage1_losses
 from ncfast.stage2 import Prior, TokenDistribution, stage2_losses
 

@@ -6,8 +6,9 @@ import torch
 
 from ncfast.config import make_config
 from ncfast.context import Context, interpolate
+from ncfast.data.facts import DataFacts
 from ncfast.errors import UserError
-from ncfast.ncvqvae import NCVQVAE, DataFacts, build_models
+from ncfast.ncvqvae import NCVQVAE, build_models
 
 SMALL = {
     "dim": 8,

@@ -13,11 +13,11 @@ import ncfast
 import ncfast.train
 from ncfast import cli, ensemble, training
 from ncfast.config import make_config
+from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
 from ncfast.engine import loop
 from ncfast.engine.logging import RunLog, RunLogs
 from ncfast.engine.loop import train_stage
-from ncfast.ncvqvae import DataFacts
 from ncfast.nn.stacked import stack, unstack
 
 SEEDS = [3, 1, 8]
