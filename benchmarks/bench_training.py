@@ -7,23 +7,24 @@ against four steps of one.
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
-from common import OURS, flat, interleaved, machine, peak_memory, rows, table, timings
+from common import OURS, Timing, flat, machine, peak_memory, rows, table, timings
 from torch import Tensor
 
 from ncfast import ensemble, training
-from ncfast.config import Config, make_config
+from ncfast.config import make_config
 from ncfast.data.augment import Augment
 from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
-from ncfast.stage1 import VQVAE, SelfSupervision, stage1_losses
-from ncfast.stage2 import Prior, stage2_losses
+from ncfast.engine.precision import PRECISIONS, computing
+from ncfast.engine.step import TrainingStep
 
-LENGTH, CLASSES = 500, 2
+LENGTH, CLASSES, SERIES = 500, 2, 3601  # FordA
 
 
 def forward_backward(outputs: Callable[[], Tensor | tuple[Tensor, ...]]) -> Callable[[], None]:
@@ -36,148 +37,161 @@ def forward_backward(outputs: Callable[[], Tensor | tuple[Tensor, ...]]) -> Call
     return call
 
 
-class Stage1Step:
-    def __init__(self, ssl: str, device: str = "cpu") -> None:
-        torch.manual_seed(0)
-        config = make_config("paper", ssl=ssl)
-        self.model = VQVAE(config, 1, LENGTH).to(device)
-        self.ssl = None if ssl == "none" else SelfSupervision(config).to(device)
-        self.augment = Augment(config.augment)
-        self.generator = torch.Generator(device).manual_seed(0)
-        modules = [self.model] if self.ssl is None else [self.model, self.ssl]
-        parameters = [p for module in modules for p in module.parameters()]
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-3, fused=True)
-        self.x = torch.randn(config.batch_size, 1, LENGTH).to(device)
+class Step:
+    """A call is a step of stage 1 or 2, as `ncfast.train` takes it; with E of E models at once, as `--seeds` does."""
+
+    def __init__(
+        self,
+        number: int,
+        ssl: str = "vicreg",
+        device: str = "cpu",
+        *,
+        precision: str | None = None,
+        E: int | None = None,
+        graph: bool = True,
+    ) -> None:
+        self.device = torch.device(device)
+        generator = np.random.default_rng(0)
+        x, y = generator.normal(size=(SERIES, LENGTH)), np.arange(SERIES) % CLASSES
+        dataset = from_arrays(x.astype(np.float32), y)
+        config = make_config("paper", ssl=ssl, seed=0, precision=precision)
+        config = training.resolve_config(config, dataset, self.device)
+        data = DataFacts.of(dataset)
+        x, labels = data.normalise(dataset.X_train, self.device), torch.from_numpy(dataset.y_train).to(self.device)
+        configs = [dataclasses.replace(config, seed=seed) for seed in range(E or 1)]
+        self.vqvaes = [training.new_vqvae(each, data).to(self.device).eval() for each in configs]
+        if number == 1 and E is None:
+            stage = training.stage1(config, self.vqvaes[0], x, self.device)
+        elif number == 1:
+            stage = ensemble.stage1(configs, self.vqvaes, x, self.device)
+        else:
+            priors = [training.new_prior(each, vqvae, data) for each, vqvae in zip(configs, self.vqvaes, strict=True)]
+            if E is None:
+                stage = training.stage2(config, self.vqvaes[0], priors[0], x, labels, self.device)
+            else:
+                stage = ensemble.stage2(configs, self.vqvaes, priors, x, labels, self.device)
+        stage.modules.train()
+        self.config, self.modules, self.x = config, stage.modules, x
+        self.batch_size = stage.batch_size
+        self.step = TrainingStep(
+            stage.losses,
+            stage.modules,
+            num_series=SERIES,
+            weight_decay=stage.weight_decay,
+            rates=[stage.learning_rate] * 10**6,
+            precision=stage.precision,
+            device=self.device,
+            graph=graph,
+        )
+        self.generators = [torch.Generator(self.device) for _ in configs]
+        self.order = torch.randperm(SERIES, device=self.device)
+        self.taken = 0
+        for _ in range(TrainingStep.EAGER_STEPS + 1 if device == "cuda" else 0):  # the capture is not timed
+            self()
 
     def __call__(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        view = None if self.ssl is None else self.augment(self.x, self.generator)
-        stage1_losses(self.model, self.ssl, self.x, view, 0.1)["loss"].backward()
-        self.optimizer.step()
+        first = self.batch_size * (self.taken % (SERIES // self.batch_size))
+        rows = self.order[first : first + self.batch_size]
+        with computing(self.config.precision, self.device):
+            members = len(self.generators)
+            self.step(self.taken, rows if members == 1 else rows.expand(members, -1), self.generators)
+        self.taken += 1
 
     def parts(self) -> dict[str, Callable[[], object]]:
-        model = self.model
-        u = model.stft(self.x)
+        """Called one after the other, of one model, in float32."""
+        optimizer = {"AdamW": lambda: self.step.optimizer.step()}
+        if "prior" in self.modules:
+            B, S, dim = self.batch_size, self.vqvaes[0].num_tokens + 1, self.config.prior_dim
+            x = torch.randn(B, S, dim, device=self.device, requires_grad=True)
+            block = self.modules["prior"].transformer.blocks[0]
+            return {
+                "attention half, one of 4 layers": forward_backward(lambda: block.attention_half(x)),
+                "feed-forward half, one of 4 layers": forward_backward(lambda: block.feed_forward_half(x)),
+                **optimizer,
+            }
+        model, ssl = self.modules["vqvae"], self.modules["ssl"]
+        augment = Augment(self.config.augment)
+        x = self.x[: self.batch_size]
+        u = model.stft(x)
         z = model.encode(u).detach().requires_grad_()
         grid = model.as_grid(z)
         return {
-            "view (augmentation)": lambda: self.augment(self.x, self.generator),
-            "STFT": lambda: model.stft(self.x),
+            "view (augmentation)": lambda: augment(x, self.generators[0]),
+            "STFT": lambda: model.stft(x),
             "encoder, one view": forward_backward(lambda: model.encode(u)),
             "nearest code, commitment, EMA": forward_backward(lambda: (model.vq(z)[0], model.vq(z)[2])),
             "decoder, one view": forward_backward(lambda: model.decode(z)),
             "inverse STFT": lambda: model.stft.inverse(u),
-            "projector and SSL loss": forward_backward(lambda: self.ssl(grid, grid.flip(0))),
-            "AdamW": lambda: self.optimizer.step(),
+            "projector and SSL loss": forward_backward(lambda: ssl(grid, grid.flip(0))),
+            **optimizer,
         }
 
 
-class Stage2Step:
-    def __init__(self, device: str = "cpu") -> None:
-        torch.manual_seed(0)
-        self.config: Config = make_config("paper")
-        codebook = torch.randn(self.config.codebook_size, self.config.dim)
-        self.prior = Prior(self.config, codebook, 75, CLASSES).to(device)
-        self.optimizer = torch.optim.AdamW(self.prior.parameters(), lr=1e-3, weight_decay=1e-3, fused=True)
-        B = self.config.stage2_batch_size
-        self.tokens = torch.randint(0, self.config.codebook_size, (B, 75)).to(device)
-        self.labels = torch.randint(0, CLASSES, (B,)).to(device)
-        self.generator = torch.Generator(device).manual_seed(0)
-
-    def __call__(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        stage2_losses(self.prior, self.tokens, self.labels, self.config, self.generator)["loss"].backward()
-        self.optimizer.step()
-
-    def parts(self) -> dict[str, Callable[[], object]]:
-        B, S = len(self.tokens), self.tokens.shape[1] + 1
-        x = torch.randn(B, S, self.config.prior_dim, device=self.tokens.device, requires_grad=True)
-        block = self.prior.transformer.blocks[0]
-        return {
-            "attention half, one of 4 layers": forward_backward(lambda: block.attention_half(x)),
-            "feed-forward half, one of 4 layers": forward_backward(lambda: block.feed_forward_half(x)),
-            "AdamW": lambda: self.optimizer.step(),
-        }
-
-
-class EnsembleStep:
-    """One step of E models at once, as `--seeds` trains them, or with E None of one model alone."""
-
-    def __init__(self, number: int, ssl: str, E: int | None, device: torch.device) -> None:
-        config = dataclasses.replace(make_config("paper", ssl=ssl), seed=0)
-        N = config.batch_size if number == 1 else config.stage2_batch_size
-        generator = np.random.default_rng(0)
-        x, y = generator.normal(size=(N, LENGTH)), np.arange(N) % CLASSES
-        dataset = from_arrays(x.astype(np.float32), y)
-        data = DataFacts.of(dataset)
-        x, labels = data.normalise(dataset.X_train, device), torch.from_numpy(dataset.y_train).to(device)
-        configs = [dataclasses.replace(config, seed=seed) for seed in range(E or 1)]
-        vqvaes = [training.new_vqvae(each, data).to(device).eval() for each in configs]
-        if number == 1 and E is None:
-            self.stage = training.stage1(config, vqvaes[0], x, device)
-        elif number == 1:
-            self.stage = ensemble.stage1(configs, vqvaes, x, device)
-        else:
-            priors = [training.new_prior(each, vqvae, data) for each, vqvae in zip(configs, vqvaes, strict=True)]
-            if E is None:
-                self.stage = training.stage2(config, vqvaes[0], priors[0], x, labels, device)
-            else:
-                self.stage = ensemble.stage2(configs, vqvaes, priors, x, labels, device)
-        self.stage.modules.train()
-        self.optimizer = torch.optim.AdamW(self.stage.modules.parameters(), lr=1e-3, weight_decay=1e-3, fused=True)
-        rows, generators = torch.arange(N, device=device), [torch.Generator(device) for _ in configs]
-        self.arguments = (rows, generators[0]) if E is None else (rows.expand(E, -1), generators)
-
-    def __call__(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.stage.step(*self.arguments)["loss"].sum().backward()
-        self.optimizer.step()
-
-
-def ensemble_table(E: int, device: torch.device, seconds: float) -> str:
-    lines = []
+def ensemble_cases(E: int, device: str, seconds: float) -> Iterator[list[dict]]:
     for number, ssl in ((1, "none"), (1, "vicreg"), (2, "none")):
-        one, together = (EnsembleStep(number, ssl, members, device) for members in (None, E))
+        one, together = (Step(number, ssl, device, E=members) for members in (None, E))
 
-        def in_turn(one: EnsembleStep = one) -> None:
+        def in_turn(one: Step = one) -> None:
             for _ in range(E):
                 one()
 
-        times = interleaved({"solo": in_turn, "together": together}, seconds, device=device.type)
-        solo, both = times["solo"], times["together"]
+        peers = {OURS: [together], f"{E} steps of one": [in_turn]}
+        times = timings(peers, seconds, device, capture=False)
         what = f"ssl {ssl}" if number == 1 else "prior"
-        lines.append([str(number), what, f"{1e3 * solo:.1f}", f"{1e3 * both:.1f}", f"{solo / both:.2f}"])
-    return table(["stage", "step", f"{E} steps of one, ms", f"one of {E} at once, ms", "ratio"], lines)
+        yield rows(f"{E} models, stage {number}, {what}", how(times, together))
 
 
-@pytest.mark.parametrize("ssl", ["none", "barlow", "vicreg", "vibcreg"])
+SSL = ("none", "barlow", "vicreg", "vibcreg")
+
+
+@pytest.mark.parametrize("ssl", SSL)
 def test_stage1_step(benchmark, ssl):
-    benchmark.pedantic(Stage1Step(ssl), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(Step(1, ssl), rounds=5, warmup_rounds=1)
 
 
 def test_stage2_step(benchmark):
-    benchmark.pedantic(Stage2Step(), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(Step(2), rounds=5, warmup_rounds=1)
 
 
 def cases(device: str, seconds: float) -> Iterator[list[dict]]:
-    """Called eagerly on a GPU too, as the training loop calls them."""
-    stage1 = {ssl: Stage1Step(ssl, device) for ssl in ("none", "barlow", "vicreg", "vibcreg")}
-    stage2 = Stage2Step(device)
-    names = "1 (batch 128)", "2 (batch 256)"
-    yield timed_steps(names[0], {f"whole step, ssl {ssl}": step for ssl, step in stage1.items()}, seconds, device)
-    yield timed_steps(names[1], {"whole step": stage2}, seconds, device)
-    yield timed_steps(names[0], {f"  {name}": part for name, part in stage1["vicreg"].parts().items()}, seconds, device)
-    yield timed_steps(names[1], {f"  {name}": part for name, part in stage2.parts().items()}, seconds, device)
+    """The steps, on a GPU in every precision and without the graph; their parts on a CPU; on a GPU four models at once.
+
+    On a GPU a step is called as the training loop does, and brings its own graph."""
+    own = [None] if device == "cpu" else PRECISIONS
+    for number, methods in ((1, SSL), (2, ("none",))):
+        for ssl in methods:
+            steps = {precision: Step(number, ssl, device, precision=precision) for precision in own}
+            name = f"stage 1 (batch 128), ssl {ssl}" if number == 1 else "stage 2 (batch 256)"
+            yield timed(
+                name, {f"whole step{f', {each}' if each else ''}": step for each, step in steps.items()}, seconds
+            )
+    if device == "cuda":
+        for number in (1, 2):
+            eager = Step(number, device=device, graph=False)
+            yield timed(f"stage {number}, a launch a kernel", {f"whole step, {eager.config.precision}": eager}, seconds)
+        yield from ensemble_cases(4, device, seconds)
+        return
+    for number in (1, 2):
+        parts = Step(number, device=device).parts()
+        yield timed(f"stage {number}, part by part", {f"  {name}": part for name, part in parts.items()}, seconds)
 
 
-def timed_steps(stage: str, steps: dict[str, Callable], seconds: float, device: str) -> list[dict]:
+def timed(case: str, steps: dict[str, Callable], seconds: float) -> list[dict]:
+    device = next((step.device.type for step in steps.values() if isinstance(step, Step)), "cpu")
     times = timings({name: [step] for name, step in steps.items()}, seconds, device, capture=False)
     made = []
     for name, step in steps.items():
         # A CPU's allocator keeps what the steps before have freed.
         memory = {OURS: peak_memory(step, device)} if device == "cuda" and times[name].seconds else {}
-        made += rows(f"stage {stage}", {OURS: times[name]}, name, mib=memory)
+        made += rows(case, how({OURS: times[name]}, step), name, mib=memory)
     return made
+
+
+def how(times: dict[str, Timing], step: Callable) -> dict[str, Timing]:
+    """That ours is a graph, if it is."""
+    if isinstance(step, Step) and step.step.graphs:
+        times[OURS] = times[OURS]._replace(how="graph")
+    return times
 
 
 def main() -> None:
@@ -187,12 +201,10 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     print(f"{machine(options.device)}\n")
-    if options.ensemble is not None:
-        print(ensemble_table(options.ensemble, torch.device(options.device), options.seconds))
-        return
-    made = sorted(flat(cases(options.device, options.seconds)), key=lambda row: row["case"])
-    lines = [[row["case"].removeprefix("stage "), row["what"], f"{1e3 * row['seconds']:.1f}"] for row in made]
-    print(table(["stage", "what, forward and backward", "median ms"], lines))
+    measure = cases if options.ensemble is None else functools.partial(ensemble_cases, options.ensemble)
+    made = flat(measure(options.device, options.seconds))
+    lines = [[row["case"], row["what"] or row["peer"], f"{1e3 * row['seconds']:.3g}", row["how"]] for row in made]
+    print(table(["case", "what, forward and backward", "median ms", "timed"], lines))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,9 @@ class Config:
     stage2_batch_size: int = option(256, "series a stage-2 step", "Training", minimum=1)
     learning_rate: float = option(1e-3, "of AdamW, both stages; cosine to 0 over each", "Training", minimum=0)
     weight_decay: float = option(1e-3, "of AdamW, both stages", "Training", minimum=0)
+    precision: Literal["fp32", "tf32", "bf16"] | None = option(
+        None, "number format of products and convolutions [fp32 on a CPU, tf32 on a GPU]", "Training"
+    )
     seed: int = option(0, "of everything random in the run", "Training", minimum=0, maximum=2**63 - 1)
 
 
@@ -122,16 +125,16 @@ def sampling_config(config: Config, values: Mapping[str, Any]) -> Config:
 
 def checked(f: dataclasses.Field, hint: Any, value: Any) -> Any:
     flag = "--" + f.name.replace("_", "-")
+    if is_optional(hint):
+        if value is None:
+            return None
+        hint = without_none(hint)
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
             raise UserError(f"{flag} is one of {', '.join(typing.get_args(hint))}; got {value!r}")
         return value
     if typing.get_origin(hint) is tuple:
         return (value,) if isinstance(value, str) else tuple(value)
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(t for t in typing.get_args(hint) if t is not type(None))
     if isinstance(value, bool) or not isinstance(value, (int, float) if hint is float else int):
         raise UserError(f"{flag} is a{'n integer' if hint is int else ' number'}; got {value!r}")
     value = hint(value)
@@ -141,6 +144,15 @@ def checked(f: dataclasses.Field, hint: Any, value: Any) -> Any:
         bounds = " and ".join([f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None))
         raise UserError(f"{flag} is {bounds or 'a finite number'}; got {value}")
     return value
+
+
+def is_optional(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
+def without_none(hint: Any) -> Any:
+    """X of the type X | None."""
+    return next(each for each in typing.get_args(hint) if each is not type(None))
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, group: str | None = None, default: str = "") -> None:
@@ -157,14 +169,14 @@ def add_config_arguments(parser: argparse.ArgumentParser, group: str | None = No
         if group not in (None, name):
             continue
         flags = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
-        hint = hints[f.name]
+        hint = without_none(hints[f.name]) if is_optional(hints[f.name]) else hints[f.name]
         kwargs: dict[str, Any] = {"help": f.metadata["help"], "default": argparse.SUPPRESS}
         if typing.get_origin(hint) is Literal:
             kwargs["choices"] = typing.get_args(hint)
         elif typing.get_origin(hint) is tuple:
             kwargs |= {"nargs": "+", "metavar": "NAME"}
         else:
-            kwargs["type"] = float if float in (hint, *typing.get_args(hint)) else int
+            kwargs["type"] = hint
             kwargs["metavar"] = "X" if kwargs["type"] is float else "N"
         shown = default or (" ".join(f.default) if isinstance(f.default, tuple) else f.default)
         if shown is not None:

@@ -20,6 +20,7 @@ from ncfast.data.sources import Dataset
 from ncfast.engine.checkpoint import read_json, read_state, write_json, write_tensors
 from ncfast.engine.logging import RunLogs, member_values
 from ncfast.engine.loop import Progress, Stage, train_stage
+from ncfast.engine.precision import computing
 from ncfast.errors import UserError
 from ncfast.ncvqvae import NCVQVAE, load_weights
 from ncfast.nn.stacked import stack, unstack
@@ -45,7 +46,8 @@ def train_ensemble(
     out: Path | None,
     device: torch.device,
     resume: bool = False,
-    checkpoint_every: int = 1,
+    checkpoint_every: int | None = None,
+    graph: bool = True,
     quiet: bool = False,
 ) -> list[NCVQVAE]:
     """`training.train` for every seed, in one process; arguments as there.
@@ -68,10 +70,11 @@ def train_ensemble(
         "device": device,
         "state_path": None if out is None else out / "state.pt",
         "checkpoint_every": checkpoint_every,
+        "graph": graph,
         "quiet": quiet,
     }
 
-    with RunLogs(folders) as log:
+    with RunLogs(folders) as log, computing(configs[0].precision, device):
         vqvaes = [new_vqvae(each, data) for each in configs]
         if state is not None and state["stage"] == 2:
             for vqvae, folder in zip(vqvaes, folders, strict=True):
@@ -153,14 +156,14 @@ def stage1(configs: Sequence[Config], vqvaes: Sequence[VQVAE], x: Tensor, device
     modules.to(device)
     ssl = modules["ssl"] if augment is not None else None
 
-    def step(rows: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
+    def losses(rows: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
         batch = x[rows]  # [E, B, C, L]
         view = None
         if augment is not None:
             view = fold(torch.stack([augment(own, each) for own, each in zip(batch, generators, strict=True)]))
         return stage1_losses(modules["vqvae"], ssl, fold(batch), view, config.view_weight)
 
-    return stage(1, config, modules, step, len(x))
+    return stage(1, config, modules, losses, len(x))
 
 
 def fold(x: Tensor) -> Tensor:
@@ -181,9 +184,9 @@ def stage2(
     distributions = [TokenDistribution(vqvae, x) for vqvae in vqvaes]
     modules = nn.ModuleDict({"prior": stack(priors, folded=False)}).to(device)
 
-    def step(rows: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
+    def losses(rows: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
         drawn = zip(distributions, rows, generators, strict=True)
         tokens = torch.stack([distribution.draw(own, each) for distribution, own, each in drawn])  # [E, B, n]
         return stage2_losses(modules["prior"], tokens, None if labels is None else labels[rows], config, generators)
 
-    return stage(2, config, modules, step, len(x))
+    return stage(2, config, modules, losses, len(x))

@@ -13,6 +13,7 @@ from ncfast.cli import Parser, choose_device, run
 from ncfast.config import Config, add_config_arguments, sampling_config, sampling_values
 from ncfast.engine.checkpoint import atomic_path
 from ncfast.engine.logging import progress_bar
+from ncfast.engine.precision import PRECISIONS
 from ncfast.errors import UserError
 from ncfast.labels import LabelPlan, parse_labels
 from ncfast.ncvqvae import NCVQVAE, load, weights_sha256
@@ -40,6 +41,11 @@ def make_parser() -> Parser:
         "--batch-size", type=int, default=1024, metavar="N", help="series written at a time; changes no series [1024]"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="number format of products and convolutions; another one draws other series [as the run was made]",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE.h5 if it is there")
     add_config_arguments(parser, "Sampling", default="as the run was made")
     return parser
@@ -53,7 +59,7 @@ def main() -> None:
     if not out.parent.is_dir():
         raise UserError(f"the folder {out.parent} of --out does not exist; make it first")
     device, device_reason = choose_device(arguments.device)
-    model = load(arguments.run, device)
+    model = load(arguments.run, device, arguments.precision)
     options = sampling_values(model.config)
     given = {name: value for name, value in vars(arguments).items() if name in options}
     config = sampling_config(model.config, given)
@@ -69,7 +75,7 @@ def main() -> None:
         raise UserError(f"--seed is at least 0 and below 2**63; got {arguments.seed}")
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is at least 1; got {arguments.batch_size}")
-    print(f"device     {device} ({device_reason})", flush=True)
+    print(f"device     {device} ({device_reason}); {model.precision}", flush=True)
 
     counts = write_samples(model, config, arguments.run, out, n, labels, arguments.seed, arguments.batch_size)
     shape = f"({n}, {model.data.channels}, {model.data.length})"
@@ -113,6 +119,7 @@ def provenance(model: NCVQVAE, config: Config, folder: Path, labels: Any, seed: 
         "ncfast": __version__,
         "torch": str(torch.__version__),
         "device": str(model.device),
+        "precision": model.precision,
         "dataset": model.data.name,
         "class_names": list(model.class_names) or h5py.Empty("S1"),
         "labels": labels if isinstance(labels, str) else json.dumps(labels),

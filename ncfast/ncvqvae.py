@@ -13,6 +13,7 @@ from ncfast.config import Config, make_config, sampling_config
 from ncfast.context import Context
 from ncfast.data.facts import DataFacts
 from ncfast.engine.checkpoint import read_json, read_tensors, write_json, write_tensors
+from ncfast.engine.precision import autocast, computing, resolve_precision
 from ncfast.errors import UserError
 from ncfast.labels import NONE, TRAIN, LabelPlan
 from ncfast.sampling import ChunkDecoder, Sampler
@@ -59,12 +60,24 @@ class NCVQVAE:
         config: how it was trained.
         data: facts of the training data: class names, length, normalisation.
         device: where it runs.
+        precision: of products and convolutions (`engine.precision`).
     """
 
-    def __init__(self, config: Config, data: DataFacts, vqvae: VQVAE, prior: Prior, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        data: DataFacts,
+        vqvae: VQVAE,
+        prior: Prior,
+        device: torch.device,
+        precision: str | None = None,
+    ) -> None:
+        """precision: None for that of the training, where the device has it."""
         self.config = config
         self.data = data
         self.device = device
+        asked = config.precision if precision is None else precision
+        self.precision = resolve_precision(asked, device, fall_back=precision is None)
         self.vqvae = vqvae.to(device).eval()
         self.prior = prior.to(device).eval()
 
@@ -161,14 +174,16 @@ class NCVQVAE:
         size = self.chunk_size
         firsts = range(start // size * size, start + n, size)
         # A capture costs as much as a few chunks.
-        decoder = ChunkDecoder(self.vqvae, Sampler(self.prior, config), graph=len(firsts) > 4)
+        sampler = Sampler(self.prior, config, precision=self.precision)
+        decoder = ChunkDecoder(self.vqvae, sampler, graph=len(firsts) > 4)
         if context is not None:
             # Indices that no series of a data set will ever have.
             fillers = torch.arange(size, device=self.device) + 2**62
             unlabelled = torch.full_like(fillers, self.prior.num_classes)
             nothing = torch.full((size, self.prior.num_tokens), self.prior.num_codes, device=self.device)
             fills = decoder(unlabelled, fillers, seed, nothing)[1]
-            context.find_known_tokens(self.vqvae, fills[: Context.NUM_FILLS], size)
+            with computing("fp32", self.device):
+                context.find_known_tokens(self.vqvae, fills[: Context.NUM_FILLS], size)
         for first in firsts:
             # Whole chunks, aligned to the sample index: a series always sits in the same row of the same product.
             sample = torch.arange(first, first + size, device=self.device)
@@ -192,7 +207,9 @@ class NCVQVAE:
         if X.shape[1:] != (self.data.channels, self.data.length):
             raise UserError(f"series are [n, {self.data.channels}, {self.data.length}]; got {list(X.shape)}")
         x = self.data.normalise(X, self.device)
-        return self.data.denormalise(torch.cat([self.vqvae.reconstruct(block) for block in x.split(self.chunk_size)]))
+        with computing(self.precision, self.device), autocast(self.precision, self.device):
+            blocks = [self.vqvae.reconstruct(block) for block in x.split(self.chunk_size)]
+        return self.data.denormalise(torch.cat(blocks))
 
     def save(self, folder: str | Path) -> None:
         """Writes config.json, stage1.safetensors and stage2.safetensors."""
@@ -203,15 +220,17 @@ class NCVQVAE:
         write_tensors(folder / "stage2.safetensors", self.prior.state_dict())
 
 
-def load(run: str | Path, device: str | torch.device = "cpu") -> NCVQVAE:
+def load(run: str | Path, device: str | torch.device = "cpu", precision: str | None = None) -> NCVQVAE:
     """The model of a finished run.
 
     Args:
         run: the run's folder (`--out` of `ncfast.train`).
         device: where it shall run, "cpu" or "cuda".
+        precision: of products and convolutions, "fp32", "tf32" or "bf16"; None for that of the training, where the
+            device has it. Another precision or device draws other series from the same seed, of the same distribution.
 
     Raises:
-        UserError: no such run, one that is not finished, or a damaged file.
+        UserError: no such run, one that is not finished, or a damaged file; a precision that the device does not have.
     """
     folder = Path(run)
     config, data = read_config(folder)
@@ -221,7 +240,7 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> NCVQVAE:
     vqvae, prior = build_models(config, data)
     for name, module in (("stage1", vqvae), ("stage2", prior)):
         load_weights(folder / f"{name}.safetensors", module)
-    return NCVQVAE(config, data, vqvae, prior, torch.device(device))
+    return NCVQVAE(config, data, vqvae, prior, torch.device(device), precision)
 
 
 def build_models(config: Config, data: DataFacts) -> tuple[VQVAE, Prior]:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ncfast.config import Config
 from ncfast.engine.cuda_graph import CudaGraph
+from ncfast.engine.precision import autocast, computing
 from ncfast.ops import unmask_step
 from ncfast.stage1 import VQVAE
 from ncfast.stage2 import Prior
@@ -66,25 +67,31 @@ class Sampler:
     MAX_TABLE_BYTES = 2**28
 
     @torch.no_grad()
-    def __init__(self, prior: Prior, config: Config, savers: WorkSavers | None = None) -> None:
+    def __init__(
+        self, prior: Prior, config: Config, savers: WorkSavers | None = None, *, precision: str = "fp32"
+    ) -> None:
         """
         Args:
             prior: its weights are not to change while the sampler is used.
             config: of it, the group "Sampling".
             savers: all, when not given.
+            precision: of products (`engine.precision`).
         """
         self.prior = prior
         self.config = config
         self.savers = WorkSavers() if savers is None else savers
+        self.precision = precision
         self.device = prior.token_embedding.device
         unguided = config.guidance_scale == 1 and self.savers.conditional_pass_only
         self.guided = prior.num_classes > 0 and not unguided
-        self.table = self.first_layer_table() if self.savers.first_layer_table else None
-        self.first_logits = None
-        if self.savers.first_step_by_class:
-            classes = torch.arange(prior.num_classes + 1, device=self.device)
-            masks = torch.full((len(classes), prior.num_tokens), prior.num_codes, device=self.device)
-            self.first_logits = self.logits(masks, classes)  # [C + 1, n, K]
+        self.table = self.first_logits = None
+        with computing(precision, self.device), autocast(precision, self.device):
+            if self.savers.first_layer_table:
+                self.table = self.first_layer_table()
+            if self.savers.first_step_by_class:
+                classes = torch.arange(prior.num_classes + 1, device=self.device)
+                masks = torch.full((len(classes), prior.num_tokens), prior.num_codes, device=self.device)
+                self.first_logits = self.logits(masks, classes)  # [C + 1, n, K]
         # Row u: the schedule of a series with u tokens to fill.
         n, steps = prior.num_tokens, config.decoding_steps
         schedules = [mask_schedule(unknown, steps, config.unmasking) for unknown in range(n + 1)]
@@ -154,10 +161,10 @@ class Sampler:
         prior = self.prior
         x, qkv = self.first_layer(tokens, labels)
         if positions is None:
-            return prior.head(prior.transformer.run(x, qkv)[:, 1:])
+            return prior.predict(prior.transformer.run(x, qkv)[:, 1:])
         # The class token comes first.
         shifted = positions.clamp(max=prior.num_tokens - 1) + 1
-        return prior.head(prior.transformer.run(x, qkv, shifted))
+        return prior.predict(prior.transformer.run(x, qkv, shifted))
 
     def first_layer(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the first block takes, x [B, 1 + n, dim], and its queries, keys and values, if they are in a table."""
@@ -210,22 +217,23 @@ class ChunkDecoder:
         inputs = [labels, sample, torch.tensor(seed, device=self.sampler.device)]
         if known is not None:
             inputs.append(known)
-        if self.wants_graph and self.graph is None:
-            try:
-                self.graph = CudaGraph(self.decode, *inputs)
-            except RuntimeError as error:
-                self.wants_graph = False
-                warnings.warn(
-                    f"sampling without a CUDA graph, since it could not be captured: {error}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-        return self.decode(*inputs) if self.graph is None else self.graph(*inputs)
+        with computing(self.sampler.precision, self.sampler.device):
+            if self.wants_graph and self.graph is None:
+                self.capture(inputs)
+            return self.decode(*inputs) if self.graph is None else self.graph(*inputs)
+
+    def capture(self, inputs: list[Tensor]) -> None:
+        try:
+            self.graph = CudaGraph(self.decode, *inputs)
+        except RuntimeError as error:
+            self.wants_graph = False
+            warnings.warn(
+                f"sampling without a CUDA graph, since it could not be captured: {error}", RuntimeWarning, stacklevel=3
+            )
 
     def decode(
         self, labels: Tensor, sample: Tensor, seed: Tensor, known: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        tokens = self.sampler.decode(labels, sample, seed, known)
-        # cuDNN may otherwise add up a transposed convolution in the order in which blocks happen to finish.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        with autocast(self.sampler.precision, self.sampler.device):
+            tokens = self.sampler.decode(labels, sample, seed, known)
             return tokens, self.vqvae.detokenize(tokens)

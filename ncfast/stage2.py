@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncfast.config import Config
-from ncfast.nn.stacked import embedding
+from ncfast.engine.precision import computing
+from ncfast.nn.embedding import embedding
 from ncfast.nn.transformer import Transformer
 from ncfast.stage1 import VQVAE
 
@@ -25,8 +26,8 @@ class Prior(nn.Module):
         self.num_codes = K
         self.num_tokens = num_tokens
         self.num_classes = num_classes
-        tokens = codebook.detach().clone() if config.embeddings == "learned" else torch.randn(K, D)
-        self.token_embedding = nn.Parameter(torch.cat([tokens, torch.randn(1, D)]))  # [K + 1, D]
+        tokens = codebook.detach().clone() if config.embeddings == "learned" else torch.randn(K, D).to(codebook)
+        self.token_embedding = nn.Parameter(torch.cat([tokens, torch.randn(1, D).to(tokens)]))  # [K + 1, D]
         self.position_embedding = nn.Parameter(torch.randn(num_tokens, D))
         self.norm = nn.LayerNorm(D, eps=1e-12)
         self.class_embedding = nn.Embedding(num_classes + 1, D)
@@ -44,7 +45,15 @@ class Prior(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """tokens [B, n] in 0..K, labels [B] in 0..C -> logits [B, n, K]; all with E in front for E models stacked."""
         x = torch.cat([self.embed_classes(labels)[..., None, :], self.embed_tokens(tokens)], dim=-2)  # [B, 1 + n, D]
-        return self.head(self.transformer(x)[..., 1:, :])
+        return self.predict(self.transformer(x)[..., 1:, :])
+
+    def predict(self, x: Tensor) -> Tensor:
+        """What the transformer returns [..., D] -> logits [..., K], float32 or better under any autocast."""
+        *first, last = self.head
+        for layer in first:
+            x = layer(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return last(x.to(last.weight.dtype))
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """tokens [B, n] in 0..K -> [B, n, D]."""
@@ -69,7 +78,7 @@ class TokenDistribution:
         # Probabilities are what each step needs; where they would take too much memory, the latents stand in for them.
         self.stores_latents = 4 * len(x) * model.num_tokens * len(self.codebook) > self.MAX_BYTES
         blocks = []
-        with torch.no_grad():
+        with torch.no_grad(), computing("fp32", x.device):
             for block in x.split(batch_size):
                 z = model.encode(model.stft(block))
                 blocks.append(z if self.stores_latents else self.cumulative(z))
@@ -130,6 +139,5 @@ def stage2_losses(
         dropped = uniform((B,), generator, labels.device) < config.class_dropout
         labels = torch.where(dropped, no_class, labels)
     logits = prior(torch.where(mask, prior.num_codes, tokens), labels)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     each = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view_as(tokens)
     return {"loss": each.mean((-2, -1)), "masked_share": mask.float().mean((-2, -1))}

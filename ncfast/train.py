@@ -36,13 +36,19 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument(
-        "--checkpoint-every", type=int, default=1, metavar="N", help="epochs between two saved states [1]"
+        "--checkpoint-every",
+        type=int,
+        metavar="N",
+        help="epochs between two saved states [as often as costs at most a twentieth of the time]",
     )
     parser.add_argument(
         "--seeds",
         type=integers,
         metavar="N,N,...",
         help="train one model for each seed at once, stacked; their runs are --out/seedN",
+    )
+    parser.add_argument(
+        "--no-graph", action="store_true", help="on a GPU, launch each kernel of a step, instead of one CUDA graph"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
     add_config_arguments(parser)
@@ -58,7 +64,7 @@ def integers(text: str) -> list[int]:
 
 def main() -> None:
     arguments = make_parser().parse_args()
-    if arguments.checkpoint_every < 1:
+    if arguments.checkpoint_every is not None and arguments.checkpoint_every < 1:
         raise UserError(f"--checkpoint-every is at least 1; got {arguments.checkpoint_every}")
     values = given_config_values(arguments)
     seeds = arguments.seeds
@@ -71,8 +77,8 @@ def main() -> None:
     dataset = load_dataset(arguments.dataset, arguments.data_dir)
     for note in dataset.notes:
         print(f"warning: {note}")
-    config = resolve_config(config, dataset)
     device, device_reason = choose_device(arguments.device)
+    config = resolve_config(config, dataset, device)
     out = arguments.out or Path("runs") / f"{dataset.name}-{config.ssl}"
     describe(config, dataset, device, device_reason, out, seeds)
     if arguments.dry_run:
@@ -83,6 +89,7 @@ def main() -> None:
         "device": device,
         "resume": arguments.resume,
         "checkpoint_every": arguments.checkpoint_every,
+        "graph": not arguments.no_graph,
     }
     if seeds is None:
         runs = {out: train(config, dataset, **how)}
@@ -113,7 +120,7 @@ def describe(
     print(
         f"data       {data.name}: {data.num_series} series [{data.channels}, {data.length}], {classes} ({data.source})"
     )
-    print(f"device     {device} ({device_reason}); nearest code: {lookup}")
+    print(f"device     {device} ({device_reason}); {config.precision}; nearest code: {lookup}")
     grid = " x ".join(map(str, vqvae.grid))
     print(
         f"model      {grid} = {vqvae.num_tokens} tokens of {config.codebook_size} codes; parameters: "
@@ -152,4 +159,4 @@ def draw_samples(model: NCVQVAE, dataset: Dataset, out: Path) -> str:
 
 
 if __name__ == "__main__":
-    run(main, on_interrupt="interrupted; the same command with --resume continues from the last whole epoch")
+    run(main, on_interrupt="interrupted; the same command with --resume continues from the last saved epoch")

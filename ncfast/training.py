@@ -17,7 +17,9 @@ from ncfast.data.facts import DataFacts
 from ncfast.data.sources import Dataset, from_arrays
 from ncfast.engine.checkpoint import read_json, read_state, write_json, write_tensors
 from ncfast.engine.logging import RunLog
-from ncfast.engine.loop import Progress, Stage, Step, batch_ends, derived_seed, train_stage
+from ncfast.engine.loop import Progress, Stage, batch_ends, derived_seed, train_stage
+from ncfast.engine.precision import computing, resolve_precision
+from ncfast.engine.step import Losses
 from ncfast.errors import UserError
 from ncfast.ncvqvae import NCVQVAE, build_models, load_weights, read_config, write_config
 from ncfast.stage1 import VQVAE, SelfSupervision, stage1_losses
@@ -31,6 +33,7 @@ def fit(
     preset: str = "default",
     out: str | Path | None = None,
     device: str | torch.device = "cpu",
+    graph: bool = True,
     quiet: bool = False,
     **options: Any,
 ) -> NCVQVAE:
@@ -42,6 +45,7 @@ def fit(
         preset: "default" or "paper".
         out: folder of the run; None keeps the model in memory only.
         device: "cpu" or "cuda".
+        graph: on a GPU, make each training step one CUDA graph.
         quiet: no progress bars.
         options: fields of `ncfast.config.Config`, such as ssl="vicreg", stage1_epochs=100.
 
@@ -52,13 +56,14 @@ def fit(
         UserError: data or options that cannot be used, with the reason.
     """
     dataset = from_arrays(X, y)
-    config = resolve_config(make_config(preset, **options), dataset)
+    device = torch.device(device)
+    config = resolve_config(make_config(preset, **options), dataset, device)
     out = None if out is None else Path(out)
-    return train(config, dataset, out=out, device=torch.device(device), quiet=quiet)
+    return train(config, dataset, out=out, device=device, graph=graph, quiet=quiet)
 
 
-def resolve_config(config: Config, dataset: Dataset) -> Config:
-    """The configuration with everything that depends on the data filled in: epochs in place of steps."""
+def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Config:
+    """The configuration with everything that depends on data and device filled in: epochs in place of steps."""
     n = len(dataset.X_train)
     if config.ssl != "none" and n < 2:
         raise UserError("self-supervision compares series, so it needs at least 2; add data or use --ssl none")
@@ -72,7 +77,8 @@ def resolve_config(config: Config, dataset: Dataset) -> Config:
     Augment(config.augment)  # an unknown name is refused before anything is written
     epochs1 = config.stage1_epochs or math.ceil(config.stage1_steps / len(batch_ends(n, config.batch_size)))
     epochs2 = config.stage2_epochs or math.ceil(config.stage2_steps / len(batch_ends(n, config.stage2_batch_size)))
-    return dataclasses.replace(config, stage1_epochs=epochs1, stage2_epochs=epochs2)
+    precision = resolve_precision(config.precision, device)
+    return dataclasses.replace(config, stage1_epochs=epochs1, stage2_epochs=epochs2, precision=precision)
 
 
 def train(
@@ -82,7 +88,8 @@ def train(
     out: Path | None,
     device: torch.device,
     resume: bool = False,
-    checkpoint_every: int = 1,
+    checkpoint_every: int | None = None,
+    graph: bool = True,
     quiet: bool = False,
 ) -> NCVQVAE:
     """Stage 1, then stage 2. With `out`, the run folder is written as it goes and can be continued after any kill.
@@ -91,7 +98,8 @@ def train(
         config: resolved (`resolve_config`).
         out: the run folder, or None.
         resume: continue the run in `out`; without it, a folder that holds a run is refused.
-        checkpoint_every: epochs between two states on disk.
+        checkpoint_every: epochs between two states on disk; None: as often as costs at most a twentieth of the time.
+        graph: on a GPU, make each training step one CUDA graph.
     """
     data = DataFacts.of(dataset)
     if out is not None:
@@ -110,10 +118,11 @@ def train(
         "device": device,
         "state_path": None if out is None else out / "state.pt",
         "checkpoint_every": checkpoint_every,
+        "graph": graph,
         "quiet": quiet,
     }
 
-    with RunLog(out) as log:
+    with RunLog(out) as log, computing(config.precision, device):
         vqvae = new_vqvae(config, data)
         if state is not None and state["stage"] == 2:
             load_weights(out / "stage1.safetensors", vqvae)
@@ -154,26 +163,26 @@ def stage1(config: Config, vqvae: VQVAE, x: Tensor, device: torch.device) -> Sta
     augment = None if ssl is None else Augment(config.augment)
     modules = nn.ModuleDict({"vqvae": vqvae} if ssl is None else {"vqvae": vqvae, "ssl": ssl}).to(device)
 
-    def step(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         batch = x[rows]
         view = None if augment is None else augment(batch, generator)
         return stage1_losses(vqvae, ssl, batch, view, config.view_weight)
 
-    return stage(1, config, modules, step, len(x))
+    return stage(1, config, modules, losses, len(x))
 
 
 def stage2(config: Config, vqvae: VQVAE, prior: Prior, x: Tensor, labels: Tensor | None, device: torch.device) -> Stage:
     distribution = TokenDistribution(vqvae, x)
     modules = nn.ModuleDict({"prior": prior}).to(device)
 
-    def step(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         tokens = distribution.draw(rows, generator)
         return stage2_losses(prior, tokens, None if labels is None else labels[rows], config, generator)
 
-    return stage(2, config, modules, step, len(x))
+    return stage(2, config, modules, losses, len(x))
 
 
-def stage(number: int, config: Config, modules: nn.ModuleDict, step: Step, num_series: int) -> Stage:
+def stage(number: int, config: Config, modules: nn.ModuleDict, losses: Losses, num_series: int) -> Stage:
     name, batch_size, epochs = {
         1: ("stage 1 (VQVAE)", config.batch_size, config.stage1_epochs),
         2: ("stage 2 (prior)", config.stage2_batch_size, config.stage2_epochs),
@@ -182,12 +191,13 @@ def stage(number: int, config: Config, modules: nn.ModuleDict, step: Step, num_s
         number=number,
         name=name,
         modules=modules,
-        step=step,
+        losses=losses,
         num_series=num_series,
         batch_size=batch_size,
         epochs=epochs,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
+        precision=config.precision,
     )
 
 

@@ -45,7 +45,7 @@ def prepared(ssl, channels=1, **options):
     x, y = waves(40, channels=channels)
     dataset = from_arrays(x, y)
     config = training.resolve_config(
-        make_config(**{**SMALL, "ssl": ssl, "stage1_epochs": 2, "stage2_epochs": 2, **options}), dataset
+        make_config(**{**SMALL, "ssl": ssl, "stage1_epochs": 2, "stage2_epochs": 2, **options}), dataset, CPU
     )
     data = DataFacts.of(dataset)
     return (
@@ -181,7 +181,7 @@ def test_resumed_equals_uninterrupted(stop, finished, tmp_path, monkeypatch):
     config, _ = ncfast.ncvqvae.read_config(finished / "seed1")
     x, y = waves()
     dataset = from_arrays(x, y)
-    how = {"out": tmp_path / "run", "device": CPU, "quiet": True}
+    how = {"out": tmp_path / "run", "device": CPU, "checkpoint_every": 1, "quiet": True}
     straight = ensemble.train_ensemble(config, [1, 2], dataset, **{**how, "out": tmp_path / "straight"})
     write = loop.write_state
 

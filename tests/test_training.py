@@ -215,7 +215,7 @@ def wait_for_epoch(process, out, stage, epoch):
 @pytest.mark.parametrize(("stage", "epoch"), [(1, 2), (2, 2)])
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_resumed_equals_uninterrupted(stage, epoch, kill, data_file, tmp_path):
-    arguments = ["--dataset", data_file, "--stage1-epochs", 6, "--stage2-epochs", 6, *FLAGS]
+    arguments = ["--dataset", data_file, "--stage1-epochs", 6, "--stage2-epochs", 6, "--checkpoint-every", 1, *FLAGS]
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert program("train", *arguments, "--out", straight).returncode == 0
     command = [sys.executable, "-m", "ncfast.train", *map(str, arguments), "--out", str(broken)]

@@ -1,6 +1,6 @@
-"""A function of tensors as one CUDA graph."""
+"""Functions of tensors as CUDA graphs: one launch for all kernels of a call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,26 +10,39 @@ from torch import Tensor
 class CudaGraph:
     """Captures a function once and replays it: one launch for all its kernels.
 
-    The function must do the same work every time: fixed shapes, no host synchronisation, no random generator. What it
-    returns is overwritten by the next call.
+    The function must do the same work every time: fixed shapes, no host synchronisation, random numbers from
+    `generators` alone. What it returns is overwritten by the next call.
     """
 
-    def __init__(self, function: Callable[..., Any], *inputs: Tensor) -> None:
-        """inputs: examples on the GPU; later ones have the same shapes and types.
+    WARM_UPS = 2
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *inputs: Tensor,
+        warm_ups: int = WARM_UPS,
+        generators: Sequence[torch.Generator] = (),
+    ) -> None:
+        """
+        Args:
+            inputs: examples on the GPU; later ones have the same shapes and types.
+            warm_ups: calls before the capture, which itself computes nothing. 0 for a function that changes its
+                surroundings, and that the caller has called on `capture_stream` before.
+            generators: a replay draws from them what a call would.
 
         Raises:
-            RuntimeError: the function cannot be captured.
+            RuntimeError: the function cannot be captured. A generator cannot be used after that.
         """
         self.inputs = [value.clone() for value in inputs]
+        stream = capture_stream()
         # Lazily made handles, workspaces and compiled kernels must be there before the capture.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
+        with on_stream(stream):
+            for _ in range(warm_ups):
                 function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        for generator in generators:
+            self.graph.register_generator_state(generator)
+        with torch.cuda.graph(self.graph, stream=stream):
             self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -37,3 +50,32 @@ class CudaGraph:
             own.copy_(value)
         self.graph.replay()
         return self.outputs
+
+
+class on_stream:
+    """Work inside comes after what the current stream holds, and what that stream is given later comes after it."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+        self.context = torch.cuda.stream(stream)
+
+    def __enter__(self) -> None:
+        self.outer = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(self.outer)
+        self.context.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.context.__exit__(*exception)
+        self.outer.wait_stream(self.stream)
+
+
+STREAMS: dict[int, torch.cuda.Stream] = {}
+
+
+def capture_stream() -> torch.cuda.Stream:
+    """The stream of warm-ups and captures on the current device. One for all: gradients of a tensor stay on the stream
+    of the first."""
+    index = torch.cuda.current_device()
+    if index not in STREAMS:
+        STREAMS[index] = torch.cuda.Stream(index)
+    return STREAMS[index]

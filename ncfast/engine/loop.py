@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from ncfast.engine.checkpoint import drop_spare_state, write_state
 from ncfast.engine.logging import RunLog, RunLogs, progress_bar
+from ncfast.engine.step import Losses, TrainingStep
 from ncfast.errors import UserError
-
-Step = Callable[[Tensor, torch.Generator | list[torch.Generator]], dict[str, Tensor]]
 
 
 def derived_seed(*words: int) -> int:
@@ -50,23 +49,35 @@ class Stage:
     Attributes:
         number: 1 or 2.
         modules: everything with parameters or buffers.
-        step: rows of the train set [B], generator -> losses of that batch; "loss" is minimised. For E models trained
+        losses: rows of the train set [B], generator -> losses of that batch; "loss" is minimised. For E models trained
             at once: rows [E, B], E generators -> losses [E] each.
+        precision: of its products and convolutions (`engine.precision`).
     """
 
     number: int
     name: str
     modules: nn.ModuleDict
-    step: Step
+    losses: Losses
     num_series: int
     batch_size: int
     epochs: int
     learning_rate: float
     weight_decay: float
+    precision: str = "fp32"
 
     @property
     def steps_per_epoch(self) -> int:
         return len(batch_ends(self.num_series, self.batch_size))
+
+    def learning_rates(self) -> list[float]:
+        """Of every step."""
+        steps = self.steps_per_epoch
+        # The authors' scheduler also steps once between epochs, hence one step more in each.
+        return [
+            self.learning_rate * cosine((epoch * (steps + 1) + i) / (self.epochs * (steps + 1)))
+            for epoch in range(self.epochs)
+            for i in range(steps)
+        ]
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,8 @@ def train_stage(
     log: RunLog | RunLogs,
     state_path: Path | None,
     state: dict[str, Any] | None,
-    checkpoint_every: int = 1,
+    checkpoint_every: int | None = None,
+    graph: bool = True,
     quiet: bool = False,
 ) -> Progress:
     """Trains `stage` to its last epoch, from `state` when there is one.
@@ -99,15 +111,25 @@ def train_stage(
         log: takes what `Progress.losses` holds.
         state_path: where the state goes every `checkpoint_every` epochs and after the last; None keeps none.
         state: as read from there.
+        checkpoint_every: None: as often as costs no more than a twentieth of the time.
+        graph: on a GPU, make the step one CUDA graph.
+
+    The caller has entered `engine.precision.computing`.
     """
-    parameters = list(stage.modules.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay, fused=device.type in ("cpu", "cuda")
+    step = TrainingStep(
+        stage.losses,
+        stage.modules,
+        num_series=stage.num_series,
+        weight_decay=stage.weight_decay,
+        rates=stage.learning_rates(),
+        precision=stage.precision,
+        device=device,
+        graph=graph,
     )
     epoch, seconds, losses = 0, 0.0, {}
     if state is not None:
         stage.modules.load_state_dict(state["modules"])
-        optimizer.load_state_dict(state["optimizer"])
+        step.load_state_dict(state["optimizer"])
         epoch, seconds, losses = state["epoch"], state["seconds"], state["losses"]
     log.rewind(stage.number, epoch)
 
@@ -118,61 +140,78 @@ def train_stage(
     generators = [torch.Generator(device) for _ in seeds]
     begin = time.monotonic() - seconds
     shown = 0.0
+    checkpoints = Checkpoints(state_path, checkpoint_every)
     with progress_bar(stage.name, stage.epochs * per_epoch, epoch * per_epoch, quiet=quiet) as bar:
         while epoch < stage.epochs:
             for each, generator in zip(seeds, generators, strict=True):
                 generator.manual_seed(derived_seed(each, stage.number, epoch))
-            totals: dict[str, Tensor] = {}
             orders = [batches(stage.num_series, stage.batch_size, generator, device) for generator in generators]
+            step.begin_epoch()
             for i, members_rows in enumerate(zip(*orders, strict=True)):
                 rows = torch.stack(members_rows) if several else members_rows[0]
-                # The authors' scheduler also steps once between epochs, hence one step more in each.
-                rate = stage.learning_rate * cosine((epoch * (per_epoch + 1) + i) / (stage.epochs * (per_epoch + 1)))
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.zero_grad(set_to_none=True)
-                batch_losses = stage.step(rows, generators if several else generators[0])
-                batch_losses["loss"].sum().backward()  # members share no parameter: each gets its own gradient
-                optimizer.step()
-                batch_losses = {name: value.detach() for name, value in batch_losses.items()}
-                share = rows.shape[-1] / stage.num_series
-                for name, value in batch_losses.items():
-                    totals[name] = totals.get(name, 0.0) + share * value
+                step(epoch * per_epoch + i, rows, generators)
                 bar.update(1)
                 if time.monotonic() - shown > 1:  # reading the loss waits for the device
                     shown = time.monotonic()
-                    bar.set_postfix(
-                        epoch=f"{epoch + 1}/{stage.epochs}", loss=f"{float(batch_losses['loss'].mean()):.4f}"
-                    )
+                    loss = float(step.losses["loss"].mean())
+                    bar.set_postfix(epoch=f"{epoch + 1}/{stage.epochs}", loss=f"{loss:.4f}")
             epoch += 1
-            losses = {name: total.tolist() for name, total in totals.items()}
+            losses = step.mean_losses()
             seconds = time.monotonic() - begin
-            lost = [
-                str(each)
-                for each, loss in zip(seeds, np.atleast_1d(losses["loss"]), strict=True)
-                if not np.isfinite(loss)
-            ]
-            if lost:
-                of_seeds = f" of seed {', '.join(lost)}" if several else ""
-                raise UserError(
-                    f"the loss of stage {stage.number}{of_seeds} is no longer finite after epoch {epoch}; "
-                    f"lower --learning-rate (now {stage.learning_rate:g})"
-                )
+            check_finite(stage, epoch, losses, seeds if several else None)
+            rate = step.rates[epoch * per_epoch - 1]
             log.write(stage.number, epoch, epoch * per_epoch, {**losses, "learning_rate": rate, "seconds": seconds})
-            if state_path is not None and (epoch % checkpoint_every == 0 or epoch == stage.epochs):
-                write_state(
-                    state_path,
+            if checkpoints.due(epoch, epoch == stage.epochs):
+                checkpoints.write(
                     {
                         "stage": stage.number,
                         "epoch": epoch,
                         "seconds": seconds,
                         "losses": losses,
                         "modules": stage.modules.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                    },
+                        "optimizer": step.state_dict(),
+                    }
                 )
         if losses:
             bar.set_postfix(epoch=f"{epoch}/{stage.epochs}", loss=f"{np.mean(losses['loss']):.4f}")
     if state_path is not None:
         drop_spare_state(state_path)
     return Progress(epoch, seconds, losses)
+
+
+def check_finite(stage: Stage, epoch: int, losses: dict[str, float | list[float]], seeds: Sequence[int] | None) -> None:
+    """seeds: of the models, where there are several."""
+    finite = np.isfinite(losses["loss"])
+    if np.all(finite):
+        return
+    lost = [str(seed) for seed, good in zip(seeds or (), np.atleast_1d(finite), strict=False) if not good]
+    of_seeds = f" of seed {', '.join(lost)}" if lost else ""
+    raise UserError(
+        f"the loss of stage {stage.number}{of_seeds} is no longer finite after epoch {epoch}; "
+        f"lower --learning-rate (now {stage.learning_rate:g})"
+    )
+
+
+class Checkpoints:
+    """When the state goes to disk."""
+
+    LARGEST_SHARE = 0.05  # of the time, when nobody says how often
+
+    def __init__(self, path: Path | None, every: int | None) -> None:
+        self.path = path
+        self.every = every
+        self.cost = 0.0  # seconds of the last one
+        self.last = time.monotonic()
+
+    def due(self, epoch: int, is_last: bool) -> bool:
+        if self.path is None:
+            return False
+        if self.every is not None:
+            return is_last or epoch % self.every == 0
+        return is_last or (time.monotonic() - self.last) * self.LARGEST_SHARE >= self.cost
+
+    def write(self, state: dict[str, Any]) -> None:
+        begin = time.monotonic()
+        write_state(self.path, state)
+        self.last = time.monotonic()
+        self.cost = self.last - begin

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ncfast.nn.embedding import embedding
 from ncfast.nn.projector import IterNorm
 from ncfast.nn.transformer import RMSNorm
 from ncfast.nn.vector_quantize import VectorQuantize
@@ -72,15 +73,6 @@ def replaced(module: nn.Module, E: int, folded: bool) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, replaced(child, E, folded))
     return module
-
-
-def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    """Rows of a table: ids [...] of table [K, D] -> [..., D]; or ids [E, ...] of a table each [E, 1, K, D]."""
-    if table.dim() == 2:
-        return F.embedding(ids, table)
-    E, K = len(table), table.shape[-2]
-    first = K * torch.arange(E, device=ids.device).view(E, *[1] * (ids.dim() - 1))
-    return F.embedding(ids + first, table.flatten(0, -2))
 
 
 class StackedLinear(nn.Module):

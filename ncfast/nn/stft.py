@@ -1,5 +1,8 @@
 """Short-time Fourier transform and its inverse as two real convolutions, for series of one fixed length."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,7 +12,7 @@ class STFT(nn.Module):
     """Equals torch.stft / torch.istft (periodic Hann window, centred, reflect padding, one-sided), in real arithmetic.
 
     Real and imaginary parts are channels, so the whole model stays real, compiles, and has no host synchronisation. The
-    inverse returns exactly `length` samples, odd or even.
+    inverse returns exactly `length` samples, odd or even. Float32 or better, under any autocast: this is the data.
     """
 
     def __init__(self, length: int, n_fft: int = 8) -> None:
@@ -45,13 +48,32 @@ class STFT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, L] -> u [B, 2C, H, W]: real and imaginary part of each channel."""
         B, C, L = x.shape
-        x = F.pad(x.reshape(B * C, 1, L), (self.n_fft // 2, self.n_fft // 2), mode="reflect")
-        return F.conv1d(x, self.forward_basis, stride=self.hop).view(B, 2 * C, self.num_bins, self.num_frames)
+        with unrounded(x.device):
+            x = F.pad(wide(x).reshape(B * C, 1, L), (self.n_fft // 2, self.n_fft // 2), mode="reflect")
+            u = F.conv1d(x, self.forward_basis, stride=self.hop)
+        return u.view(B, 2 * C, self.num_bins, self.num_frames)
 
     def inverse(self, u: Tensor) -> Tensor:
         """u [B, 2C, H, W] -> x [B, C, L]."""
         B, channels = u.shape[:2]
-        frames = u.reshape(B * channels // 2, 2 * self.num_bins, self.num_frames)
-        x = F.conv_transpose1d(frames, self.inverse_basis, stride=self.hop)
+        frames = wide(u).reshape(B * channels // 2, 2 * self.num_bins, self.num_frames)
+        with unrounded(u.device):
+            x = F.conv_transpose1d(frames, self.inverse_basis, stride=self.hop)
         start = self.n_fft // 2
         return (x[..., start : start + self.length] * self.gain).view(B, channels // 2, self.length)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or as it is in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@contextlib.contextmanager
+def unrounded(device: torch.device) -> Iterator[None]:
+    """Convolutions inside the block take all bits of their operands."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda" or torch.compiler.is_compiling():
+            yield
+            return
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            yield

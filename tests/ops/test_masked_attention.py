@@ -8,6 +8,7 @@ import pytest
 import torch
 from implementations import GPU, compile_offline, each, implementations, isa, needs_triton, poisoned_memory
 
+from ncfast.engine.cuda_graph import CudaGraph
 from ncfast.ops import dispatch, masked_attention
 from ncfast.ops.masked_attention import BACKWARD_OPERATORS, MAX_LENGTH, OPERATORS, shared_memory, why_not
 
@@ -370,12 +371,11 @@ def test_captured_by_a_cuda_graph():
         out = masked_attention(qkv, impl="triton", **options)
         return out, *torch.autograd.grad(out, qkv, grad_out)
 
-    expected = step()  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    expected = step()
+    qkv = qkv.detach().requires_grad_()  # the gradients of the other one are for the stream of its first
+    graph = CudaGraph(step)
     for _ in range(2):
-        graph.replay()
+        captured = graph()
         for ours, theirs in zip(captured, expected, strict=True):
             assert torch.equal(ours, theirs)
 
@@ -392,14 +392,16 @@ def test_triton_kernels_compile_offline(tmp_path):
     for dtype, learned in ((torch.bfloat16, 0), (torch.bfloat16, 1), (torch.float32, 0)):
         typed = types | dict.fromkeys(("qkv", "out", "grad_out", "grad_qkv"), TRITON_TYPES[dtype])
         flags = everything if learned else dict.fromkeys(everything, 0)
-        options = {"H": 2, "d": d, **flags, **blocks(S, d, dtype)}
-        jobs += [("forward_kernel", typed, options), ("backward_kernel", typed, options)]
+        for kernel, backward in (("forward_kernel", False), ("backward_kernel", True)):
+            jobs.append(
+                (kernel, typed, {"H": 2, "d": d, **flags, **blocks(S, d, dtype, backward=backward, plain=not learned)})
+            )
         configurations += [(dtype, learned)] * 2
     used = compile_offline("ncfast.ops.triton.masked_attention", jobs, tmp_path)
     for (dtype, learned), of in zip(configurations, used, strict=True):
         assert of["shared"] <= shared_memory(dtype, S, d)
         if dtype == torch.bfloat16:
-            assert of["stack"] <= (32 if learned else 0), "registers spill"
+            assert of["stack"] <= (32 if learned else 8), "registers spill"
 
 
 TRITON_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}

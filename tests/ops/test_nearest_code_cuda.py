@@ -39,7 +39,7 @@ def data(name, M, K, D):
     elif name == "sphere":
         z, codebook = (torch.nn.functional.normalize(x, dim=-1) for x in (z, codebook))
     elif name == "vqgan_init":
-        codebook = (torch.rand_like(codebook) * 2 - 1) / K
+        codebook = (2 * torch.rand(K, D, generator=torch.Generator("cuda").manual_seed(2), device="cuda") - 1) / K
     elif name == "duplicates":
         codebook = codebook[torch.arange(K, device="cuda") * 7 % max(1, K // 3)]
     elif name == "one_ulp":

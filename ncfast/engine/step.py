@@ -1,0 +1,161 @@
+"""One step of an optimiser, from the rows of a batch to new weights; on a GPU one CUDA graph for each batch size."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ncfast.engine.cuda_graph import CudaGraph, capture_stream, on_stream
+from ncfast.engine.precision import autocast
+
+Losses = Callable[[Tensor, torch.Generator | list[torch.Generator]], dict[str, Tensor]]
+
+
+class TrainingStep:
+    """Losses, gradients and AdamW, and the sums of an epoch's losses.
+
+    On a GPU everything that changes between steps is in its memory: rows, learning rate, generators, moments, sums. A
+    step is then the same launches every time, and after `EAGER_STEPS` of a batch size they become a CUDA graph. What
+    cannot be captured goes on as before, with a warning that says why.
+
+    Attributes:
+        totals: of each loss the sum over the steps since `begin_epoch`, weighted by their share of the series.
+        losses: of the last step.
+    """
+
+    EAGER_STEPS = 3  # they compile and allocate what the capture needs to find
+    LEAST_REPLAYS = 20  # a capture takes as long as several steps
+
+    def __init__(
+        self,
+        losses: Losses,
+        modules: nn.Module,
+        *,
+        num_series: int,
+        weight_decay: float,
+        rates: Sequence[float],
+        precision: str,
+        device: torch.device,
+        graph: bool = True,
+    ) -> None:
+        """
+        Args:
+            losses: rows [B] or, of E models at once, [E, B]; generator or E of them -> losses, scalar or [E]; the sum
+                of "loss" is minimised.
+            modules: what trains.
+            num_series: of an epoch.
+            rates: learning rate of every step.
+            graph: capture; without a GPU it has no effect.
+        """
+        self.compute_losses = losses
+        self.num_series = num_series
+        self.rates = list(rates)
+        self.precision = precision
+        self.device = device
+        self.wants_graph = graph and device.type == "cuda"
+        # The rate of a captured step is read from memory; anywhere else a number is as good.
+        self.rate: Tensor | float = self.rates[0]
+        if device.type == "cuda":
+            self.device_rates = torch.tensor(self.rates, device=device)
+            self.rate = self.device_rates[0].clone()
+        self.hyperparameters = {
+            "lr": self.rate,
+            "weight_decay": weight_decay,
+            "fused": device.type in ("cpu", "cuda"),
+            "capturable": device.type == "cuda",
+        }
+        self.optimizer = torch.optim.AdamW(list(modules.parameters()), **self.hyperparameters)
+        self.totals: dict[str, Tensor] = {}
+        self.losses: dict[str, Tensor] = {}
+        self.taken: dict[int, int] = {}  # steps of each batch size
+        self.graphs: dict[int, CudaGraph] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.optimizer.state_dict()
+        # Of the rest of a group nothing is restored: it may have been another device's.
+        state["param_groups"] = [{"params": group["params"]} for group in state["param_groups"]]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        own = self.optimizer.state_dict()["param_groups"]
+        groups = [{**ours, "params": theirs["params"]} for ours, theirs in zip(own, state["param_groups"], strict=True)]
+        self.optimizer.load_state_dict({**state, "param_groups": groups})
+        for group in self.optimizer.param_groups:
+            group.update(self.hyperparameters)
+
+    def begin_epoch(self) -> None:
+        for total in self.totals.values():
+            total.zero_()
+
+    def mean_losses(self) -> dict[str, float | list[float]]:
+        """Of the epoch, one for each of several models. Waits for the device."""
+        names = list(self.totals)
+        return dict(zip(names, torch.stack([self.totals[name] for name in names]).tolist(), strict=True))
+
+    def __call__(self, step: int, rows: Tensor, generators: list[torch.Generator]) -> None:
+        """Takes step number `step`, counted from 0.
+
+        Args:
+            rows: int64 [B], on the device; of E models [E, B].
+            generators: one for each model. One that a failed capture has spoilt is replaced, in the list.
+        """
+        if isinstance(self.rate, Tensor):
+            self.rate.copy_(self.device_rates[step])
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rates[step]
+        B = rows.shape[-1]
+        if self.wants_graph and B not in self.graphs and self.worth_a_graph(step, B):
+            self.capture(rows, generators)
+        self.taken[B] = self.taken.get(B, 0) + 1
+        if B in self.graphs:
+            self.losses = self.graphs[B](rows)
+        elif self.wants_graph:
+            with on_stream(capture_stream()):
+                self.losses = self.step(rows, generators)
+        else:
+            self.losses = self.step(rows, generators)
+
+    def worth_a_graph(self, step: int, B: int) -> bool:
+        """Whether the eager steps of this batch size are done and enough others follow, going by those up to now."""
+        taken = self.taken.get(B, 0)
+        if taken < self.EAGER_STEPS:
+            return False
+        return (len(self.rates) - step) * taken / sum(self.taken.values()) >= self.LEAST_REPLAYS
+
+    def capture(self, rows: Tensor, generators: list[torch.Generator]) -> None:
+        before = [generator.get_state() for generator in generators]
+        self.optimizer.zero_grad(set_to_none=True)  # the graph's own gradients lie in its own memory
+        try:
+            self.graphs[rows.shape[-1]] = CudaGraph(
+                lambda rows: self.step(rows, generators), rows, warm_ups=0, generators=generators
+            )
+        except RuntimeError as error:
+            self.wants_graph = False
+            self.graphs.clear()  # their generators are replaced too
+            self.optimizer.zero_grad(set_to_none=True)
+            for i, state in enumerate(before):
+                generators[i] = torch.Generator(self.device)
+                generators[i].set_state(state)
+            reason = " ".join(str(error).split())
+            warnings.warn(
+                f"training without a CUDA graph, since the step could not be captured: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def step(self, rows: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.precision, self.device):
+            losses = self.compute_losses(rows, generators if rows.dim() == 2 else generators[0])
+        losses["loss"].sum().backward()  # members share no parameter: each gets its own gradient
+        self.optimizer.step()
+        losses = {name: value.detach() for name, value in losses.items()}
+        share = rows.shape[-1] / self.num_series
+        for name, value in losses.items():
+            if name not in self.totals:
+                self.totals[name] = torch.zeros_like(value)
+            self.totals[name].add_(value, alpha=share)
+        return losses
