@@ -116,8 +116,18 @@ def random_mask(shape: tuple[int, int], masking: str, generator: Generators, dev
     """
     t = uniform((), generator, device, torch.float64)[..., None, None]
     drawn = torch.floor(shape[1] * torch.cos(0.5 * torch.pi * t))
-    rank = uniform(shape, generator, device).argsort(-1).argsort(-1)
+    rank = ranks(uniform(shape, generator, device))
     return rank < drawn if masking == "masked" else rank >= drawn
+
+
+def ranks(x: Tensor) -> Tensor:
+    """How many of the same row come before each, equal ones in their order: int64 [..., n] of x [..., n]."""
+    if x.device.type == "cpu" or x.shape[-1] > 256:
+        return x.argsort(-1, stable=True).argsort(-1)
+    # On a GPU a sort is many launches, and so short a row is compared with itself sooner.
+    before = x[..., None, :] < x[..., None]
+    equal = (x[..., None, :] == x[..., None]).tril(-1)
+    return (before | equal).sum(-1)
 
 
 def stage2_losses(

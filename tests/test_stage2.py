@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ncfast.config import make_config
 from ncfast.stage1 import VQVAE
-from ncfast.stage2 import Prior, TokenDistribution, random_mask, stage2_losses
+from ncfast.stage2 import Prior, TokenDistribution, random_mask, ranks, stage2_losses
 
 SMALL = {"dim": 8, "residual_blocks": 1, "codebook_size": 5, "prior_dim": 16, "prior_layers": 2, "prior_head_dim": 8}
 
@@ -80,3 +80,9 @@ def test_token_distribution_is_the_softmax_of_negative_distances(limit, monkeypa
     z_score = ((counts - expected) / (expected * (1 - p[rows])).sqrt().clamp_min(1e-9))[seen]
     assert z_score.abs().max() < 4.5
     assert 0.7 < z_score.square().mean() < 1.3
+
+
+@pytest.mark.gpu
+def test_ranks_on_a_gpu_are_those_of_a_cpu():
+    x = torch.randint(0, 50, (64, 75), generator=torch.Generator().manual_seed(0)) / 50  # with equal ones
+    assert torch.equal(ranks(x.cuda()).cpu(), ranks(x))
