@@ -2,6 +2,7 @@
 # make test   venv, install, all tests, a process for each core
 # make bench  the benchmark tables
 # make lint   ruff and clang-format
+# make sanitize-gpu  the operations on a GPU under compute-sanitizer: memcheck, racecheck
 # make gpu    on a GPU machine, with its own Python and no network: build, GPU tests, GPU benchmarks -> gpu.json, gpu.md
 VENV ?= .venv
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test bench gpu sanitize-gpu lint clean
 
 demo: $(VENV)/demo.stamp
 	rm -rf runs/demo
@@ -30,6 +31,14 @@ gpu:
 	@$(PYTHON) benchmarks/gpu.py --check
 	NCFAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) benchmarks/gpu.py --tests --minutes $(MINUTES) --out gpu.json
+
+sanitize-gpu: export PYTHONPATH := $(CURDIR)
+sanitize-gpu:
+	@$(PYTHON) benchmarks/gpu.py --check
+	NCFAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) tests/gpu_operations.py
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/gpu_operations.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/gpu_operations.py
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

@@ -26,7 +26,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from ncfast.ops import masked_attention, masked_attention_reference
-from ncfast.ops.masked_attention import MAX_LENGTH
 
 LENGTHS = (16, 17, 41, 64, 76, 97, 128, 192, 256, 512)
 HEAD_DIMS = (32, 64)
@@ -71,9 +70,7 @@ def data(
 
 
 def ours(qkv: Tensor, *block: Tensor) -> Tensor:
-    # On a GPU "auto" leaves the plain form to PyTorch; the kernel is what is to be compared.
-    impl = "triton" if qkv.is_cuda and qkv.shape[1] <= MAX_LENGTH else "auto"
-    return masked_attention(qkv, **options(block), impl=impl)
+    return masked_attention(qkv, **options(block))
 
 
 def written_out(qkv: Tensor, *block: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def random_mask(shape: tuple[int, int], masking: str, generator: Generators, dev
 def ranks(x: Tensor) -> Tensor:
     """How many of the same row come before each, equal ones in their order: int64 [..., n] of x [..., n]."""
     if x.device.type == "cpu" or x.shape[-1] > 256:
-        return x.argsort(-1, stable=True).argsort(-1)
+        return x.argsort(dim=-1, stable=True).argsort(dim=-1)
     # On a GPU a sort is many launches, and so short a row is compared with itself sooner.
     before = x[..., None, :] < x[..., None]
     equal = (x[..., None, :] == x[..., None]).tril(-1)
