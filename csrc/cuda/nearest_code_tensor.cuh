@@ -29,6 +29,14 @@ constexpr int kWarpgroup = 128;  // threads
 constexpr int kGroupRows = 64;   // rows of z that a warpgroup takes, 16 a warp
 constexpr int kGroupTileBytes = kGroupRows * kTileRowBytes;
 
+// The lane, but the compiler does not know that it is the same as before: what is derived of it in a loop is not kept
+// in registers all through the loop.
+__device__ __forceinline__ int lane_again() {
+  int lane = threadIdx.x % 32;
+  asm volatile("" : "+r"(lane));
+  return lane;
+}
+
 // ---- Reading ----
 
 struct Matrix {
@@ -116,16 +124,18 @@ __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_fl
 // Rounds eight scaled numbers to fp16 and adds up the squares of the results and of what the rounding took.
 __device__ __forceinline__ uint4 round8(const float (&y)[8], float& square, float& residual) {
   union {
-    __half items[8];
+    __half2 pairs[4];
     uint4 words;
   } pack;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    pack.items[i] = __float2half_rn(y[i]);
-    const float rounded = __half2float(pack.items[i]);
-    const float rest = y[i] - rounded;  // exact
-    square = fmaf(rounded, rounded, square);
-    residual = fmaf(rest, rest, residual);
+  for (int i = 0; i < 4; ++i) {
+    pack.pairs[i] = __floats2half2_rn(y[2 * i], y[2 * i + 1]);
+    const float2 rounded = __half22float2(pack.pairs[i]);
+    const float rest[2] = {y[2 * i] - rounded.x, y[2 * i + 1] - rounded.y};  // exact
+    square = fmaf(rounded.x, rounded.x, square);
+    square = fmaf(rounded.y, rounded.y, square);
+    residual = fmaf(rest[0], rest[0], residual);
+    residual = fmaf(rest[1], rest[1], residual);
   }
   return pack.words;
 }
@@ -134,6 +144,21 @@ __device__ __forceinline__ float octet_sum(float x) {
 #pragma unroll
   for (int step = 4; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
   return x;
+}
+
+// Sums over the eight lanes of an octet: that of x[lane % kRows] in each lane.
+template <int kRows>
+__device__ __forceinline__ float octet_sums(const float (&x)[kRows]) {
+  static_assert(kRows == 1 || kRows == 4);
+  if constexpr (kRows == 1) {
+    return octet_sum(x[0]);
+  } else {  // every lane gives away the sums that are not its own
+    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+    const float low = (odd ? x[1] : x[0]) + __shfl_xor_sync(kAllLanes, odd ? x[0] : x[1], 1);
+    const float high = (odd ? x[3] : x[2]) + __shfl_xor_sync(kAllLanes, odd ? x[2] : x[3], 1);
+    const float sum = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, 2);
+    return sum + __shfl_xor_sync(kAllLanes, sum, 4);
+  }
 }
 
 __device__ __forceinline__ float octet_max(float x) {
@@ -163,24 +188,25 @@ __device__ __forceinline__ void stage_rows(const Matrix& z,  // [.., D]
                                            char* tiles,  // [chunks][64][64] fp16
                                            int tile_row,
                                            RowScale* scales) {  // [16]
-  const int octet = threadIdx.x % 32 / 8;
-  const int piece = threadIdx.x % 8;
+  const int octet = lane_again() / 8;
+  const int piece = lane_again() % 8;
   // A warp without any row reads the last one before; its window says that there is none.
   first_row += min(0, left - 1);
   const int last = max(0, min(15, left - 1));
 #pragma unroll 1
-  for (int first = octet; first < 16; first += 4 * kRows) {
+  for (int pass = 0; pass < 16; pass += 4 * kRows) {
+    const int first = pass + octet;
     float x[kRows][8];
     float largest[kRows] = {};
     float nothing[kRows] = {};  // becomes NaN with the first NaN or infinity
-    const auto load_centred = [&](int chunk, bool look) {
+    const auto load_centred = [&](int chunk, bool again) {
       const int d = chunk * kTileColumns + piece * 8;
       load_rows<kAligned>(z, first_row, [&](int i) { return min(first + 4 * i, last); }, d, D, x);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int p = 0; p < 8; ++p) {
-          if (look) nothing[i] = fmaf(x[i][p], 0.f, nothing[i]);
+          if (!again) nothing[i] = fmaf(x[i][p], 0.f, nothing[i]);
           x[i][p] -= mean[d + p];
         }
       }
@@ -202,7 +228,7 @@ __device__ __forceinline__ void stage_rows(const Matrix& z,  // [.., D]
     float square[kRows] = {}, residual[kRows] = {};
 #pragma unroll kUnroll
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      load_centred(chunk, true);
+      if (chunks > 1) load_centred(chunk, true);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const float scale = power_of_two(exponent[i]);
@@ -213,26 +239,31 @@ __device__ __forceinline__ void stage_rows(const Matrix& z,  // [.., D]
       }
     }
 
+    // A lane for each row.
+    const float norm = sqrtf(octet_sums<kRows>(square));
+    const float rest = sqrtf(octet_sums<kRows>(residual));
+    const bool row_finite = octet_sums<kRows>(nothing) == 0;
+    int own_exponent = exponent[0];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const float norm = sqrtf(octet_sum(square[i]));
-      const float rest = sqrtf(octet_sum(residual[i]));
-      const bool row_finite = octet_sum(nothing[i]) == 0;
-      const float bias_scale = power_of_two(max(exponent[i] - codes.exponent, -100));
-      const float code_norm = codes.norm + codes.residual;
-      const float magnitude = norm * code_norm;
-      // The last term is for a bias scale that was cut off.
-      const float error = norm * codes.residual + rest * code_norm + accumulation * magnitude +
-                          (chunks * 8 + 24) * 0x1p-24f * (magnitude + codes.bias * bias_scale) + codes.bias * 0x1p-99f;
-      float window = 2.002f * error;
-      if (!exact && window <= FLT_MAX) window = 0;
-      if (first + 4 * i >= left) {
-        window = kPastEnd;
-      } else if (!row_finite) {
-        window = kNotFinite;
-      }
-      if (piece == 0) scales[first + 4 * i] = {bias_scale, window};
+    for (int i = 1; i < kRows; ++i) {
+      const int other = exponent[i];
+      if (piece % kRows == i) own_exponent = other;
     }
+    const int row_in_warp = first + piece % kRows * 4;
+    const float bias_scale = power_of_two(max(own_exponent - codes.exponent, -100));
+    const float code_norm = codes.norm + codes.residual;
+    const float magnitude = norm * code_norm;
+    // The last term is for a bias scale that was cut off.
+    const float error = norm * codes.residual + rest * code_norm + accumulation * magnitude +
+                        (chunks * 8 + 24) * 0x1p-24f * (magnitude + codes.bias * bias_scale) + codes.bias * 0x1p-99f;
+    float window = 2.002f * error;
+    if (!exact && window <= FLT_MAX) window = 0;
+    if (row_in_warp >= left) {
+      window = kPastEnd;
+    } else if (!row_finite) {
+      window = kNotFinite;
+    }
+    if (piece < kRows) scales[row_in_warp] = {bias_scale, window};
   }
 }
 
@@ -315,10 +346,10 @@ struct ColumnStats {
   float mean = 0, least = INFINITY, greatest = -INFINITY;
 
   __device__ __forceinline__ void add(float x, float inverse_count) {
-    if (!(fabsf(x) <= FLT_MAX)) return;
-    mean = fmaf(x, inverse_count, mean);
-    least = fminf(least, x);
-    greatest = fmaxf(greatest, x);
+    const bool finite = fabsf(x) <= FLT_MAX;
+    mean = fmaf(finite ? x : 0.f, inverse_count, mean);
+    least = fminf(least, finite ? x : INFINITY);
+    greatest = fmaxf(greatest, finite ? x : -INFINITY);
   }
   __device__ __forceinline__ void add(const ColumnStats& other) {
     mean += other.mean;
@@ -504,39 +535,255 @@ __device__ __forceinline__ int scan_all_codes(const Matrix& z, int64_t row,
   return index == INT_MAX ? 0 : index;
 }
 
-// ---- A codebook that fits in shared memory: one launch ----
+// ---- A codebook that fits in shared memory: packed once, then kept by every block ----
 
 constexpr int kResidentCodes = 128;  // codes of a tile
 constexpr int kSampledCodes = 128;
 constexpr int kSampleRoom = 4;  // powers of two below the scale that fits the sample: codes can reach 32 times as far
+constexpr int kPackThreads = 32 * 8;  // of a block that packs 128 codes, 4 of them by eight lanes
 
 // At most. Four warpgroups take turns on the tensor cores; mma.sync keeps its operands in registers too.
 constexpr int resident_threads(bool hopper) { return (hopper ? 4 : 3) * kWarpgroup; }
 
 struct ResidentLayout {
-  int tiles, rows, lists, bias, scales, mean, scratch, spread, bytes;
+  int tiles, rows, keys, bias, scales, mean, scratch, spread, barriers, bytes;
 
   __host__ __device__ ResidentLayout(int K, int D, int groups) {
     const int chunks = (D + kTileColumns - 1) / kTileColumns;
-    const int padded = (K + kResidentCodes - 1) / kResidentCodes * kResidentCodes;
+    const int num_tiles = (K + kResidentCodes - 1) / kResidentCodes;
     tiles = 0;
-    rows = tiles + padded * chunks * kTileRowBytes;
-    lists = rows + groups * chunks * kGroupTileBytes;
-    bias = lists + groups * kListBytes;
-    scales = bias + padded * 4;
+    rows = tiles + num_tiles * chunks * kResidentCodes * kTileRowBytes;
+    keys = rows + groups * chunks * kGroupTileBytes;
+    bias = keys + groups * num_tiles * kWarpgroup * int(sizeof(float2));
+    scales = bias + num_tiles * kResidentCodes * 4;
     mean = scales + groups * kGroupRows * int(sizeof(RowScale));
     scratch = mean + chunks * kTileColumns * 4;
     spread = scratch + 32 * int(sizeof(CodeFacts));
-    bytes = spread + int(sizeof(Spread)) + 1024;  // to align the first tile
+    barriers = spread + int(sizeof(Spread));
+    bytes = barriers + num_tiles * 8 + 1024;  // to align the first tile
   }
 };
 
-// Each block packs the whole codebook of a head for itself; its warpgroups then go their own ways, 64 rows at a time.
+// A codebook as the blocks want it, in global memory.
+struct Packed {
+  char* codes;       // [H, tiles, chunks, 128, 64] fp16; null: every block packs for itself
+  float* bias;       // [H, tiles * 128]
+  float* mean;       // [H, 64 chunks]
+  CodeFacts* facts;  // [H, tiles]; where one is not finite, the codes did not fit in their scale
+  int* exponents;    // [H]
+};
+
+// The mean of `samples` codes, evenly spread over all, goes to `mean`; returns the exponent that scales the codes.
+template <bool kAligned>
+__device__ __forceinline__ int centre(const float* codes,  // [K, D]
+                                      int K, int D, int columns, int samples,
+                                      ColumnStats* partial,  // [strides, columns], 4 a thread, shared
+                                      float* mean,           // [columns], shared
+                                      CodeFacts* scratch) {  // [warps], shared
+  // Four columns a thread, every so many codes; then the threads of a column are added up.
+  const int threads = blockDim.x;
+  const int thread = threadIdx.x;
+  const int strides = threads / (columns / 4);
+  const int first_d = thread % (columns / 4) * 4;
+  const int stride = thread / (columns / 4);
+  if (stride < strides) {
+    ColumnStats stats[4];
+    constexpr int kAtOnce = 8;  // loads under way
+#pragma unroll 1
+    for (int first = stride; first < samples; first += kAtOnce * strides) {
+      float x[kAtOnce][4];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int sample = min(first + i * strides, samples - 1);
+        const int64_t code = samples == K ? sample : int64_t(sample) * K / kSampledCodes;
+        const float* e = codes + code * D;
+        if constexpr (kAligned) {
+          const float4 pack = *reinterpret_cast<const float4*>(e + min(first_d, D - 4));
+          x[i][0] = pack.x, x[i][1] = pack.y, x[i][2] = pack.z, x[i][3] = pack.w;
+        } else {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) x[i][c] = e[min(first_d + c, D - 1)];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const bool there = first + i * strides < samples && first_d + c < D;
+          stats[c].add(there ? x[i][c] : NAN, 1.f / samples);
+        }
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) partial[stride * columns + first_d + c] = stats[c];
+  }
+  __syncthreads();
+  float reach = 0;
+  for (int d = thread; d < columns; d += threads) {
+    ColumnStats stats;
+#pragma unroll 4
+    for (int s = 0; s < strides; ++s) stats.add(partial[s * columns + d]);
+    mean[d] = stats.mean;
+    reach = fmaxf(reach, stats.reach());
+  }
+  const int exponent = scale_exponent(block_max({reach, 0, 0}, scratch).square);
+  return samples < K ? max(-126, exponent - kSampleRoom) : exponent;
+}
+
+// A block packs one tile of codes. The mean of a sample is centre enough, and its reach, with room to spare, scale
+// enough, so no block waits for another; each finds the same ones.
+template <bool kAligned>
+__global__ void __launch_bounds__(kPackThreads) pack_resident(const float* __restrict__ codebook,  // [H, K, D]
+                                                              int K, int D, const Packed packed) {
+  __shared__ ColumnStats partial[kPackThreads * 4];
+  __shared__ __align__(16) float mean[kPackThreads * 4];
+  __shared__ CodeFacts scratch[32];
+#if NCFAST_HOPPER
+  let_next_grid_start();
+#endif
+  const int chunks = (D + kTileColumns - 1) / kTileColumns;
+  const int columns = chunks * kTileColumns;
+  const int tile = blockIdx.x;
+  const int tiles = gridDim.x;
+  const int64_t head = blockIdx.y;
+  const int exponent =
+      centre<kAligned>(codebook + head * K * D, K, D, columns, min(K, kSampledCodes), partial, mean, scratch);
+  const int padded = tiles * kResidentCodes;
+  const CodeFacts facts = block_max(
+      pack_codes<kAligned, kResidentCodes>(
+          codebook, head * K, tile * kResidentCodes + threadIdx.x / 8, kPackThreads / 8, K, padded, D, chunks, mean,
+          power_of_two(exponent), packed.codes + head * padded * chunks * kTileRowBytes, packed.bias + head * padded),
+      scratch);
+  if (threadIdx.x == 0) packed.facts[head * tiles + tile] = facts;
+  if (tile > 0) return;
+  if (threadIdx.x == 0) packed.exponents[head] = exponent;
+  for (int d = threadIdx.x; d < columns; d += kPackThreads) packed.mean[head * columns + d] = mean[d];
+}
+
+// The best scores of a tile are found without a branch. The scores that a thread holds of a row come in eights of
+// groups: groups of four codes, 16 g + 2 (lane % 4) + {0, 1, 8, 9}. A group's key is its greatest score with the low
+// bits replaced by g, so that the greatest key tells where it came from; how far a key is from its score is part of
+// what `reaching` allows for. No key (NaN) comes of a group past the last code or of codes that are not finite.
+constexpr int kGroupCodes = 16;  // by the four lanes of a row
+constexpr unsigned kKeyBits = kResidentCodes / kGroupCodes - 1;
+
+// The bias of a group's four codes lies together.
+__device__ __forceinline__ int bias_place(int code) {
+  return (code & ~15) | (code >> 1 & 3) << 2 | (code >> 3 & 1) << 1 | (code & 1);
+}
+
+__device__ __forceinline__ void best_groups(const float (&acc)[kResidentCodes / 2],
+                                            const float* bias,  // [128], shared, placed
+                                            const float (&bias_scale)[2], float (&best)[2], float (&second)[2]) {
+#pragma unroll
+  for (int g = 0; g < kResidentCodes / kGroupCodes; ++g) {
+    const float4 b = *reinterpret_cast<const float4*>(bias + g * kGroupCodes + threadIdx.x % 4 * 4);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float* x = acc + 8 * g + 2 * h;
+      const float low = fmaxf(fmaf(b.x, bias_scale[h], x[0]), fmaf(b.y, bias_scale[h], x[1]));
+      const float high = fmaxf(fmaf(b.z, bias_scale[h], x[4]), fmaf(b.w, bias_scale[h], x[5]));
+      const float key = __uint_as_float((__float_as_uint(fmaxf(low, high)) & ~kKeyBits) | g);
+      if (g == 0) {
+        best[h] = key;
+        continue;
+      }
+      const float loser = min_or_nan(best[h], key);
+      second[h] = g == 1 ? loser : fmaxf(second[h], loser);
+      best[h] = fmaxf(best[h], key);
+    }
+  }
+}
+
+// Codes whose group has no such key are out. A key is within 2^-20 of its score, and so is the best one.
+__device__ __forceinline__ float lowest_key(float best, float window) {
+  return best - (window + 0x1p-18f * (fabsf(best) + window) + 0x1p-140f);
+}
+
+// Products of a warp's 16 rows with four codes each: x[h][c] is that of row lane / 4 + 8 h with code
+// first[h] + 8 (lane % 2) + c, in the two lanes of four where lane / 2 and lane / 4 are both even or both odd.
+__device__ __forceinline__ void multiply_groups(const char* rows, const char* tiles, int chunks, int last_steps,
+                                                const int (&first)[2], float (&x)[2][2]) {
+  const int lane = lane_again();
+  const int a_row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+  // Column n of product i is code n % 4 of row 2 i + n / 4; two products share a load.
+  const char* codes[4];
+  int turn[4];
+#pragma unroll
+  for (int p = 0; p < 4; ++p) {
+    const int row = 4 * p + lane / 16 * 2 + lane % 8 / 4;
+    const int code = __shfl_sync(kAllLanes, first[p / 2], row % 8 * 4) + lane % 4 / 2 * 8 + lane % 2;
+    codes[p] = tiles + code / kResidentCodes * chunks * (kResidentCodes * kTileRowBytes) +
+               code % kResidentCodes * kTileRowBytes;
+    turn[p] = code % 8;
+  }
+  float acc[8][4] = {};
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const int steps = chunk + 1 < chunks ? kStepsPerTile : last_steps;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      uint32_t a_part[4];
+      load_matrices(a_part, rows + chunk * kGroupTileBytes + swizzled(a_row, 2 * step + lane / 16));
+#pragma unroll
+      for (int p = 0; p < 4; ++p) {
+        uint32_t b_part[4];
+        load_matrices(
+            b_part, codes[p] + chunk * (kResidentCodes * kTileRowBytes) + (((2 * step + lane / 8 % 2) ^ turn[p]) << 4));
+        mma_16x8x16(acc[2 * p], a_part, b_part[0], b_part[1]);
+        mma_16x8x16(acc[2 * p + 1], a_part, b_part[2], b_part[3]);
+      }
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      x[h][c] = acc[4 * h][2 * h + c];
+#pragma unroll
+      for (int i = 1; i < 4; ++i) {
+        const float other = acc[4 * h + i][2 * h + c];
+        if (lane / 8 == i) x[h][c] = other;
+      }
+    }
+  }
+}
+
+// Product of a staged row with the codes of each lane.
+__device__ __forceinline__ float multiply_one(const char* rows, int row, const char* tiles, int code, int chunks) {
+  const char* tile = tiles + code / kResidentCodes * chunks * (kResidentCodes * kTileRowBytes);
+  float sum = 0;
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+#pragma unroll 2
+    for (int piece = 0; piece < 8; ++piece) {
+      union Pack {
+        uint4 words;
+        __half2 pairs[4];
+      };
+      Pack a, b;
+      a.words = *reinterpret_cast<const uint4*>(rows + chunk * kGroupTileBytes + swizzled(row, piece));
+      b.words = *reinterpret_cast<const uint4*>(tile + chunk * (kResidentCodes * kTileRowBytes) +
+                                                swizzled(code % kResidentCodes, piece));
+#pragma unroll
+      for (int p = 0; p < 4; ++p) {
+        const float2 y = __half22float2(a.pairs[p]), e = __half22float2(b.pairs[p]);
+        sum = fmaf(y.x, e.x, sum);
+        sum = fmaf(y.y, e.y, sum);
+      }
+    }
+  }
+  return sum;
+}
+
+constexpr int kMostMeasured = 16;  // codes of a row, in float64, before measuring all of them is as well
+
+// A block keeps the packed codebook of a head; its warpgroups go their own ways, 64 rows at a time.
 template <bool kHopper, bool kAligned>
 __global__ void __launch_bounds__(resident_threads(kHopper), 1)
-    score_resident(Matrix z,         // [H, M, D]
-                   Matrix codebook,  // [H, K, D] float32
-                   int M, int K, int D, float accumulation, bool exact,
+    score_resident(Matrix z,                            // [H, M, D]
+                   const float* __restrict__ codebook,  // [H, K, D]
+                   const Packed packed, int M, int K, int D, float accumulation, bool exact,
                    int64_t* __restrict__ indices) {  // [H, M]
 #if !NCFAST_HOPPER
   if constexpr (kHopper) return;
@@ -545,80 +792,87 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
   char* shared = unaligned + ((1024 - shared_address(unaligned) % 1024) & 1023);
   const int threads = blockDim.x;
   const ResidentLayout layout(K, D, threads / kWarpgroup);
+  char* code_tiles = shared + layout.tiles;
   float* bias = reinterpret_cast<float*>(shared + layout.bias);
   float* mean = reinterpret_cast<float*>(shared + layout.mean);
   CodeFacts* scratch = reinterpret_cast<CodeFacts*>(shared + layout.scratch);
 
   const int chunks = (D + kTileColumns - 1) / kTileColumns;
+  const int columns = chunks * kTileColumns;
   const int tiles = (K + kResidentCodes - 1) / kResidentCodes;
-  const int tile_bytes = kResidentCodes * kTileRowBytes;
+  const int padded = tiles * kResidentCodes;
+  const int tile_bytes = chunks * kResidentCodes * kTileRowBytes;
   const int64_t head = blockIdx.y;
-  const float* codes = static_cast<const float*>(codebook.data) + head * K * D;
+  const float* codes = codebook + head * K * D;
 
   const int thread = threadIdx.x;
   const int lane = thread % 32;
-  const int group = thread / kWarpgroup;
+  // Of a lane, so that the compiler sees them to be the same in all.
+  const int group = __shfl_sync(kAllLanes, thread / kWarpgroup, 0);
+  const int warp = __shfl_sync(kAllLanes, thread / 32 % 4, 0);
   const int groups = threads / kWarpgroup;
-  const int warp = thread / 32 % 4;
   int first_row = (group * gridDim.x + blockIdx.x) * kGroupRows + warp * 16;  // of this warp
   const int next_row = groups * gridDim.x * kGroupRows;
   prefetch_rows(z, head * M + first_row, M - first_row, D);
 
-  // The mean of a sample is centre enough, and its reach, with room to spare, scale enough: the codebook is then read
-  // once, which is what takes the time. Where a code does not fit in that room, all is done again from all codes.
-  int exponent;
-  CodeFacts facts;
-  for (int samples = min(K, kSampledCodes);; samples = K) {
-    // Four columns a thread, every so many codes; then the threads of a column are added up.
-    ColumnStats* partial = reinterpret_cast<ColumnStats*>(shared + layout.lists);  // [strides][64 chunks]
-    const int columns = chunks * kTileColumns;
-    const int strides = threads / (columns / 4);
-    const int first_d = thread % (columns / 4) * 4;
-    const int stride = thread / (columns / 4);
-    if (stride < strides) {
-      ColumnStats stats[4];
-#pragma unroll 4
-      for (int i = stride; i < samples; i += strides) {
-        const float* e = codes + int64_t(i) * K / samples * D + first_d;
-        float x[4];
-        if (kAligned && first_d < D) {
-          const float4 pack = *reinterpret_cast<const float4*>(e);
-          x[0] = pack.x, x[1] = pack.y, x[2] = pack.z, x[3] = pack.w;
-        } else {
-#pragma unroll
-          for (int c = 0; c < 4; ++c) x[c] = first_d + c < D ? e[c] : 0.f;
+#if NCFAST_HOPPER
+  uint64_t* arrived = reinterpret_cast<uint64_t*>(shared + layout.barriers);  // [tiles]
+  if constexpr (kHopper) {
+    if (thread == 0) {
+      for (int tile = 0; tile < tiles; ++tile) init_barrier(arrived + tile, 1);
+      publish_barriers();
+    }
+    wait_for_last_grid();
+  }
+#endif
+  int exponent = 0;
+  CodeFacts facts{0, 0, 0};
+  bool copied = packed.codes != nullptr;
+  if (copied) {
+    for (int tile = 0; tile < tiles; ++tile) {
+      const CodeFacts* from = packed.facts + head * tiles + tile;
+      facts = larger(facts, {__ldcg(&from->square), __ldcg(&from->residual), __ldcg(&from->bias)});
+    }
+    exponent = __ldcg(packed.exponents + head);
+    copied = facts.square <= FLT_MAX;
+  }
+  if (copied) {
+    const char* from = packed.codes + head * tiles * tile_bytes;
+    if constexpr (kHopper) {
+#if NCFAST_HOPPER
+      if (thread == 0) {
+        for (int tile = 0; tile < tiles; ++tile) {
+          arrive_and_expect(arrived + tile, tile_bytes);
+          copy_bulk(code_tiles + tile * tile_bytes, from + tile * tile_bytes, tile_bytes, arrived + tile);
         }
-#pragma unroll
-        for (int c = 0; c < 4; ++c) stats[c].add(x[c], 1.f / samples);
       }
-#pragma unroll
-      for (int c = 0; c < 4; ++c) partial[stride * columns + first_d + c] = stats[c];
+#endif
+    } else {
+      for (int i = thread * 16; i < tiles * tile_bytes; i += threads * 16) copy16_async(code_tiles + i, from + i);
+      commit_copies();
     }
-    __syncthreads();
-    float reach = 0;
-    for (int d = thread; d < columns; d += threads) {
-      ColumnStats stats;
-#pragma unroll 4
-      for (int s = 0; s < strides; ++s) stats.add(partial[s * columns + d]);
-      mean[d] = stats.mean;
-      reach = fmaxf(reach, stats.reach());
+    for (int code = thread; code < padded; code += threads) {
+      bias[bias_place(code)] = __ldcg(packed.bias + head * padded + code);
     }
-    exponent = scale_exponent(block_max({reach, 0, 0}, scratch).square);
-    if (samples < K) exponent = max(-126, exponent - kSampleRoom);
-
+    for (int d = thread; d < columns; d += threads) mean[d] = __ldcg(packed.mean + head * columns + d);
+    if constexpr (!kHopper) wait_copies();
+  } else {
+    // A code reaches too far for the sample's scale: the block packs them all by their own.
+    exponent =
+        centre<kAligned>(codes, K, D, columns, K, reinterpret_cast<ColumnStats*>(shared + layout.rows), mean, scratch);
+    float* plain = reinterpret_cast<float*>(shared + layout.rows);  // the rows' place is free: the bias before its move
     facts = {0, 0, 0};
-    const int padded = tiles * kResidentCodes;
 #pragma unroll 1
     for (int first = 0; first < padded; first += threads / 8 * kPackAtOnce) {
-      facts = larger(facts, pack_codes<kAligned, kResidentCodes>(
-                                static_cast<const float*>(codebook.data), head * K, first + thread / 8, threads / 8, K,
-                                padded, D, chunks, mean, power_of_two(exponent), shared + layout.tiles, bias));
+      facts = larger(
+          facts, pack_codes<kAligned, kResidentCodes>(codebook, head * K, first + thread / 8, threads / 8, K, padded, D,
+                                                      chunks, mean, power_of_two(exponent), code_tiles, plain));
     }
+    facts = block_max(facts, scratch);
+    for (int code = thread; code < padded; code += threads) bias[bias_place(code)] = plain[code];
 #if NCFAST_HOPPER
     fence_async_proxy();
 #endif
-    facts = block_max(facts, scratch);
-    if (samples == K || facts.square <= FLT_MAX) break;
   }
   Spread* spread = reinterpret_cast<Spread*>(shared + layout.spread);
   if (thread == 0) *spread = spread_of(exponent, facts);
@@ -626,30 +880,34 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
 
   char* row_tiles = shared + layout.rows + group * chunks * kGroupTileBytes;
   RowScale* scales = reinterpret_cast<RowScale*>(shared + layout.scales) + group * kGroupRows + warp * 16;
-  Candidate* lists = reinterpret_cast<Candidate*>(shared + layout.lists + group * kListBytes) + thread % kWarpgroup;
+  float2* keys = reinterpret_cast<float2*>(shared + layout.keys) + group * tiles * kWarpgroup + thread % kWarpgroup;
   const int last_steps = (D - (chunks - 1) * kTileColumns + 15) / 16;
 
   for (; first_row - warp * 16 < M; first_row += next_row) {
     prefetch_rows(z, head * M + first_row + next_row, M - first_row - next_row, D);
-    stage_rows<kAligned, kAligned ? 2 : 1, 1>(z, head * M + first_row, M - first_row, D, chunks, mean, *spread,
+    stage_rows<kAligned, kAligned ? 4 : 1, 1>(z, head * M + first_row, M - first_row, D, chunks, mean, *spread,
                                               accumulation, exact, row_tiles, warp * 16, scales);
 #if NCFAST_HOPPER
     fence_async_proxy();
 #endif
     sync_some(1 + group, kWarpgroup);
-    RowState rows[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) start_row(rows[h], scales[lane / 4 + 8 * h]);
+    const float bias_scale[2] = {scales[lane / 4].bias_scale, scales[lane / 4 + 8].bias_scale};
+    // Of the thread's share of each row: the best key, its tile and the next best key.
+    float best[2] = {-INFINITY, -INFINITY}, second[2] = {-INFINITY, -INFINITY};
+    int best_tile[2] = {0, 0};
 
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       float acc[kResidentCodes / 2];
-      const char* code_tile = shared + layout.tiles + tile * chunks * tile_bytes;
+      const char* code_tile = code_tiles + tile * tile_bytes;
+#if NCFAST_HOPPER
+      if (kHopper && copied) wait(arrived + tile, 0);
+#endif
       multiply<kHopper, false, kResidentCodes>(acc, row_tiles, code_tile, chunks > 1 ? kStepsPerTile : last_steps);
 #pragma unroll 1
       for (int chunk = 1; chunk < chunks; ++chunk) {
         multiply<kHopper, true, kResidentCodes>(acc, row_tiles + chunk * kGroupTileBytes,
-                                                code_tile + chunk * tile_bytes,
+                                                code_tile + chunk * (kResidentCodes * kTileRowBytes),
                                                 chunk + 1 < chunks ? kStepsPerTile : last_steps);
       }
 #if NCFAST_HOPPER
@@ -658,55 +916,112 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
         pin(acc);
       }
 #endif
-      offer_tile<kResidentCodes>(acc, bias + tile * kResidentCodes, tile * kResidentCodes, scales, rows, lists);
+      float tile_best[2], tile_second[2];
+      best_groups(acc, bias + tile * kResidentCodes, bias_scale, tile_best, tile_second);
+      keys[tile * kWarpgroup] = make_float2(tile_best[0], tile_best[1]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        second[h] = fmaxf(fmaxf(second[h], tile_second[h]), min_or_nan(best[h], tile_best[h]));
+        if (tile_best[h] > best[h]) best_tile[h] = tile;
+        best[h] = fmaxf(best[h], tile_best[h]);
+      }
     }
+    sync_some(1 + group, kWarpgroup);  // the row tiles are not multiplied any more
 
-    __syncwarp();
+    // Most rows have one group that can hold the nearest code.
+    float floor[2];
+    int first_code[2];
+    bool one[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float window = scales[lane / 4 + 8 * h].window;
+      const float top = quad_max(best[h]);
+      const bool scored = window >= 0 && window <= FLT_MAX && top >= -FLT_MAX;
+      floor[h] = scored ? lowest_key(top, window) : NAN;
+      const unsigned reached = __ballot_sync(kAllLanes, best[h] >= floor[h]) >> (lane & ~3) & 0xf;
+      const unsigned others = __ballot_sync(kAllLanes, second[h] >= floor[h]) >> (lane & ~3) & 0xf;
+      one[h] = others == 0 && __popc(reached) == 1;
+      const int winner = one[h] ? __ffs(int(reached)) - 1 : 0;
+      const int tile = __shfl_sync(kAllLanes, best_tile[h], (lane & ~3) + winner);
+      const int g = int(__float_as_uint(top) & kKeyBits);
+      first_code[h] = one[h] ? tile * kResidentCodes + g * kGroupCodes + 2 * winner : 0;
+    }
+    float scores[2][2];
+    multiply_groups(row_tiles, code_tiles, chunks, last_steps, first_code, scores);
+
 #pragma unroll 1
     for (int h = 0; h < 2; ++h) {
-      const int count = h == 0 ? rows[0].count : rows[1].count;
       const float window = scales[lane / 4 + 8 * h].window;
-      const int row = first_row + 8 * h + lane / 4;
-      int total = count + __shfl_xor_sync(kAllLanes, count, 1);
-      total += __shfl_xor_sync(kAllLanes, total, 2);
-      const unsigned incomplete = __ballot_sync(kAllLanes, count > kSlots);
-      int first_code = count > 0 ? slot(lists, h, 0).code : INT_MAX;
-      first_code = min(first_code, __shfl_xor_sync(kAllLanes, first_code, 1));
-      first_code = min(first_code, __shfl_xor_sync(kAllLanes, first_code, 2));
-      // Without a window all candidates score the same, and each list is in order.
-      const bool settled = window == kNotFinite || total == 1 || (window == 0 && total > 0);
-      if (lane % 4 == 0 && window != kPastEnd && settled)
-        indices[head * M + row] = window == kNotFinite ? 0 : first_code;
+      const int own_code = (h == 0 ? first_code[0] : first_code[1]) + lane % 2 * 8;
+      const float2 b = *reinterpret_cast<const float2*>(bias + bias_place(own_code));
+      const bool own = lane / 2 % 2 == lane / 4 % 2;
+      const float scale = h == 0 ? bias_scale[0] : bias_scale[1];
+      const float x = own ? fmaf(b.x, scale, h == 0 ? scores[0][0] : scores[1][0]) : -INFINITY;
+      const float y = own ? fmaf(b.y, scale, h == 0 ? scores[0][1] : scores[1][1]) : -INFINITY;
+      const float low = quad_max(fmaxf(x, y)) - window;
+      const bool x_reaches = x >= low, y_reaches = y >= low;
+      const unsigned quad = 0xfu << (lane & ~3);
+      const int count =
+          __popc(__ballot_sync(kAllLanes, x_reaches) & quad) + __popc(__ballot_sync(kAllLanes, y_reaches) & quad);
+      int code = x_reaches ? own_code : y_reaches ? own_code + 1 : INT_MAX;
+      code = min(code, __shfl_xor_sync(kAllLanes, code, 1));
+      code = min(code, __shfl_xor_sync(kAllLanes, code, 2));
+      // Without a window the codes that are left score the same.
+      const bool settled =
+          window == kNotFinite || ((h == 0 ? one[0] : one[1]) && (count == 1 || (window == 0 && count > 0)));
+      const bool writes = lane % 4 == 0 && window != kPastEnd;
+      if (writes && settled) {
+        indices[head * M + first_row + 8 * h + lane / 4] = window == kNotFinite ? 0 : code;
+      }
 
-      unsigned open = __ballot_sync(kAllLanes, lane % 4 == 0 && window != kPastEnd && !settled);
+      const float lane_floor = h == 0 ? floor[0] : floor[1];
+      unsigned open = __ballot_sync(kAllLanes, writes && !settled);
+#pragma unroll 1
       for (; open != 0; open &= open - 1) {
         const int leader = __ffs(int(open)) - 1;
-        const int64_t open_row = head * M + first_row + 8 * h + leader / 4;
-        const int candidates = __shfl_sync(kAllLanes, total, leader);
-        int nearest_code;
-        if (candidates == 0 || (incomplete >> leader & 0xf) != 0) {
-          nearest_code = scan_all_codes(z, open_row, codes, K, D);
-        } else {
-          double nearest = INFINITY;
-          nearest_code = INT_MAX;
+        const int row = 8 * h + leader / 4;
+        const int64_t open_row = head * M + first_row + row;
+        const float row_floor = __shfl_sync(kAllLanes, lane_floor, leader);
+        const bool by_score = scales[row].window == 0;
+        double nearest = INFINITY;
+        int nearest_code = INT_MAX;
+        int measured = 0;
+        // The share of a tile whose best key reaches the floor is scored again, a code a lane; what reaches it then
+        // is measured.
 #pragma unroll 1
-          for (int other = 0; other < 4; ++other) {
-            const int listed = __shfl_sync(kAllLanes, count, leader + other);
+        for (int first = 0; first < 4 * tiles; first += 32) {
+          const int share = first + lane;
+          const float2* key = keys - lane + leader + share % 4 + share / 4 * kWarpgroup;
+          float share_best = NAN;
+          if (share < 4 * tiles) share_best = h == 0 ? key->x : key->y;
+          unsigned shares = __ballot_sync(kAllLanes, share_best >= row_floor);
 #pragma unroll 1
-            for (int i = 0; i < listed; ++i) {
-              const int code = slot(lists + leader + other - lane, h, i).code;
-              const double distance = exact_distance<2>(z, open_row, codes + int64_t(code) * D, D);
-              if (distance < nearest || (distance == nearest && code < nearest_code)) {
+          for (; shares != 0 && measured <= kMostMeasured; shares &= shares - 1) {
+            const int found = first + __ffs(int(shares)) - 1;
+            const int candidate = found / 4 * kResidentCodes + lane / 2 * 8 + found % 4 * 2 + lane % 2;
+            const float score = fmaf(bias[bias_place(candidate)], scales[row].bias_scale,
+                                     multiply_one(row_tiles, warp * 16 + row, code_tiles, candidate, chunks));
+            unsigned reaching = __ballot_sync(kAllLanes, score >= row_floor);
+            if (!by_score) measured += __popc(reaching);
+            if (measured > kMostMeasured) break;
+#pragma unroll 1
+            for (; reaching != 0; reaching &= reaching - 1) {
+              const int from = __ffs(int(reaching)) - 1;
+              const int next = __shfl_sync(kAllLanes, candidate, from);
+              const double distance = by_score ? -double(__shfl_sync(kAllLanes, score, from))
+                                               : exact_distance<2>(z, open_row, codes + int64_t(next) * D, D);
+              if (distance < nearest || (distance == nearest && next < nearest_code)) {
                 nearest = distance;
-                nearest_code = code;
+                nearest_code = next;
               }
             }
           }
         }
+        if (nearest_code == INT_MAX || measured > kMostMeasured)
+          nearest_code = scan_all_codes(z, open_row, codes, K, D);
         if (lane == 0) indices[open_row] = nearest_code;
       }
     }
-    sync_some(1 + group, kWarpgroup);  // the row tiles and scales are free again
   }
 }
 
@@ -782,8 +1097,6 @@ __global__ void __launch_bounds__(kStatThreads) combine_stats(const ColumnStats*
     reach[head * padded + d] = d < D ? stats.reach() : 0.f;
   }
 }
-
-constexpr int kPackThreads = kPackedCodes / kPackAtOnce * 8;
 
 template <bool kAligned, int kTileCodes>
 __global__ void __launch_bounds__(kPackThreads)

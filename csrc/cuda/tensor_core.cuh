@@ -38,6 +38,13 @@ __device__ __forceinline__ void arrive_some(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// The lesser, or NaN where either is.
+__device__ __forceinline__ float min_or_nan(float x, float y) {
+  float least;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
+  return least;
+}
+
 // ---- sm_80: mma.sync, cp.async ----
 
 __device__ __forceinline__ void copy16_async(void* shared, const void* global) {
@@ -102,6 +109,14 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
                "l"(global), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
+
+// A grid launched as a programmatic dependent starts once the blocks of the one before have said so or ended, and
+// has to wait before it reads what that one writes.
+__device__ __forceinline__ void let_next_grid_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait_for_last_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Makes ordinary stores to shared memory visible to wgmma.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -168,11 +183,12 @@ __device__ __forceinline__ void multiply(float (&acc)[kCodes / 2], const char* a
     const uint64_t a_tile = tile_descriptor(a);
     const uint64_t b_tile = tile_descriptor(b);
     wgmma_fence();
-    wgmma<kAdd>(acc, a_tile, b_tile);
     if (steps == kStepsPerTile) {  // without branches between them the products need no words with each other
+      wgmma<kAdd>(acc, a_tile, b_tile);
 #pragma unroll
       for (int step = 1; step < kStepsPerTile; ++step) wgmma<true>(acc, a_tile + 2 * step, b_tile + 2 * step);
     } else {
+      wgmma<kAdd>(acc, a_tile, b_tile);
 #pragma unroll 1
       for (int step = 1; step < steps; ++step) {
         wgmma_fence();
