@@ -400,17 +400,18 @@ Device current_device() {
 
 // The shapes of the streamed path and its places in the workspace.
 struct StreamPlan {
-  int chunks, tiles, splits, stat_blocks, codes_per_stat_block, pack_blocks;
+  int chunks, steps, tiles, splits, stat_blocks, codes_per_stat_block, pack_blocks;
   int64_t packed, bias, candidates, windows, partial, mean, reach, facts, exponents, bytes;
 
   StreamPlan(int64_t H, int64_t M, int64_t K, int64_t D, int processors, bool hopper) {
     const int tile_codes = stream_codes(hopper);
     constexpr int64_t kMaxSplits = 16;
     chunks = int(ceil_div(D, kTileColumns));
-    tiles = int(ceil_div(K, tile_codes * tile_unit(hopper))) * tile_unit(hopper);
+    steps = stream_steps(hopper, D);
+    const int unit = tile_unit(hopper, steps);
+    tiles = int(ceil_div(K, tile_codes * unit)) * unit;
     const int64_t row_blocks = H * ceil_div(M, kStreamRows);
-    splits =
-        int(std::max<int64_t>(1, std::min({processors / row_blocks, int64_t(tiles / tile_unit(hopper)), kMaxSplits})));
+    splits = int(std::max<int64_t>(1, std::min({processors / row_blocks, int64_t(tiles / unit), kMaxSplits})));
     codes_per_stat_block = int(ceil_div(K, std::min<int64_t>(kMaxStatBlocks, ceil_div(K, 64))));
     stat_blocks = int(ceil_div(K, codes_per_stat_block));
     pack_blocks = tiles * (tile_codes / kPackedCodes);
@@ -529,12 +530,16 @@ bool launch_stream(const Matrix& z, const Matrix& codebook, int64_t H, int64_t M
                                                                          reach);
   check(cudaGetLastError(), "codebook mean");
   pack_codebook<kAligned, kCodes><<<grid_size(H * plan.pack_blocks), kPackThreads, 0, stream>>>(
-      codebook, K, D, plan.chunks, plan.tiles, mean, reach, packed, bias, exponents, facts);
+      codebook, K, D, plan.chunks, plan.steps, plan.tiles, mean, reach, packed, bias, exponents, facts);
   check(cudaGetLastError(), "packing the codebook");
 
   const int shared_bytes = StreamLayout(plan.chunks, stages, kCodes).bytes;
   const StreamShape shape{M, K, D, plan.chunks, plan.tiles, plan.splits, stages};
-  const auto kernel = longer ? score_stream<kHopper, kHopper, kAligned> : score_stream<kHopper, false, kAligned>;
+  constexpr int kOne = stream_steps(kHopper, 16), kTwo = stream_steps(kHopper, 32);
+  const auto kernel = longer            ? score_stream<kHopper, kHopper, kAligned, kStepsPerTile>
+                      : plan.steps == 1 ? score_stream<kHopper, false, kAligned, kOne>
+                      : plan.steps == 2 ? score_stream<kHopper, false, kAligned, kTwo>
+                                        : score_stream<kHopper, false, kAligned, kStepsPerTile>;
   allow_shared(kernel, shared_bytes);
   kernel<<<grid_size(H * ceil_div(M, kStreamRows) * plan.splits), stream_threads(kHopper), shared_bytes, stream>>>(
       z, packed, bias, mean, exponents, facts, shape, accumulation_error(D), exact, windows, candidates);

@@ -279,10 +279,12 @@ __device__ __forceinline__ CodeFacts larger(const CodeFacts& a, const CodeFacts&
 // they pack zeros that cannot win. Returns the largest facts of these codes.
 constexpr int kPackAtOnce = 4;
 
+// Codes of few columns share tile rows: a code takes `steps` times 16 columns (1, 2 or 4), beside it lie those of the
+// tiles that follow.
 template <bool kAligned, int kTileCodes>
 __device__ __forceinline__ CodeFacts pack_codes(const float* codebook,  // [.., D]
                                                 int64_t head_row, int first_code, int stride, int K, int padded, int D,
-                                                int chunks,
+                                                int chunks, int steps,
                                                 const float* mean,  // [64 chunks]
                                                 float scale,
                                                 char* tiles,    // [padded / kTileCodes][chunks][kTileCodes][64] fp16
@@ -306,8 +308,13 @@ __device__ __forceinline__ CodeFacts pack_codes(const float* codebook,  // [.., 
         exact_square[i] = fmaf(x[i][p], x[i][p], exact_square[i]);
       }
       const uint4 rounded = round8(x[i], square[i], residual[i]);
-      char* tile = tiles + (int64_t(code / kTileCodes) * chunks + chunk) * (kTileCodes * kTileRowBytes);
-      if (code < padded) *reinterpret_cast<uint4*>(tile + swizzled(code % kTileCodes, piece)) = rounded;
+      const int shared_by = kStepsPerTile / steps;
+      const int tile_number = code / kTileCodes;
+      char* tile = tiles + (int64_t(tile_number / shared_by) * chunks + chunk) * (kTileCodes * kTileRowBytes);
+      const int place = tile_number % shared_by * 2 * steps + piece;
+      if (code < padded && piece < 2 * steps) {
+        *reinterpret_cast<uint4*>(tile + swizzled(code % kTileCodes, place)) = rounded;
+      }
     }
   }
   CodeFacts facts{0, 0, 0};
@@ -649,11 +656,12 @@ __global__ void __launch_bounds__(kPackThreads) pack_resident(const float* __res
   const int exponent =
       centre<kAligned>(codebook + head * K * D, K, D, columns, min(K, kSampledCodes), partial, mean, scratch);
   const int padded = tiles * kResidentCodes;
-  const CodeFacts facts = block_max(
-      pack_codes<kAligned, kResidentCodes>(
-          codebook, head * K, tile * kResidentCodes + threadIdx.x / 8, kPackThreads / 8, K, padded, D, chunks, mean,
-          power_of_two(exponent), packed.codes + head * padded * chunks * kTileRowBytes, packed.bias + head * padded),
-      scratch);
+  const CodeFacts facts =
+      block_max(pack_codes<kAligned, kResidentCodes>(
+                    codebook, head * K, tile * kResidentCodes + threadIdx.x / 8, kPackThreads / 8, K, padded, D, chunks,
+                    kStepsPerTile, mean, power_of_two(exponent), packed.codes + head * padded * chunks * kTileRowBytes,
+                    packed.bias + head * padded),
+                scratch);
   if (threadIdx.x == 0) packed.facts[head * tiles + tile] = facts;
   if (tile > 0) return;
   if (threadIdx.x == 0) packed.exponents[head] = exponent;
@@ -864,9 +872,9 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
     facts = {0, 0, 0};
 #pragma unroll 1
     for (int first = 0; first < padded; first += threads / 8 * kPackAtOnce) {
-      facts = larger(
-          facts, pack_codes<kAligned, kResidentCodes>(codebook, head * K, first + thread / 8, threads / 8, K, padded, D,
-                                                      chunks, mean, power_of_two(exponent), code_tiles, plain));
+      facts = larger(facts, pack_codes<kAligned, kResidentCodes>(codebook, head * K, first + thread / 8, threads / 8, K,
+                                                                 padded, D, chunks, kStepsPerTile, mean,
+                                                                 power_of_two(exponent), code_tiles, plain));
     }
     facts = block_max(facts, scratch);
     for (int code = thread; code < padded; code += threads) bias[bias_place(code)] = plain[code];
@@ -1030,8 +1038,14 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
 // Codes of a tile: two sets of accumulators fit with wgmma, one with mma.sync, which keeps its operands in registers
 // too.
 __host__ __device__ constexpr int stream_codes(bool hopper) { return hopper ? 128 : 256; }
+// Products of short codes take as many steps of 16 columns as the code has, one or two; four otherwise.
+__host__ __device__ constexpr int stream_steps(bool hopper, int64_t D) {
+  return hopper && D <= 16 ? 1 : hopper && D <= 32 ? 2 : kStepsPerTile;
+}
 // A block takes tiles by so many.
-__host__ __device__ constexpr int tile_unit(bool hopper) { return hopper ? 2 : 1; }
+__host__ __device__ constexpr int tile_unit(bool hopper, int steps) {
+  return steps == 1 ? kStepsPerTile : hopper ? 2 : 1;
+}
 
 constexpr int kStreamRows = 2 * kGroupRows;
 constexpr int kMaxStages = 8;
@@ -1101,7 +1115,7 @@ __global__ void __launch_bounds__(kStatThreads) combine_stats(const ColumnStats*
 template <bool kAligned, int kTileCodes>
 __global__ void __launch_bounds__(kPackThreads)
     pack_codebook(Matrix codebook,  // [H, K, D] float32
-                  int K, int D, int chunks, int tiles,
+                  int K, int D, int chunks, int steps, int tiles,
                   const float* __restrict__ mean,   // [H, 64 chunks]
                   const float* __restrict__ reach,  // [H, 64 chunks]
                   char* __restrict__ packed,        // [H, tiles, chunks, kTileCodes, 64] fp16
@@ -1123,8 +1137,8 @@ __global__ void __launch_bounds__(kPackThreads)
   const int64_t padded = int64_t(tiles) * kTileCodes;
   CodeFacts most = pack_codes<kAligned, kTileCodes>(
       static_cast<const float*>(codebook.data), head * K, block * kPackedCodes + threadIdx.x / 8,
-      kPackedCodes / kPackAtOnce, K, int(padded), D, chunks, shared_mean, power_of_two(exponent),
-      packed + head * padded * chunks * kTileRowBytes, bias + head * padded);
+      kPackedCodes / kPackAtOnce, K, int(padded), D, chunks, steps, shared_mean, power_of_two(exponent),
+      packed + head * padded * chunks * kTileRowBytes / (kStepsPerTile / steps), bias + head * padded);
   most = block_max(most, scratch);
   if (threadIdx.x == 0) {
     facts[blockIdx.x] = most;
@@ -1162,7 +1176,7 @@ struct StreamShape {
 
 // One block takes 128 rows of one head past a share of the tiles: all of them, unless there are fewer rows than it
 // takes to fill the GPU.
-template <bool kHopper, bool kLong, bool kAligned>
+template <bool kHopper, bool kLong, bool kAligned, int kSteps>
 __global__ void __launch_bounds__(stream_threads(kHopper), 1)
     score_stream(Matrix z,                             // [H, M, D]
                  const char* __restrict__ packed,      // [H, tiles, chunks, kCodes, 64] fp16
@@ -1179,6 +1193,8 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
 #endif
   constexpr int kCodes = stream_codes(kHopper);
   constexpr int kStageBytes = kCodes * kTileRowBytes;
+  constexpr int kSharedBy = kStepsPerTile / kSteps;  // tiles of a stage
+  constexpr int kUnit = tile_unit(kHopper, kSteps);
   extern __shared__ char unaligned[];
   char* shared = unaligned + ((1024 - shared_address(unaligned) % 1024) & 1023);
   const int chunks = shape.chunks;
@@ -1191,10 +1207,10 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
   const int64_t row_blocks = (M + kStreamRows - 1) / kStreamRows;
   const int64_t head = blockIdx.x / shape.splits / row_blocks;
   const int64_t block_row = blockIdx.x / shape.splits % row_blocks * kStreamRows;
-  const int units = shape.tiles / tile_unit(kHopper);
-  const int first_tile = int(int64_t(units) * split / shape.splits) * tile_unit(kHopper);
-  const int num_tiles = int(int64_t(units) * (split + 1) / shape.splits) * tile_unit(kHopper) - first_tile;
-  packed += (head * shape.tiles + first_tile) * chunks * kStageBytes;
+  const int units = shape.tiles / kUnit;
+  const int first_tile = int(int64_t(units) * split / shape.splits) * kUnit;
+  const int num_tiles = int(int64_t(units) * (split + 1) / shape.splits) * kUnit - first_tile;
+  packed += (head * shape.tiles + first_tile) / kSharedBy * chunks * kStageBytes;
   bias += (head * shape.tiles + first_tile) * kCodes;
 
   const int thread = threadIdx.x;
@@ -1230,7 +1246,7 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
   if (kHopper && thread >= 2 * kWarpgroup) {
     if (lane != 0) return;
     int stage = 0, parity = 0;
-    for (int64_t chunk = 0; chunk < int64_t(num_tiles) * chunks; ++chunk) {
+    for (int64_t chunk = 0; chunk < int64_t(num_tiles / kSharedBy) * chunks; ++chunk) {
       wait(empty + stage, parity ^ 1);
       arrive_and_expect(full + stage, kStageBytes);
       copy_bulk(stages + stage * kStageBytes, packed + chunk * kStageBytes, kStageBytes, full + stage);
@@ -1275,10 +1291,14 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
     float next_bias = bias[thread % kWarpgroup];
     const auto start = [&](float (&products)[kCodes / 2], int tile) {
       wait(full + stage, parity);
-      multiply<kHopper, false, kCodes>(products, row_tiles, stages + stage * kStageBytes, kStepsPerTile);
-      if (++stage == shape.stages) stage = 0, parity ^= 1;
+      if constexpr (kSharedBy > 1) {
+        multiply_part<kSteps>(products, row_tiles, stages + stage * kStageBytes, tile % kSharedBy);
+      } else {
+        multiply<kHopper, false, kCodes>(products, row_tiles, stages + stage * kStageBytes, kStepsPerTile);
+        if (++stage == shape.stages) stage = 0, parity ^= 1;
+      }
 #pragma unroll 1
-      for (int chunk = 1; chunk < chunks; ++chunk) {
+      for (int chunk = 1; kSharedBy == 1 && chunk < chunks; ++chunk) {
         wait(full + stage, parity);
         multiply<kHopper, true, kCodes>(products, row_tiles + chunk * kGroupTileBytes, stages + stage * kStageBytes,
                                         kStepsPerTile);
@@ -1293,9 +1313,11 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
       next_bias = bias[min(tile + 1, num_tiles - 1) * kCodes + thread % kWarpgroup];  // it takes longer than a search
       sync_some(1 + group, kWarpgroup);
     };
-    const auto finish = [&](float (&products)[kCodes / 2]) {
+    const auto finish = [&](float (&products)[kCodes / 2], int tile) {
       wgmma_wait<0>();
       pin(products);
+      if (tile % kSharedBy != kSharedBy - 1) return;
+      if (kSharedBy > 1 && ++stage == shape.stages) stage = 0, parity ^= 1;
       give_back(kLong ? 1 : chunks, 1);
     };
     const auto search = [&](float (&products)[kCodes / 2], int tile) {
@@ -1306,17 +1328,17 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
     // wait.
     start(acc[0], 0);
     for (int tile = 0; tile + 2 < num_tiles; tile += 2) {
-      finish(acc[0]);
+      finish(acc[0], tile);
       start(acc[1], tile + 1);
       search(acc[0], tile);
-      finish(acc[1]);
+      finish(acc[1], tile + 1);
       start(acc[0], tile + 2);
       search(acc[1], tile + 1);
     }
-    finish(acc[0]);
+    finish(acc[0], num_tiles - 2);
     start(acc[1], num_tiles - 1);
     search(acc[0], num_tiles - 2);
-    finish(acc[1]);
+    finish(acc[1], num_tiles - 1);
     search(acc[1], num_tiles - 1);
   }
 #endif

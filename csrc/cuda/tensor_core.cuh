@@ -219,4 +219,20 @@ __device__ __forceinline__ void multiply(float (&acc)[kCodes / 2], const char* a
   }
 }
 
+#if NCFAST_HOPPER
+
+// The same with wgmma, of the first 16 kSteps columns of a with as many columns of b from 16 kSteps part on.
+template <int kSteps>
+__device__ __forceinline__ void multiply_part(float (&acc)[64], const char* a, const char* b, int part) {
+  const uint64_t a_tile = tile_descriptor(a);
+  const uint64_t b_tile = tile_descriptor(b) + 2 * kSteps * part;
+  wgmma_fence();
+  wgmma<false>(acc, a_tile, b_tile);
+#pragma unroll
+  for (int step = 1; step < kSteps; ++step) wgmma<true>(acc, a_tile + 2 * step, b_tile + 2 * step);
+  wgmma_commit();
+}
+
+#endif
+
 }  // namespace ncfast::cuda
