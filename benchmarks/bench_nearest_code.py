@@ -6,7 +6,7 @@ and prints one Markdown table. Packing the codebook counts for us; building its 
 With `--device cuda` a call is one of several in a CUDA graph, each with its own vectors: the host's time and a warm
 cache do not count. Expected of our exact mode on an H100: 65536 x 16384 x 256 is 550 GFLOP of fp16, 0.7 ms at the 800
 TFLOP/s of a large product; its reads take 30 µs. At 65536 x 1024 x 64 the products (10 µs), reading z (6 µs), the
-maximum of the scores (9 µs) and each block's own copy of the codebook (6 µs) are of one size: at best 20 to 30 µs.
+maximum of the scores (10 µs) and packing and copying the codebook (6 µs) are of one size: at best 20 to 30 µs.
 """
 
 import argparse

@@ -57,6 +57,19 @@ def emulate(z, codebook, block, mean=None):
     return scores, exact, 1.001 * bound
 
 
+def group_keys(scores):
+    """[M, K / 4] greatest scores of four codes, their last 3 of 24 bits replaced by a number, as float64 numbers."""
+    greatest = scores.float().unflatten(1, (-1, 4)).amax(-1)
+    numbers = torch.arange(greatest.shape[1], dtype=torch.int32) % 8
+    return ((greatest.view(torch.int32) & ~7) | numbers).view(torch.float32).double()
+
+
+def lowest_key(best, window):
+    """In float32, as the kernel does it."""
+    best, window = best.float(), window.float()
+    return (best - (window + 2.0**-18 * (best.abs() + window) + 2.0**-140)).double()
+
+
 def next_up(x):
     return torch.nextafter(x, torch.full_like(x, torch.inf))
 
@@ -114,6 +127,27 @@ def test_the_nearest_code_is_never_ruled_out(name):
     nearest = exact.argmax(-1)
     reached = scores >= (scores.amax(-1) - 2 * bound)[:, None]
     assert reached.gather(1, nearest[:, None]).all()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("name", DATA)
+def test_the_group_of_the_nearest_code_is_never_ruled_out(name, fast):
+    z, codebook = data(name, K=92)
+    scores, exact, bound = emulate(z, codebook, 16)
+    nearest = (scores if fast else exact).argmax(-1)
+    window = torch.zeros_like(bound) if fast else 2 * bound
+    keys = group_keys(scores)
+    reached = keys >= lowest_key(keys.amax(-1), window)[:, None]
+    assert reached.gather(1, nearest[:, None] // 4).all()
+
+
+def test_keys_leave_few_more_rows_open():
+    z, codebook = data("gauss", M=300, K=1024, D=64)
+    scores, _, bound = emulate(z, codebook, 16)
+    keys = group_keys(scores)
+    by_score = scores.unflatten(1, (-1, 4)).amax(-1) >= (scores.amax(-1) - 2 * bound)[:, None]
+    by_key = keys >= lowest_key(keys.amax(-1), 2 * bound)[:, None]
+    assert ((by_key.sum(-1) > 1).double() - (by_score.sum(-1) > 1).double()).mean() < 0.01
 
 
 def test_any_centre_will_do():
