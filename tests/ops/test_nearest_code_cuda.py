@@ -9,10 +9,12 @@ from ncfast.ops.nearest_code import why_not
 pytestmark = pytest.mark.gpu
 
 # M, K, D: codebooks in shared memory (D = 128 in a block of fewer warps), streamed ones of short and long codes, one
-# with few rows that several blocks share, unaligned ones, and one that the tensor cores do not take.
+# with few rows that several blocks share, unaligned ones, one that the tensor cores do not take; codebooks that end
+# within a tile.
 SHAPES = [
     *((3000, 1024, 64), (3000, 512, 128), (65, 32, 64), (3000, 8192, 8), (3000, 4096, 256), (1000, 2048, 512)),
     *((3, 16384, 256), (777, 1031, 100), (777, 333, 37), (777, 3333, 17), (300, 200, 600)),
+    *((777, 1000, 48), (3000, 2100, 16)),
 ]
 
 
