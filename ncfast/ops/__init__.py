@@ -1,6 +1,7 @@
 """The operations, one file each: plain-PyTorch reference, public function, implementations, registration."""
 
 from ncfast.ops.barlow_twins_loss import barlow_twins_loss, barlow_twins_loss_reference
+from ncfast.ops.batch_norm import batch_norm, batch_norm_reference
 from ncfast.ops.code_stats import code_stats, code_stats_reference
 from ncfast.ops.fused_linear import fused_linear, fused_linear_reference
 from ncfast.ops.iter_norm import iter_norm, iter_norm_reference
@@ -14,6 +15,8 @@ from ncfast.ops.vicreg_loss import vicreg_loss, vicreg_loss_reference
 __all__ = [
     "barlow_twins_loss",
     "barlow_twins_loss_reference",
+    "batch_norm",
+    "batch_norm_reference",
     "code_stats",
     "code_stats_reference",
     "fused_linear",

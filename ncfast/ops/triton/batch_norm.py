@@ -1,0 +1,515 @@
+"""batch_norm in Triton, in two launches each way: sums over parts of the rows, then the merged sums applied.
+
+A tensor is a matrix of rows (n, i, j) by channels, as torch.channels_last has it in memory; a view is a block of rows.
+No launch stands between to merge the parts: every program of the second launch merges those of its own channels, which
+takes it less time than a launch does, and adds in the same order as all the others.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A tile is TILE elements, at most LARGEST_BLOCK_C channels wide. More programs of the first launch read faster, but
+# leave more parts for each of the second to merge, which therefore takes several tiles where there are many.
+TILE, LARGEST_BLOCK_C, WARPS = 4096, 64, 4
+REDUCE_PROGRAMS, LARGEST_SPLITS = 256, 64
+APPLY_PROGRAMS = 528
+
+
+def batch_norm_triton(
+    x: Tensor,  # [N, C, H, W], as are y, activated and h where they are not empty
+    residual: Tensor | None,
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    running_mean: Tensor | None,  # [C]
+    running_var: Tensor | None,  # [C]
+    views: int,
+    momentum: float,
+    eps: float,
+    slope: float,
+    then_slope: float | None,
+    pad: bool,
+    y: Tensor,  # [N, C, H, W] or [N, C, H + 2, W + 2]
+    activated: Tensor,
+    h: Tensor,
+    saved: Tensor,  # [views, 2, C]
+) -> None:
+    """Fills y, activated, h and saved, and updates the running statistics; all but vectors in channels_last."""
+    N, C, H, W = x.shape
+    rows, out_rows = N // views * H * W, N // views * y.shape[2] * y.shape[3]
+    plan = Plan(rows, views, C)
+    partials = torch.empty(views, 2, plan.splits, C, dtype=torch.float32, device=x.device)
+    tiles = plan.tiles_per_program(out_rows)
+    if C == 0:
+        return
+    with torch.cuda.device_of(x):
+        statistics_kernel[plan.reduce_grid](
+            x,
+            x if residual is None else residual,
+            x if residual is None else h,
+            partials,
+            rows,
+            C,
+            plan.split,
+            residual is not None,
+            **plan.blocks,
+        )
+        apply_kernel[plan.apply_grid(out_rows)](
+            x if residual is None else h,
+            partials,
+            weight,
+            bias,
+            weight if running_mean is None else running_mean,
+            weight if running_var is None else running_var,
+            y,
+            y if then_slope is None else activated,
+            saved,
+            views,
+            rows,
+            out_rows,
+            H,
+            W,
+            C,
+            plan.split,
+            tiles,
+            momentum,
+            eps,
+            slope,
+            1.0 if then_slope is None else then_slope,
+            running_mean is not None,
+            then_slope is not None,
+            pad,
+            BLOCK_S=plan.block_s,
+            **plan.blocks,
+        )
+
+
+def batch_norm_backward_triton(
+    grad_y: Tensor,  # [N, C, H, W] or [N, C, H + 2, W + 2]
+    grad_activated: Tensor | None,  # [N, C, H, W], as h and grad_h
+    h: Tensor,
+    saved: Tensor,  # [views, 2, C]
+    weight: Tensor,  # [C], as bias and their gradients
+    bias: Tensor,
+    views: int,
+    slope: float,
+    then_slope: float | None,
+    pad: bool,
+    grad_h: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+) -> None:
+    """Fills grad_h, grad_weight and grad_bias; all but vectors in channels_last."""
+    N, C, H, W = h.shape
+    rows = N // views * H * W
+    plan = Plan(rows, views, C)
+    partials = torch.empty(views, 2, plan.splits, C, dtype=torch.float32, device=h.device)
+    if C == 0:
+        return
+    inputs = (grad_y, grad_y if grad_activated is None else grad_activated, h, saved, weight, bias)
+    slopes = (slope, 1.0 if then_slope is None else then_slope)
+    flags = (grad_activated is not None, pad, 3 if H == 1 else 2, 3 if W == 1 else 2)
+    with torch.cuda.device_of(h):
+        backward_sums_kernel[plan.reduce_grid](
+            *inputs, partials, rows, H, W, C, plan.split, *slopes, *flags, **plan.blocks
+        )
+        backward_apply_kernel[plan.apply_grid(rows)](
+            *inputs,
+            partials,
+            grad_h,
+            grad_weight,
+            grad_bias,
+            views,
+            rows,
+            H,
+            W,
+            C,
+            plan.split,
+            plan.tiles_per_program(rows),
+            *slopes,
+            *flags,
+            BLOCK_S=plan.block_s,
+            **plan.blocks,
+        )
+
+
+class Plan:
+    """Which program takes what: `rows` of each view in `splits` parts of `split` rows, channels in blocks."""
+
+    def __init__(self, rows: int, views: int, C: int) -> None:
+        block_c = max(1, min(triton.next_power_of_2(C), LARGEST_BLOCK_C))
+        self.block_m = TILE // block_c
+        self.blocks = {"BLOCK_M": self.block_m, "BLOCK_C": block_c, "num_warps": WARPS, "enable_fp_fusion": True}
+        self.others = (triton.cdiv(C, block_c), views)
+        columns = max(1, self.others[0] * views)  # of programs
+        self.apply_programs = max(1, APPLY_PROGRAMS // columns)
+        tiles = triton.cdiv(rows, self.block_m)
+        splits = max(1, min(tiles, LARGEST_SPLITS, REDUCE_PROGRAMS // columns))
+        self.split = triton.cdiv(tiles, splits) * self.block_m
+        self.splits = triton.cdiv(rows, self.split)
+        self.block_s = triton.next_power_of_2(self.splits)
+        self.reduce_grid = (self.splits, *self.others)
+
+    def tiles_per_program(self, rows: int) -> int:
+        return triton.cdiv(triton.cdiv(rows, self.block_m), self.apply_programs)
+
+    def apply_grid(self, rows: int) -> tuple[int, int, int]:
+        return (triton.cdiv(rows, self.tiles_per_program(rows) * self.block_m), *self.others)
+
+
+@triton.jit(do_not_specialize=["rows", "split"])
+def statistics_kernel(
+    x,  # [views * rows, C], as residual and h
+    residual,
+    h,
+    partials,  # [views, 2, splits, C]: mean of each part, and the sum of squared deviations from it
+    rows,
+    C,
+    split,
+    RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    part, splits, view = tl.program_id(0), tl.num_programs(0), tl.program_id(2)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    lane = tl.arange(0, BLOCK_M)
+    begin = part * split
+    end = tl.minimum(begin + split, rows)
+    # Welford's recursion in every lane of the tile: nothing has to be summed across threads before the end.
+    mean = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    count = 0.0
+    for first in range(begin, end, BLOCK_M):
+        row = first + lane
+        inside = (row < end)[:, None] & (c < C)[None, :]
+        at = (view * rows + row).to(tl.int64)[:, None] * C + c[None, :]
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            total = (value + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)).to(h.dtype.element_ty)
+            tl.store(h + at, total, mask=inside)
+            value = total.to(tl.float32)
+        count += 1.0
+        change = tl.where(inside, value - mean, 0.0)
+        mean += change * (1.0 / count)
+        squares += change * (value - mean)
+    length = end - begin
+    counts = ((length - lane + BLOCK_M - 1) // BLOCK_M).to(tl.float32)[:, None]  # 0 for lanes behind the last row
+    total_mean, total_squares = merge(counts, mean, squares, length)
+    at = (view * 2 * splits + part) * C + c
+    tl.store(partials + at, total_mean, mask=c < C)
+    tl.store(partials + at + splits * C, total_squares, mask=c < C)
+
+
+@triton.jit
+def merge(counts, means, squares, length):  # [parts, 1], [parts, BLOCK_C] each
+    """Mean and sum of squared deviations of the union (Chan, Golub and LeVeque 1983)."""
+    mean = tl.sum(counts * means, axis=0) / length
+    change = means - mean[None, :]
+    return mean, tl.sum(squares + counts * change * change, axis=0)
+
+
+@triton.jit
+def load_partials(partials, view, splits, c, C, BLOCK_S: tl.constexpr):  # [views, 2, splits, C]
+    s = tl.arange(0, BLOCK_S)
+    inside = (s < splits)[:, None] & (c < C)[None, :]
+    at = (view * 2 * splits + s)[:, None] * C + c[None, :]
+    first = tl.load(partials + at, mask=inside, other=0.0)
+    return first, tl.load(partials + at + splits * C, mask=inside, other=0.0)
+
+
+@triton.jit
+def view_statistics(partials, view, rows, split, c, C, BLOCK_S: tl.constexpr):
+    """Mean and sum of squared deviations of a view, [BLOCK_C] each."""
+    means, squares = load_partials(partials, view, (rows + split - 1) // split, c, C, BLOCK_S)
+    counts = tl.minimum(tl.maximum(rows - tl.arange(0, BLOCK_S) * split, 0), split).to(tl.float32)
+    return merge(counts[:, None], means, squares, rows)
+
+
+@triton.jit
+def leaky(value, slope):
+    return tl.where(value > 0, value, value * slope)
+
+
+@triton.jit(do_not_specialize=["views", "rows", "out_rows", "H", "W", "split", "tiles"])
+def apply_kernel(
+    h,  # [views * rows, C]
+    partials,  # [views, 2, splits, C]
+    weight,  # [C]
+    bias,  # [C]
+    running_mean,  # [C]
+    running_var,  # [C]
+    y,  # [views * out_rows, C]
+    activated,  # [views * rows, C]
+    saved,  # [views, 2, C]
+    views,
+    rows,
+    out_rows,
+    H,
+    W,
+    C,
+    split,
+    tiles,  # of a program
+    momentum,
+    eps,
+    slope,
+    then_slope,
+    RUNNING: tl.constexpr,
+    THEN: tl.constexpr,
+    PAD: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    program, view = tl.program_id(0), tl.program_id(2)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean, squares = view_statistics(partials, view, rows, split, c, C, BLOCK_S)
+    inverse = 1.0 / tl.sqrt_rn(squares / rows + eps)
+    if program == 0:
+        tl.store(saved + view * 2 * C + c, mean, mask=c < C)
+        tl.store(saved + (view * 2 + 1) * C + c, inverse, mask=c < C)
+    if RUNNING:
+        if (program == 0) & (view == 0):
+            new_mean = tl.load(running_mean + c, mask=c < C, other=0.0).to(tl.float32)
+            new_var = tl.load(running_var + c, mask=c < C, other=0.0).to(tl.float32)
+            for v in range(0, views):
+                of_view, its_squares = view_statistics(partials, v, rows, split, c, C, BLOCK_S)
+                new_mean += momentum * (of_view - new_mean)
+                new_var += momentum * (its_squares / (rows - 1) - new_var)
+            tl.store(running_mean + c, new_mean, mask=c < C)
+            tl.store(running_var + c, new_var, mask=c < C)
+
+    scale = inverse * tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
+    shift = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
+    for tile in range(0, tiles):
+        out_row = (program * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = out_row
+        if PAD:
+            n, rest = out_row // ((H + 2) * (W + 2)), out_row % ((H + 2) * (W + 2))
+            i = tl.minimum(tl.maximum(rest // (W + 2) - 1, 0), H - 1)
+            j = tl.minimum(tl.maximum(rest % (W + 2) - 1, 0), W - 1)
+            row = (n * H + i) * W + j
+        inside = (out_row < out_rows)[:, None] & (c < C)[None, :]
+        at = (view * rows + row).to(tl.int64)[:, None] * C + c[None, :]
+        out_at = (view * out_rows + out_row).to(tl.int64)[:, None] * C + c[None, :]
+        value = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+        value = leaky((value - mean[None, :]) * scale[None, :] + shift[None, :], slope).to(y.dtype.element_ty)
+        tl.store(y + out_at, value, mask=inside)
+        if THEN:
+            tl.store(activated + out_at, leaky(value.to(tl.float32), then_slope), mask=inside)
+
+
+@triton.jit
+def beyond(i, H, a: tl.constexpr):  # [BLOCK_M]
+    """Where copy `a` of position i of 0 .. H - 1 is, relative to it, and whether there is one.
+
+    0: its own place; 1: beyond the edge that it is on; 2: beyond the other edge, for H = 1.
+    """
+    if a == 0:
+        offset, there = i * 0, i >= 0
+    elif a == 1:
+        offset, there = tl.where(i == 0, -1, 1), (i == 0) | (i == H - 1)
+    else:
+        offset, there = i * 0 + 1, i >= 0
+    return offset, there
+
+
+@triton.jit
+def load_gradient(
+    grad_y,  # [views * out_rows, C]
+    grad_activated,  # [views * rows, C], as h
+    h,
+    mean,  # [1, BLOCK_C] each
+    inverse,
+    weight,
+    bias,
+    view,
+    row,  # [BLOCK_M]
+    c,  # [BLOCK_C]
+    inside,  # [BLOCK_M, BLOCK_C]
+    rows,
+    H,
+    W,
+    C,
+    slope,
+    then_slope,
+    THEN: tl.constexpr,
+    PAD: tl.constexpr,
+    COPIES_H: tl.constexpr,
+    COPIES_W: tl.constexpr,
+):
+    """The gradient of what the LeakyReLU is taken of, and (h - mean) · inverse, [BLOCK_M, BLOCK_C] each."""
+    at = (view * rows + row).to(tl.int64)[:, None] * C + c[None, :]
+    normal = (tl.load(h + at, mask=inside, other=0.0).to(tl.float32) - mean) * inverse
+    if PAD:
+        # Gathered: an element sums the positions that copy it, its own and those beyond the edges that it is on.
+        i, j = (row // W) % H, row % W
+        own = ((view * (rows // W // H) + row // W // H) * (H + 2) + i + 1) * (W + 2) + j + 1
+        gradient = tl.zeros(inside.shape, tl.float32)
+        for a in tl.static_range(COPIES_H):
+            for b in tl.static_range(COPIES_W):
+                up, copies_up = beyond(i, H, a)
+                left, copies_left = beyond(j, W, b)
+                position = (own + up * (W + 2) + left).to(tl.int64)[:, None] * C + c[None, :]
+                copies = inside & (copies_up & copies_left)[:, None]
+                gradient += tl.load(grad_y + position, mask=copies, other=0.0).to(tl.float32)
+    else:
+        gradient = tl.load(grad_y + at, mask=inside, other=0.0).to(tl.float32)
+    positive = normal * weight + bias > 0
+    if THEN:
+        second = tl.load(grad_activated + at, mask=inside, other=0.0).to(tl.float32)
+        gradient += tl.where(positive, second, second * then_slope)
+    return tl.where(positive, gradient, gradient * slope), normal
+
+
+@triton.jit
+def load_vectors(saved, weight, bias, view, c, C):  # [views, 2, C], [C] each
+    """Mean, inverse deviation, weight and bias, [1, BLOCK_C] each."""
+    mean = tl.load(saved + view * 2 * C + c, mask=c < C, other=0.0)
+    inverse = tl.load(saved + (view * 2 + 1) * C + c, mask=c < C, other=0.0)
+    w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
+    b = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
+    return mean[None, :], inverse[None, :], w[None, :], b[None, :]
+
+
+@triton.jit(do_not_specialize=["rows", "H", "W", "split"])
+def backward_sums_kernel(
+    grad_y,  # [views * out_rows, C]
+    grad_activated,  # [views * rows, C], as h
+    h,
+    saved,  # [views, 2, C]
+    weight,  # [C]
+    bias,  # [C]
+    partials,  # [views, 2, splits, C]: sums of the gradient, and of its products with the normalised h
+    rows,
+    H,
+    W,
+    C,
+    split,
+    slope,
+    then_slope,
+    THEN: tl.constexpr,
+    PAD: tl.constexpr,
+    COPIES_H: tl.constexpr,
+    COPIES_W: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    part, splits, view = tl.program_id(0), tl.num_programs(0), tl.program_id(2)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean, inverse, w, b = load_vectors(saved, weight, bias, view, c, C)
+    begin = part * split
+    end = tl.minimum(begin + split, rows)
+    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    products = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for first in range(begin, end, BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)
+        inside = (row < end)[:, None] & (c < C)[None, :]
+        gradient, normal = load_gradient(
+            grad_y,
+            grad_activated,
+            h,
+            mean,
+            inverse,
+            w,
+            b,
+            view,
+            row,
+            c,
+            inside,
+            rows,
+            H,
+            W,
+            C,
+            slope,
+            then_slope,
+            THEN,
+            PAD,
+            COPIES_H,
+            COPIES_W,
+        )
+        total += gradient
+        products += gradient * normal
+    at = (view * 2 * splits + part) * C + c
+    tl.store(partials + at, tl.sum(total, axis=0), mask=c < C)
+    tl.store(partials + at + splits * C, tl.sum(products, axis=0), mask=c < C)
+
+
+@triton.jit
+def view_sums(partials, view, rows, split, c, C, BLOCK_S: tl.constexpr):
+    total, products = load_partials(partials, view, (rows + split - 1) // split, c, C, BLOCK_S)
+    return tl.sum(total, axis=0), tl.sum(products, axis=0)
+
+
+@triton.jit(do_not_specialize=["views", "rows", "H", "W", "split", "tiles"])
+def backward_apply_kernel(
+    grad_y,  # [views * out_rows, C]
+    grad_activated,  # [views * rows, C], as h and grad_h
+    h,
+    saved,  # [views, 2, C]
+    weight,  # [C], as bias and their gradients
+    bias,
+    partials,  # [views, 2, splits, C]
+    grad_h,
+    grad_weight,
+    grad_bias,
+    views,
+    rows,
+    H,
+    W,
+    C,
+    split,
+    tiles,  # of a program
+    slope,
+    then_slope,
+    THEN: tl.constexpr,
+    PAD: tl.constexpr,
+    COPIES_H: tl.constexpr,
+    COPIES_W: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    program, view = tl.program_id(0), tl.program_id(2)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total, products = view_sums(partials, view, rows, split, c, C, BLOCK_S)
+    if (program == 0) & (view == 0):
+        all_total = tl.zeros([BLOCK_C], tl.float32)
+        all_products = tl.zeros([BLOCK_C], tl.float32)
+        for v in range(0, views):
+            of_view, its_products = view_sums(partials, v, rows, split, c, C, BLOCK_S)
+            all_total += of_view
+            all_products += its_products
+        tl.store(grad_bias + c, all_total, mask=c < C)
+        tl.store(grad_weight + c, all_products, mask=c < C)
+
+    mean, inverse, w, b = load_vectors(saved, weight, bias, view, c, C)
+    mean_gradient, mean_product = (total / rows)[None, :], (products / rows)[None, :]
+    for tile in range(0, tiles):
+        row = (program * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = (row < rows)[:, None] & (c < C)[None, :]
+        gradient, normal = load_gradient(
+            grad_y,
+            grad_activated,
+            h,
+            mean,
+            inverse,
+            w,
+            b,
+            view,
+            row,
+            c,
+            inside,
+            rows,
+            H,
+            W,
+            C,
+            slope,
+            then_slope,
+            THEN,
+            PAD,
+            COPIES_H,
+            COPIES_W,
+        )
+        result = (gradient - mean_gradient - normal * mean_product) * (w * inverse)
+        tl.store(grad_h + (view * rows + row).to(tl.int64)[:, None] * C + c[None, :], result, mask=inside)
