@@ -45,13 +45,13 @@ class VQVAE(nn.Module):
         """How many samples of a series one column of the grid stands for; the last one also has what is left over."""
         return self.stft.hop << self.num_down
 
-    def encode(self, u: Tensor) -> Tensor:
-        """u [B, 2C, H, W] -> continuous latents z [B, n, D]."""
-        return self.encoder(u).flatten(2).mT
+    def encode(self, u: Tensor, views: int = 1) -> Tensor:
+        """u [B, 2C, H, W] -> continuous latents z [B, n, D]; `views` of equal size may be in a batch, see Encoder."""
+        return self.encoder(u, views).flatten(2).mT
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, views: int = 1) -> Tensor:
         """Latents z [B, n, D], quantised or not -> spectrogram û [B, 2C, H, W]."""
-        return self.decoder(self.as_grid(z))
+        return self.decoder(self.as_grid(z), views)
 
     def as_grid(self, z: Tensor) -> Tensor:
         """z [B, n, D] -> [B, D, H, W']."""
@@ -122,28 +122,30 @@ def stage1_losses(
         x: normalised series [B, C, L]; [B, E·C, L] for E models stacked, and the losses are then [E].
         view: augmented series, as x, or None without SSL.
 
-    The two views pass encoder and decoder one after the other: each has its own batch statistics.
+    The two views pass encoder and decoder as one batch, but each has its own batch statistics.
     """
-    u = model.stft(x)
-    z = model.encode(u)
+    views = 1 if ssl is None else 2
+    series = (x,) if ssl is None else (x, view)
+    u = model.stft(joined(series))
+    z, *z_view = model.encode(u, views).chunk(views)
     z_q, _, commitment = model.vq(z)
     members = model.members
     if members is not None:  # its own is the mean over members
         commitment = squared_error(z.mT, z_q.detach().mT, members)
-    u_hat = model.decode(z_q)
-    losses = {
-        "reconstruction_time": squared_error(model.stft.inverse(u_hat), x, members),
-        "reconstruction_spectrum": squared_error(u_hat, u, members),
-        "commitment": commitment,
-    }
-    loss = losses["reconstruction_time"] + losses["reconstruction_spectrum"] + losses["commitment"]
+    u_hat = model.decode(joined((z_q, *z_view)), views)
+    x_hat = model.stft.inverse(u_hat)
+    (time, *time_view), (spectrum, *spectrum_view) = (
+        [squared_error(a, b, members) for a, b in zip(hat.chunk(views), true, strict=True)]
+        for hat, true in ((x_hat, series), (u_hat, u.chunk(views)))
+    )
+    losses = {"reconstruction_time": time, "reconstruction_spectrum": spectrum, "commitment": commitment}
+    loss = time + spectrum + commitment
     if ssl is not None:
-        u_view = model.stft(view)
-        z_view = model.encode(u_view)
-        u_view_hat = model.decode(z_view)
-        losses["reconstruction_view"] = squared_error(model.stft.inverse(u_view_hat), view, members) + squared_error(
-            u_view_hat, u_view, members
-        )
-        losses["ssl"] = ssl(model.as_grid(z_q), model.as_grid(z_view))
+        losses["reconstruction_view"] = time_view[0] + spectrum_view[0]
+        losses["ssl"] = ssl(model.as_grid(z_q), model.as_grid(z_view[0]))
         loss = loss + view_weight * losses["reconstruction_view"] + losses["ssl"]
     return {"loss": loss, **losses, "perplexity": model.vq.perplexity}
+
+
+def joined(parts: tuple[Tensor, ...]) -> Tensor:  # [B, ...] each
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

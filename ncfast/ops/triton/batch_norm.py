@@ -12,7 +12,7 @@ from torch import Tensor
 
 # A tile is TILE elements, at most LARGEST_BLOCK_C channels wide. More programs of the first launch read faster, but
 # leave more parts for each of the second to merge, which therefore takes several tiles where there are many.
-TILE, LARGEST_BLOCK_C, WARPS = 4096, 64, 4
+TILE, LARGEST_BLOCK_C, WARPS = 4096, 64, 8
 REDUCE_PROGRAMS, LARGEST_SPLITS = 256, 64
 APPLY_PROGRAMS = 528
 
