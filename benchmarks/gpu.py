@@ -42,6 +42,7 @@ BENCHMARKS = {
     "code_stats": 1,
     "rotate_to_code": 2,
     "iter_norm": 2,
+    "batch_norm": 2,
     "fused_linear": 2,
 }
 PACKAGES = ("triton", "vector-quantize-pytorch", "flash-kmeans", "lightly", "numpy")

@@ -20,6 +20,7 @@ OPERATIONS = (
     "vicreg_loss",
     "vibcreg_loss",
     "iter_norm",
+    "batch_norm",
     "fused_linear",
     "masked_attention",
     "unmask_step",

@@ -122,7 +122,7 @@ def stage1_losses(
         x: normalised series [B, C, L]; [B, E·C, L] for E models stacked, and the losses are then [E].
         view: augmented series, as x, or None without SSL.
 
-    The two views pass encoder and decoder as one batch, but each has its own batch statistics.
+    Encoder and decoder have both views in one batch, but each view has batch statistics of its own.
     """
     views = 1 if ssl is None else 2
     series = (x,) if ssl is None else (x, view)

@@ -223,9 +223,7 @@ def _triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ncfast.ops.triton.batch_norm import batch_norm_triton
 
-    outputs = _fake(
-        x, residual, weight, bias, running_mean, running_var, views, momentum, eps, slope, then_slope, pad
-    )
+    outputs = _fake(x, residual, weight, bias, running_mean, running_var, views, momentum, eps, slope, then_slope, pad)
     batch_norm_triton(
         x, residual, weight, bias, running_mean, running_var, views, momentum, eps, slope, then_slope, pad, *outputs
     )

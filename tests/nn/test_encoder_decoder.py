@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ncfast.nn import encoder_decoder
 from ncfast.nn.encoder_decoder import Decoder, Encoder, LinearResize, num_downsampling_blocks
 from ncfast.ops import dispatch
 
@@ -75,7 +76,7 @@ def pairs(num_residual=2):
     )
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["in turns", "reference", "triton"])
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("which", [0, 1], ids=["encoder", "decoder"])
 @pytest.mark.parametrize("num_residual", [0, 2])
@@ -84,6 +85,8 @@ def test_views_are_passes_of_their_own(which, views, num_residual, impl, monkeyp
     ours, theirs = make(), make()
     theirs.load_state_dict(ours.state_dict())
     dtype = torch.float64
+    if impl != "in turns":  # as on a GPU
+        monkeypatch.setattr(encoder_decoder, "in_turns", lambda x, views: False)
     if impl == "triton":
         if dispatch.why_not_triton(torch.device("cpu")) is not None:
             pytest.skip("triton does not run here")
@@ -127,7 +130,8 @@ def test_running_statistics_in_eval(which):
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["encoder", "decoder"])
-def test_autocast(which):
+def test_autocast(which, monkeypatch):
+    monkeypatch.setattr(encoder_decoder, "in_turns", lambda x, views: False)
     make, transcribed, shape = pairs()[which]
     ours = make().float()
     theirs = make().float()

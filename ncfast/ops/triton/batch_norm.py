@@ -268,7 +268,7 @@ def apply_kernel(
     if program == 0:
         tl.store(saved + view * 2 * C + c, mean, mask=c < C)
         tl.store(saved + (view * 2 + 1) * C + c, inverse, mask=c < C)
-    if RUNNING:
+    if RUNNING:  # noqa: SIM102  known when compiling, the next is not
         if (program == 0) & (view == 0):
             new_mean = tl.load(running_mean + c, mask=c < C, other=0.0).to(tl.float32)
             new_var = tl.load(running_var + c, mask=c < C, other=0.0).to(tl.float32)
