@@ -30,6 +30,7 @@ from ncfast.training import (
     new_prior,
     new_self_supervision,
     new_vqvae,
+    on_device,
     prepare_folder,
     reconstruction,
     record_metrics,
@@ -153,7 +154,7 @@ def stage1(configs: Sequence[Config], vqvaes: Sequence[VQVAE], x: Tensor, device
     if config.ssl != "none":
         modules["ssl"] = stack([new_self_supervision(each) for each in configs], folded=True)
         augment = Augment(config.augment)
-    modules.to(device)
+    on_device(modules, device)
     ssl = modules["ssl"] if augment is not None else None
 
     def losses(rows: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:

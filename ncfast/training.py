@@ -161,7 +161,7 @@ def new_prior(config: Config, vqvae: VQVAE, data: DataFacts) -> Prior:
 def stage1(config: Config, vqvae: VQVAE, x: Tensor, device: torch.device) -> Stage:
     ssl = new_self_supervision(config)
     augment = None if ssl is None else Augment(config.augment)
-    modules = nn.ModuleDict({"vqvae": vqvae} if ssl is None else {"vqvae": vqvae, "ssl": ssl}).to(device)
+    modules = on_device(nn.ModuleDict({"vqvae": vqvae} if ssl is None else {"vqvae": vqvae, "ssl": ssl}), device)
 
     def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         batch = x[rows]
@@ -169,6 +169,13 @@ def stage1(config: Config, vqvae: VQVAE, x: Tensor, device: torch.device) -> Sta
         return stage1_losses(vqvae, ssl, batch, view, config.view_weight)
 
     return stage(1, config, modules, losses, len(x))
+
+
+def on_device(modules: nn.Module, device: torch.device) -> nn.Module:
+    """Moved there; on a GPU with the weights of convolutions in the order that its tensor cores take."""
+    if device.type == "cuda":
+        return modules.to(device, memory_format=torch.channels_last)
+    return modules.to(device)
 
 
 def stage2(config: Config, vqvae: VQVAE, prior: Prior, x: Tensor, labels: Tensor | None, device: torch.device) -> Stage:

@@ -28,7 +28,9 @@ class Projector(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, *, whiten: bool = False, groups: int = 64) -> None:
         super().__init__()
-        self.linears = nn.ModuleList([nn.Linear(in_dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)])
+        # Without bias: the norms, and after the last layer the losses, take away what all rows have in common, so that
+        # its gradient would be zero.
+        self.linears = nn.ModuleList([nn.Linear(width, dim, bias=False) for width in (in_dim, dim, dim)])
         self.norms = nn.ModuleList([nn.BatchNorm1d(dim), nn.BatchNorm1d(dim)])
         self.whiten = IterNorm(dim, min(groups, dim)) if whiten else nn.Identity()
 

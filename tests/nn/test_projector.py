@@ -31,7 +31,8 @@ def test_equals_two_separate_calls(whiten):
         torch.testing.assert_close(p, q, msg=name)
 
 
-def test_parameter_counts_are_the_papers():
+def test_parameter_counts_are_the_papers_but_for_the_idle_biases():
+    idle = 3 * 4096
     with torch.device("meta"):
-        assert sum(p.numel() for p in Projector(128, 4096).parameters()) == 34_107_392
-        assert sum(p.numel() for p in Projector(128, 4096, whiten=True).parameters()) == 34_115_584
+        assert sum(p.numel() for p in Projector(128, 4096).parameters()) + idle == 34_107_392
+        assert sum(p.numel() for p in Projector(128, 4096, whiten=True).parameters()) + idle == 34_115_584
