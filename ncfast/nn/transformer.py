@@ -21,13 +21,22 @@ class RMSNorm(nn.Module):
 
 
 def apply_linear(
-    layer: nn.Linear, x: Tensor, norm: RMSNorm | None = None, *, gelu: bool = False, residual: Tensor | None = None
-) -> Tensor:
-    """residual + gelu(layer(norm(x)))."""
+    layer: nn.Linear,
+    x: Tensor,
+    norm: RMSNorm | None = None,
+    *,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    return_x: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """residual + gelu(layer(norm(x))); with return_x also x, for the end of the branch that starts here."""
     if not isinstance(layer, nn.Linear):  # of several models at once: `nn.stacked`
-        return layer.fused(x, norm, gelu, residual)
+        y = layer.fused(x, norm, gelu, residual)
+        return (y, x) if return_x else y
     norm_weight = None if norm is None else norm.weight
-    return fused_linear(x, layer.weight, layer.bias, norm_weight, residual, norm_eps=RMSNorm.eps, gelu=gelu)
+    return fused_linear(
+        x, layer.weight, layer.bias, norm_weight, residual, norm_eps=RMSNorm.eps, gelu=gelu, return_x=return_x
+    )
 
 
 class Attention(nn.Module):
@@ -54,15 +63,17 @@ class Block(nn.Module):
             RMSNorm(dim), nn.Linear(dim, ff_mult * dim), nn.GELU(), nn.Linear(ff_mult * dim, dim)
         )
 
-    def qkv(self, x: Tensor) -> Tensor:
-        """x [B, S, dim] -> queries, keys and values [B, S, 3 H d]."""
+    def qkv(self, x: Tensor, *, return_x: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """x [B, S, dim] -> queries, keys and values [B, S, 3 H d]; with return_x also x."""
         norm, attention = self.attention
-        return apply_linear(attention.qkv, x, norm)
+        return apply_linear(attention.qkv, x, norm, return_x=return_x)
 
     def attention_half(self, x: Tensor, qkv: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """x + attention(norm(x)); arguments as for `forward`."""
         attention = self.attention[1]
-        attended = attention.attend(self.qkv(x) if qkv is None else qkv)
+        if qkv is None:
+            qkv, x = self.qkv(x, return_x=True)
+        attended = attention.attend(qkv)
         if positions is not None:
             x, attended = take_positions(x, positions), take_positions(attended, positions)
         return apply_linear(attention.out, attended, residual=x)
@@ -70,7 +81,8 @@ class Block(nn.Module):
     def feed_forward_half(self, x: Tensor) -> Tensor:
         """x + feed-forward(norm(x))."""
         norm, first, _, second = self.feed_forward
-        return apply_linear(second, apply_linear(first, x, norm, gelu=True), residual=x)
+        hidden, x = apply_linear(first, x, norm, gelu=True, return_x=True)
+        return apply_linear(second, hidden, residual=x)
 
     def forward(self, x: Tensor, qkv: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """x [B, S, dim] -> [B, S, dim].

@@ -7,6 +7,9 @@ from torch.nn import functional as F
 
 from ncfast.ops import dispatch
 
+MAX_NORMED = 512  # columns that the Triton kernel holds, as it must to normalise them
+LEAST_SHARED_MEMORY = 99 << 10  # of a program of it: what all GPUs from sm_80 on have
+
 
 def fused_linear_reference(
     x: Tensor,
@@ -36,38 +39,89 @@ def fused_linear(
     *,
     norm_eps: float = 1e-12,
     gelu: bool = False,
+    return_x: bool = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """residual + gelu(rms_norm(x) Wᵀ + b); each part but W may be left out.
 
-    The C++ kernel passes over x and the result once, and keeps no normalised x for the gradient. A row of its result is
-    the same bits for any number of rows and threads.
+    The kernels pass over x and the result once, and keep no normalised x for the gradient. In C++ a row of the result
+    is the same bits for any number of rows and threads. Under autocast all is computed in autocast's type, float64
+    excepted; sums and the norm's statistics are float32 in any type.
 
     Args:
         x: [..., K], floating point.
-        weight: [N, K], bias: [N], of x's type.
-        norm_weight: [K]: x is first divided by sqrt(mean(x²) + norm_eps) of its row, then multiplied by this
+        weight: [N, K], of x's type.
+        bias: [N], of x's type, or float32 beside float16 and bfloat16.
+        norm_weight: [K], as bias: x is first divided by sqrt(mean(x²) + norm_eps) of its row, then multiplied by this
             (Zhang and Sennrich, Root mean square layer normalization, arXiv 1910.07467).
-        residual: [..., N], added at the end.
+        residual: [..., N], of x's type, added at the end.
         gelu: apply the exact GELU, y Φ(y).
-        impl: "auto", "reference" (plain PyTorch) or "cpp" (float32).
+        return_x: return x as well, to be used instead of x from there on: what comes to it in the backward pass, the
+            Triton kernel adds to its own gradient of x, and autograd need not.
+        impl: "auto", "reference" (plain PyTorch), "cpp" (float32) or "triton" (bfloat16, float16, and float32 where
+            torch.backends.cuda.matmul.allow_tf32 is set; with a norm K <= 512).
 
     Returns:
-        [..., N] in x's type. Differentiable in all tensors; a second derivative is refused, except of the reference.
+        [..., N] in x's type, or in autocast's; with return_x this and x, in the same type. Differentiable in all
+        tensors; a second derivative is refused, except of the reference.
 
     Raises:
         ValueError: shapes, types or devices that do not fit; an unknown impl.
         RuntimeError: an `impl` asked for by name that cannot run here, with the reason.
     """
     parts = {"bias": bias, "norm_weight": norm_weight, "residual": residual}
-    check(x, weight, parts)
-    name = dispatch.choose("fused_linear", impl, why_not(x.device, x.dtype))
+    lower = autocast_dtype(x)
+    if lower is None:
+        y, x = run(x, weight, parts, norm_eps, gelu, return_x, impl, None)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            y, x = run(x, weight, parts, norm_eps, gelu, return_x, impl, lower)
+    return (y, x) if return_x else y
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    parts: dict[str, Tensor | None],
+    norm_eps: float,
+    gelu: bool,
+    return_x: bool,
+    impl: str,
+    lower: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """y and x of fused_linear. lower: autocast's type."""
+    x, parts["residual"] = cast(x, lower), cast(parts["residual"], lower)
+    check(x, weight, parts, lower)
+    normed = parts["norm_weight"] is not None
+    name = dispatch.choose("fused_linear", impl, why_not(x.device, x.dtype, x.shape[-1], normed=normed))
+    if name != "triton":  # which takes parameters as they are, and so gives their gradients unrounded
+        weight, *values = (None if part is None else part.to(x.dtype) for part in (weight, *parts.values()))
+        parts = dict(zip(parts, values, strict=True))
     if name == "reference":
-        return fused_linear_reference(x, weight, bias, norm_weight, residual, norm_eps=norm_eps, gelu=gelu)
+        return fused_linear_reference(x, weight, **parts, norm_eps=norm_eps, gelu=gelu), x
     contiguous = [None if tensor is None else tensor.contiguous() for tensor in (x, weight, *parts.values())]
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in contiguous):
-        return FusedLinear.apply(*contiguous, norm_eps, gelu)
-    return OPERATOR(*contiguous, norm_eps, gelu, False)[0]
+        if name == "cpp":
+            return FusedLinear.apply(*contiguous, norm_eps, gelu), x
+        y, passed = FusedLinearTriton.apply(*contiguous, norm_eps, gelu, return_x)
+        return y, passed if return_x else x
+    if name == "triton":
+        contiguous[1] = contiguous[1].to(x.dtype)
+    return OPERATORS[name](*contiguous, norm_eps, gelu, False)[0], x
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type that autocast, where it is on, has for x: not for float64, which it leaves alone."""
+    device_type = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def cast(x: Tensor | None, lower: torch.dtype | None) -> Tensor | None:
+    if x is None or lower is None or x.dtype == torch.float64 or not x.is_floating_point():
+        return x
+    return x.to(lower)
 
 
 class FusedLinear(torch.autograd.Function):
@@ -96,28 +150,102 @@ class FusedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_norm_weight, grad_residual, None, None
 
 
-def check(x: Tensor, weight: Tensor, parts: dict[str, Tensor | None]) -> None:
+class FusedLinearTriton(torch.autograd.Function):
+    """y and, with return_x, x. weight is of x's type or is rounded to it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, norm_weight, residual, norm_eps: float, gelu: bool, return_x: bool):
+        ctx.weight_dtype = weight.dtype
+        x, weight, bias, norm_weight, residual = (
+            None if part is None else part.detach() for part in (x, weight, bias, norm_weight, residual)
+        )
+        weight = weight.to(x.dtype)
+        y, pre = TRITON_OPERATOR(x, weight, bias, norm_weight, residual, norm_eps, gelu, gelu)
+        ctx.save_for_backward(x, weight, bias, norm_weight, pre if gelu else None)
+        ctx.norm_eps = norm_eps
+        return y, x.view_as(x) if return_x else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y: Tensor, grad_passed: Tensor | None):
+        x, weight, bias, norm_weight, pre = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias, grad_norm_weight = TRITON_BACKWARD(
+            grad_y.contiguous(),
+            None if grad_passed is None else grad_passed.contiguous(),
+            x,
+            weight,
+            bias,
+            norm_weight,
+            pre,
+            ctx.norm_eps,
+            ctx.weight_dtype,
+        )
+        grad_bias = None if bias is None else grad_bias
+        grad_norm_weight = None if norm_weight is None else grad_norm_weight
+        grad_residual = grad_y if ctx.needs_input_grad[4] else None
+        return grad_x, grad_weight, grad_bias, grad_norm_weight, grad_residual, None, None, None
+
+
+def check(x: Tensor, weight: Tensor, parts: dict[str, Tensor | None], lower: torch.dtype | None = None) -> None:
+    """lower: autocast's type, to which parameters may be rounded."""
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"fused_linear: x is [..., K] and weight [N, K]; got {list(x.shape)} and {list(weight.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"fused_linear: x is floating point; got {x.dtype}")
     N, K = weight.shape
     expected = {"bias": [N], "norm_weight": [K], "residual": [*x.shape[:-1], N]}
+    half = x.dtype in (torch.float16, torch.bfloat16)
     for name, part in {"weight": weight, **parts}.items():
         if part is None:
             continue
         if name in expected and list(part.shape) != expected[name]:
             raise ValueError(f"fused_linear: {name} is {expected[name]}; got {list(part.shape)}")
-        if part.dtype != x.dtype or part.device != x.device:
+        may_be_wide = half and part.dtype == torch.float32 and name in ("bias", "norm_weight")
+        fits = part.dtype == x.dtype or may_be_wide or (lower is not None and cast(part, lower).dtype == x.dtype)
+        if not fits or part.device != x.device:
             raise ValueError(
                 f"fused_linear: x is {x.dtype} on {x.device} and {name} {part.dtype} on {part.device}; they are alike"
             )
 
 
-def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
-    """Each implementation, fastest first, with None or the reason why it cannot run on these."""
-    unfit = f"{dtype} input: the kernel is float32" if dtype != torch.float32 else None
-    return {"cpp": dispatch.why_not_cpp(device) or unfit, "reference": None}
+def why_not(
+    device: torch.device, dtype: torch.dtype = torch.float32, K: int = 1, *, normed: bool = True
+) -> dict[str, str | None]:
+    """Each implementation, fastest first, with None or the reason why it cannot run on these.
+
+    K: columns of x; normed: whether it is normalised.
+    """
+    unfit_cpp = f"{dtype} input: the kernel is float32" if dtype != torch.float32 else None
+    unfit = None
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        unfit = f"{dtype} input: Triton has no path for it"
+    elif dtype == torch.bfloat16 and device.type != "cuda":
+        unfit = "bfloat16 input: Triton's interpreter takes it for integers where it multiplies"
+    elif normed and K > MAX_NORMED:
+        unfit = f"a norm of {K} columns: the kernel takes up to {MAX_NORMED}"
+    elif device.type == "cuda" and dtype == torch.float32 and not allows_tf32():
+        unfit = "float32 input, and torch.backends.cuda.matmul.allow_tf32 is not set: the kernel multiplies in TF32"
+    elif device.type == "cuda" and shared_memory_of(device) < LEAST_SHARED_MEMORY:
+        unfit = (
+            f"the kernel needs {LEAST_SHARED_MEMORY} bytes of shared memory; {device} has {shared_memory_of(device)}"
+        )
+    table = {
+        "cpp": dispatch.why_not_cpp(device) or unfit_cpp,
+        "reference": None,
+        "triton": dispatch.why_not_triton(device) or unfit,
+    }
+    # Without a GPU Triton is interpreted: right, but the slowest of all.
+    return dict(reversed(table.items())) if device.type == "cuda" else table
+
+
+@torch.compiler.assume_constant_result
+def allows_tf32() -> bool:
+    return torch.backends.cuda.matmul.allow_tf32
+
+
+@torch.compiler.assume_constant_result
+def shared_memory_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _cpp(
@@ -186,15 +314,69 @@ def _fake_norm_backward(
     return torch.empty_like(x), torch.empty_like(norm_weight), torch.empty_like(x)
 
 
-# All contiguous, float32: x [..., K], weight [N, K], bias [N], norm_weight [K], residual [..., N] -> y [..., N], and
-# what the GELU was taken of, [..., N] or empty.
-dispatch.library.define(
-    "fused_linear_cpp(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? residual, float norm_eps, "
-    "bool gelu, bool keep_pre) -> (Tensor, Tensor)"
-)
-dispatch.library.impl("fused_linear_cpp", _cpp, "CPU")
-torch.library.register_fake("ncfast::fused_linear_cpp", _fake, lib=dispatch.library)
-OPERATOR = torch.ops.ncfast.fused_linear_cpp.default
+def _triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    residual: Tensor | None,
+    norm_eps: float,
+    gelu: bool,
+    keep_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    from ncfast.ops.triton.fused_linear import fused_linear_triton
+
+    return fused_linear_triton(x, weight, bias, norm_weight, residual, norm_eps, gelu, keep_pre)
+
+
+def _triton_backward(
+    grad_y: Tensor,
+    grad_passed: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    pre: Tensor | None,
+    norm_eps: float,
+    weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ncfast.ops.triton.fused_linear import fused_linear_backward_triton
+
+    # A backward pass may run where autocast is on, and the product of grad_weight would be cast.
+    with torch.autocast(x.device.type, enabled=False):
+        return fused_linear_backward_triton(
+            grad_y, grad_passed, x, weight, bias, norm_weight, pre, norm_eps, weight_dtype
+        )
+
+
+def _fake_triton_backward(
+    grad_y: Tensor,
+    grad_passed: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    pre: Tensor | None,
+    norm_eps: float,
+    weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    vectors = (x.new_empty(0) if part is None else torch.empty_like(part) for part in (bias, norm_weight))
+    return torch.empty_like(x), torch.empty_like(weight, dtype=weight_dtype), *vectors
+
+
+OPERATORS = {}
+for _name, _implementation, _keys in (("cpp", _cpp, ("CPU",)), ("triton", _triton, ("CUDA", "CPU"))):
+    # All contiguous: x [..., K], weight [N, K], bias [N], norm_weight [K], residual [..., N] -> y [..., N], and what
+    # the GELU was taken of, [..., N] or empty. Of cpp float32; of triton one type, bias and norm_weight maybe float32.
+    dispatch.library.define(
+        f"fused_linear_{_name}(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? residual, "
+        "float norm_eps, bool gelu, bool keep_pre) -> (Tensor, Tensor)"
+    )
+    for _key in _keys:
+        dispatch.library.impl(f"fused_linear_{_name}", _implementation, _key)
+    torch.library.register_fake(f"ncfast::fused_linear_{_name}", _fake, lib=dispatch.library)
+    OPERATORS[_name] = getattr(torch.ops.ncfast, f"fused_linear_{_name}").default
+OPERATOR, TRITON_OPERATOR = OPERATORS["cpp"], OPERATORS["triton"]
 
 # grad_out and x [..., K], norm_weight [K] -> the gradients of x and norm_weight, and the normalised x [..., K].
 dispatch.library.define(
@@ -203,3 +385,15 @@ dispatch.library.define(
 dispatch.library.impl("rms_norm_backward_cpp", _norm_backward, "CPU")
 torch.library.register_fake("ncfast::rms_norm_backward_cpp", _fake_norm_backward, lib=dispatch.library)
 NORM_BACKWARD = torch.ops.ncfast.rms_norm_backward_cpp.default
+
+# grad_y [..., N]; grad_passed [..., K], which is added to the gradient of x; the forward pass's inputs; pre [..., N],
+# what the GELU was taken of, None without one -> the gradients of x, of weight in weight_dtype, and of bias and
+# norm_weight, empty where these are None.
+dispatch.library.define(
+    "fused_linear_backward_triton(Tensor grad_y, Tensor? grad_passed, Tensor x, Tensor weight, Tensor? bias, "
+    "Tensor? norm_weight, Tensor? pre, float norm_eps, ScalarType weight_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+for _key in ("CUDA", "CPU"):
+    dispatch.library.impl("fused_linear_backward_triton", _triton_backward, _key)
+torch.library.register_fake("ncfast::fused_linear_backward_triton", _fake_triton_backward, lib=dispatch.library)
+TRITON_BACKWARD = torch.ops.ncfast.fused_linear_backward_triton.default

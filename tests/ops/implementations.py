@@ -114,7 +114,7 @@ for name, types, blocks in json.loads(sys.argv[2]):
     # Pointers are aligned, as those of torch's allocations are.
     aligned = {(i,): [["tt.divisibility", 16]] for i, type in enumerate(signature.values()) if type.startswith("*")}
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options
+        ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", int(sys.argv[3]), 32), options=options
     )
     assert len(compiled.asm["cubin"]) > 0
     print(compiled.asm["ptx"])
@@ -128,8 +128,9 @@ for name, types, blocks in json.loads(sys.argv[2]):
 """
 
 
-def compile_offline(module, jobs, cache):
-    """Compiles (kernel, types, constants and options) for sm_90 without a GPU; arguments without a type are i32.
+def compile_offline(module, jobs, cache, capability=90):
+    """Compiles (kernel, types, constants and options) for sm_90, or what is given, without a GPU; arguments without a
+    type are i32.
 
     Checks what the kernels promise of every GPU: no atomics, and sums that keep their subnormals (exp2 may flush its
     own). Returns for each the bytes of shared memory of a program, and of a thread's stack, where registers go that do
@@ -138,7 +139,7 @@ def compile_offline(module, jobs, cache):
     # In a process of its own: in this one triton may have been imported as its interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    command = [sys.executable, "-c", COMPILE_TRITON, module, json.dumps(jobs)]
+    command = [sys.executable, "-c", COMPILE_TRITON, module, json.dumps(jobs), str(capability)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(".visible .entry") == len(jobs)

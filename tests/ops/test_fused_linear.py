@@ -5,20 +5,25 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from implementations import Implementation, each, poisoned_memory
+from implementations import GPU, compile_offline, each, implementations, needs_triton, poisoned_memory
 
 from ncfast.ops import dispatch, fused_linear
-from ncfast.ops.fused_linear import NORM_BACKWARD, OPERATOR, why_not
+from ncfast.ops.fused_linear import (
+    LEAST_SHARED_MEMORY,
+    MAX_NORMED,
+    NORM_BACKWARD,
+    OPERATORS,
+    TRITON_BACKWARD,
+    why_not,
+)
 
-IMPLEMENTATIONS = {
-    "reference": Implementation(fused_linear, lambda device, *dtypes: why_not(device), "reference"),
-    **{
-        f"cpp-{name}": Implementation(fused_linear, lambda device, *dtypes: why_not(device), "cpp", isa=name)
-        for name in ("avx512", "avx2", "portable")
-    },
-}
+IMPLEMENTATIONS = implementations(fused_linear, lambda device, *dtypes: why_not(device, *dtypes[:1]))
 every_implementation = each(IMPLEMENTATIONS)
 every_cpp = each(IMPLEMENTATIONS, "cpp")
+every_kernel = each(IMPLEMENTATIONS, "cpp", "triton")
+every_triton = each(IMPLEMENTATIONS, "triton")
+# Overflow and NaN are NumPy's to report in the interpreter and the kernel's to expect.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 SIZES = [(1, 1, 1), (7, 33, 5), (63, 17, 129), (129, 64, 31), (57, 500, 256), (500, 7, 63)]  # M, N, K
 
 
@@ -75,7 +80,7 @@ def test_gelu_is_exact_in_its_tails(run):
     assert (np.abs(y - expected) <= tolerance * np.abs(expected) + 1e-37).all()
 
 
-@every_cpp
+@every_kernel
 def test_nan_and_infinity_stay_in_their_row(run):
     x, weight, *parts = data(5, 40, 20)
     clean = run(x, weight, *parts, gelu=True)
@@ -95,13 +100,14 @@ def test_a_row_is_the_same_bits_among_any_rows_and_threads(run, threads):
         assert torch.equal(part, whole[1 : 1 + rows])
 
 
-@every_cpp
-def test_every_element_is_written(run):
+@every_kernel
+@pytest.mark.parametrize("norm_eps", [1e-12, 0])
+def test_every_element_is_written(run, norm_eps):
     x, weight, *parts = data(19, 45, 8)
     parts = [part.requires_grad_() for part in (x, weight, *parts)]
     with poisoned_memory():
-        out = run(*parts, gelu=True)
-        out.sum().backward()
+        out, passed = run(*parts, norm_eps=norm_eps, gelu=True, return_x=True)
+        (out.sum() + passed.sum()).backward()
     assert out.isfinite().all() and all(part.grad.isfinite().all() for part in parts)
 
 
@@ -170,27 +176,241 @@ def test_second_derivative_is_refused(needs_cpp):
         grad.sum().backward()
 
 
-def test_opcheck(needs_cpp):
-    torch.library.opcheck(OPERATOR, (*data(4, 5, 6), 1e-6, True, True))
-    x, weight, _, norm_weight, _ = data(4, 5, 6)
-    torch.library.opcheck(OPERATOR, (x, weight, None, None, None, 1e-6, False, False))
-    torch.library.opcheck(NORM_BACKWARD, (x, x, norm_weight, 1e-6))
+@each(IMPLEMENTATIONS, "cpp-portable", "triton")
+def test_opcheck(run):
+    run.skip_unless_it_runs(torch.float32)
+    x, weight, bias, norm_weight, residual = (part.to(run.device) for part in data(4, 5, 6))
+    torch.library.opcheck(OPERATORS[run.name], (x, weight, bias, norm_weight, residual, 1e-6, True, True))
+    torch.library.opcheck(OPERATORS[run.name], (x, weight, None, None, None, 1e-6, False, False))
+    if run.name == "cpp":
+        torch.library.opcheck(NORM_BACKWARD, (x, x, norm_weight, 1e-6))
+        return
+    for dtype in (torch.float32, torch.float16):
+        everything = (residual, x, x, weight, bias, norm_weight, residual, 1e-6, dtype)
+        torch.library.opcheck(TRITON_BACKWARD, everything)
+        torch.library.opcheck(TRITON_BACKWARD, (residual, None, x, weight, None, None, None, 1e-6, dtype))
 
 
-def test_compiles_whole_without_recompiling(needs_cpp):
-    parts = data(8, 12, 6)
+@each(IMPLEMENTATIONS, "cpp-portable", "triton")
+@pytest.mark.parametrize("return_x", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_whole_without_recompiling(run, return_x, autocast, tf32):
+    if autocast and run.name == "cpp":
+        pytest.skip("the kernel is float32")
+    run.skip_unless_it_runs(torch.float16 if autocast else torch.float32)
+    parts = [part.to(run.device) for part in data(8, 12, 6)]
     trained = [part.clone().requires_grad_() for part in parts]
-    torch._dynamo.reset()
     compiled = torch.compile(fused_linear, fullgraph=True, backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(3):
-            assert torch.equal(compiled(*parts, gelu=True), fused_linear(*parts, gelu=True))
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(3):
-            ours = torch.autograd.grad(compiled(*trained, gelu=True).sum(), trained)
-            plain = torch.autograd.grad(fused_linear(*trained, gelu=True).sum(), trained)
-            assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+    def outputs(function, parts):
+        with torch.autocast(run.device, torch.float16, enabled=autocast):
+            out = function(*parts, gelu=True, return_x=return_x, impl=run.name)
+        out = out if return_x else (out,)
+        grads = torch.autograd.grad([x.float().square().sum() for x in out], parts) if parts[0].requires_grad else ()
+        return *out, *grads
+
+    for given in (parts, trained):
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(3):
+                for ours, plain in zip(outputs(compiled, given), outputs(fused_linear, given), strict=True):
+                    assert torch.equal(ours, plain)
+
+
+@pytest.fixture
+def tf32():
+    """Lets float32 be multiplied as TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def gradients(run, inputs, grads_out, dtype=None, **options):
+    """y, with return_x x, and the gradients of the inputs that are not None. dtype: of autocast."""
+    leaves = [None if part is None else part.detach().clone().requires_grad_() for part in inputs]
+    with torch.autocast(run.device, dtype or torch.bfloat16, enabled=dtype is not None):
+        out = run(*leaves, **options)
+    out = out if isinstance(out, tuple) else (out,)
+    grads_out = [grad.to(y.dtype) for grad, y in zip(grads_out, out, strict=False)]
+    return *out, *torch.autograd.grad(out, [part for part in leaves if part is not None], grads_out)
+
+
+REFERENCE = IMPLEMENTATIONS["reference"]
+# Of the norm of the difference from float64, over that of the result.
+TOLERANCES = {torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@every_triton
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    "size", [(33, 40, 24), (70, 384, 256), (200, 64, 500), (130, 20, 600), (3, 0, 5), (0, 4, 5)], ids=str
+)
+def test_every_type_against_float64(run, dtype, size, tf32):
+    run.skip_unless_it_runs(dtype)
+    inputs, grads_out = data(*size, dtype), [x.to(dtype) for x in (data(*size, seed=1)[4], data(*size, seed=2)[0])]
+    for given in ((1, 1, 1, 1, 1), (0, 1, 0, 0, 1), (1, 0, 1, 0, 0), (1, 0, 0, 1, 0), (0, 0, 0, 0, 1)):
+        *kept, gelu, return_x = given
+        if kept[1] and size[2] > MAX_NORMED:
+            continue
+        chosen = [part if keep else None for part, keep in zip(inputs, [1, 1, *kept], strict=True)]
+        exact = [None if part is None else part.double() for part in chosen]
+        options = {"norm_eps": 1e-3, "gelu": bool(gelu), "return_x": bool(return_x)}
+        actual, expected = (
+            gradients(run, chosen, grads_out, **options),
+            gradients(REFERENCE, exact, grads_out, **options),
+        )
+        for ours, right in zip(actual, expected, strict=True):
+            assert ours.dtype == dtype and ours.shape == right.shape
+            assert (ours.double() - right).norm() <= TOLERANCES[dtype] * right.norm() + 1e-6
+
+
+@every_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_float32_bias_and_norm_weight(run, dtype):
+    run.skip_unless_it_runs(dtype)
+    wide, grad_out = data(40, 24, 32), [data(40, 24, 32, seed=1)[4].to(dtype)]
+    inputs = [part if i in (2, 3) else part.to(dtype) for i, part in enumerate(wide)]
+    actual = gradients(run, inputs, grad_out, gelu=True)
+    expected = gradients(REFERENCE, [part.double() for part in inputs], grad_out, gelu=True)
+    assert [x.dtype for x in actual] == [dtype, dtype, dtype, torch.float32, torch.float32, dtype]
+    for ours, right in zip(actual, expected, strict=True):
+        assert (ours.double() - right).norm() <= TOLERANCES[dtype] * right.norm()
+
+
+@every_implementation
+@pytest.mark.parametrize("return_x", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(run, dtype, return_x):
+    """Computed in autocast's type, with gradients in the parameters' own; float64 is left as it is."""
+    name = "auto" if run.name == "cpp" else run.name  # the kernel is float32, so another takes the call
+    run = run._replace(name=name, table=lambda device, *dtypes: {"auto": None} | why_not(device, dtype))
+    inputs, grads_out = data(40, 24, 32), [data(40, 24, 32, seed=1)[4], data(40, 24, 32, seed=2)[0]]
+    actual = gradients(run, inputs, grads_out, dtype, gelu=True, return_x=return_x)
+    expected = gradients(REFERENCE, [part.double() for part in inputs], grads_out, gelu=True, return_x=return_x)
+    results = 1 + return_x
+    assert all(y.dtype == dtype for y in actual[:results]) and all(x.dtype == torch.float32 for x in actual[results:])
+    for ours, right in zip(actual, expected, strict=True):
+        assert (ours.double() - right).norm() <= 2 * TOLERANCES[dtype] * right.norm()
+    x, *others = inputs
+    assert gradients(run, [x.to(dtype), *others], grads_out, dtype, gelu=True)[0].dtype == dtype
+    if run.name != "triton":
+        assert gradients(run, [part.double() for part in inputs], grads_out, dtype)[0].dtype == torch.float64
+
+
+def test_autocast_does_not_reach_a_float32_backward_pass(needs_cpp):
+    inputs, grad_out = data(7, 5, 6), data(7, 5, 6, seed=1)[4]
+    inputs = [part.requires_grad_() for part in inputs]
+    expected = torch.autograd.grad(fused_linear(*inputs, gelu=True), inputs, grad_out)
+    out = fused_linear(*inputs, gelu=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(out, inputs, grad_out)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@every_implementation
+def test_x_is_returned_with_its_gradient(run):
+    inputs, grads_out = data(21, 9, 12), [data(21, 9, 12, seed=1)[4], data(21, 9, 12, seed=2)[0]]
+    _, x, of_x, *_ = gradients(run, inputs, grads_out, gelu=True, return_x=True)
+    assert torch.equal(x, inputs[0])
+    expected = gradients(run, inputs, grads_out, gelu=True)[1] + grads_out[1]
+    torch.testing.assert_close(of_x, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(run(*inputs, return_x=True)[1], inputs[0])  # nothing to differentiate
+
+
+@every_triton
+def test_gradient_is_the_same_bits_twice(run, tf32):
+    inputs, grad_out = data(300, 40, 64), [data(300, 40, 64, seed=1)[4]]
+    first, second = (gradients(run, inputs, grad_out, gelu=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_why_triton_does_not_run():
+    cpu = torch.device("cpu")
+    if dispatch.why_not_triton(cpu):
+        pytest.skip(dispatch.why_not_triton(cpu))
+    assert why_not(cpu, torch.float32, MAX_NORMED)["triton"] is None
+    assert why_not(cpu, torch.float32, MAX_NORMED + 1, normed=False)["triton"] is None
+    assert "up to 512" in why_not(cpu, torch.float32, MAX_NORMED + 1)["triton"]
+    assert "no path" in why_not(cpu, torch.float64)["triton"]
+    x, weight, _, norm_weight, _ = data(2, 3, MAX_NORMED + 1)
+    with pytest.raises(RuntimeError, match="a norm of 513 columns"):
+        fused_linear(x, weight, None, norm_weight, impl="triton")
+
+
+@pytest.mark.gpu
+def test_float32_on_a_gpu_is_tf32_or_left_to_pytorch():
+    device, before = torch.device("cuda"), torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            table = why_not(device)
+            assert (table["triton"] is None) == allowed
+            assert next(name for name, why in table.items() if why is None) == ("triton" if allowed else "reference")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.gpu
+def test_captured_by_a_cuda_graph():
+    inputs = [part.cuda().requires_grad_() for part in data(300, 40, 64)]
+    grad_out = torch.ones(300, 40, dtype=torch.bfloat16, device=GPU)
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            y, x = fused_linear(*inputs, gelu=True, return_x=True, impl="triton")
+        return y, *torch.autograd.grad((y, x), inputs, (grad_out, torch.ones_like(x)))
+
+    expected = step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        graph.replay()
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(captured, expected, strict=True))
+
+
+OFFLINE = [  # N, K, bias, norm, residual and GELU
+    (384, 256, "norm"),
+    (256, 256, "bias norm gelu"),
+    (256, 128, "residual"),
+    (512, 512, "bias norm gelu"),
+    (100, 700, "bias gelu"),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_kernels_compile_offline(tmp_path, capability):
+    from ncfast.ops.triton.fused_linear import SUM_BLOCKS, backward_blocks, forward_blocks, given
+
+    large = capability == 90
+    wide = dict.fromkeys(("bias", "norm_weight", "bias_sums", "norm_sums", "grad_bias", "grad_norm_weight"), "*fp32")
+    tensors = ("x", "weight", "residual", "y", "pre", "grad_y", "grad_passed", "grad_pre", "grad_x", "normalised")
+    jobs = [("sum_kernel", wide, {"N": 256, "K": 384, **SUM_BLOCKS})]
+    for dtype, (N, K, parts) in itertools.product((torch.bfloat16, torch.float32), OFFLINE):
+        types = wide | {"norm_eps": "fp32"} | dict.fromkeys(tensors, TRITON_TYPES[dtype])
+        shared = {"N": N, "K": K, **given(dtype)}
+        without = {
+            "bias": ("bias", "bias_sums"),
+            "norm": ("norm_weight", "x", "normalised", "norm_sums", "grad_passed"),
+            "residual": ("residual",),
+            "gelu": ("pre", "grad_pre"),
+        }
+        absent = dict.fromkeys(name for part, names in without.items() if part not in parts for name in names)
+        forward = {name: value for name, value in absent.items() if name in ("bias", "norm_weight", "residual", "pre")}
+        backward = {name: value for name, value in absent.items() if name not in ("bias", "residual")}
+        forward |= {"GELU": "gelu" in parts, **shared, **forward_blocks(N, K, dtype, large)}
+        backward |= shared | backward_blocks(N, K, dtype, "norm" in parts, large)
+        jobs += [("forward_kernel", types, forward), ("backward_kernel", types, backward)]
+    used = compile_offline("ncfast.ops.triton.fused_linear", jobs, tmp_path, capability)
+    for job, of in zip(jobs, used, strict=True):
+        assert of["shared"] <= (227 << 10 if large else LEAST_SHARED_MEMORY), job
+        # A float32 row of 512 with its gradient does not fit into registers.
+        assert of["stack"] <= 64 or job[1].get("x") == "*fp32", job
+
+
+TRITON_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 
 
 @pytest.mark.parametrize(
