@@ -137,6 +137,11 @@ class FusedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y: Tensor):
         x, weight, norm_weight, pre = ctx.saved_tensors
+        with torch.autocast("cpu", enabled=False):
+            return FusedLinear.float32_backward(ctx, grad_y, x, weight, norm_weight, pre)
+
+    @staticmethod
+    def float32_backward(ctx, grad_y, x, weight, norm_weight, pre):
         grad_pre = torch.ops.aten.gelu_backward(grad_y, pre) if ctx.gelu else grad_y
         grad_pre = grad_pre.contiguous()
         grad_x = OPERATOR(grad_pre, weight.T.contiguous(), None, None, None, 0.0, False, False)[0]

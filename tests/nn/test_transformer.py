@@ -1,7 +1,11 @@
+import pytest
 import torch
 from torch.nn import functional as F
 
+from ncfast.nn import transformer
+from ncfast.nn.stacked import stack
 from ncfast.nn.transformer import RMSNorm, Transformer
+from ncfast.ops import dispatch, fused_linear_reference
 
 
 def test_rms_norm_value_and_gradients():
@@ -20,3 +24,52 @@ def test_every_position_sees_every_other():
     for position in range(6):
         (gradient,) = torch.autograd.grad(model(x)[0, position].sum(), x)
         assert (gradient.abs().sum(-1) > 0).all()
+
+
+def outputs(model, x, dtype=None):
+    """model(x) and the gradients of its squares, of x and of every parameter. dtype: of autocast."""
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        y = model(x)
+    inputs = {"x": x, **dict(model.named_parameters())}
+    return {"y": y.detach(), **dict(zip(inputs, torch.autograd.grad(y.double().square().sum(), inputs.values())))}
+
+
+def assert_close(actual, expected, tolerance):
+    for name, right in expected.items():
+        assert (actual[name].double() - right).norm() <= tolerance * right.norm() + 1e-9, name
+
+
+def model_and_input(E=None):
+    torch.manual_seed(0)
+    models = [Transformer(4, 16, length=6, layers=2, heads=2, head_dim=8) for _ in range(E or 1)]
+    x = torch.randn(*([] if E is None else [E]), 3, 6, 4)
+    return models[0] if E is None else stack(models, folded=False), x
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
+def test_value_and_gradients_by_every_implementation(impl, monkeypatch):
+    """x of a half-block goes round it through the first of its layers, gradients included."""
+    cpu = torch.device("cpu")
+    reason = {"cpp": dispatch.why_not_cpp, "triton": dispatch.why_not_triton}.get(impl, lambda device: None)(cpu)
+    if reason:
+        pytest.skip(reason)
+    model, x = model_and_input()
+
+    def plain(x, weight, bias, norm_weight, residual, *, norm_eps, gelu, return_x):
+        y = fused_linear_reference(x, weight, bias, norm_weight, residual, norm_eps=norm_eps, gelu=gelu)
+        return (y, x) if return_x else y
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformer, "fused_linear", plain)
+        expected = outputs(model.double(), x.double().requires_grad_())
+    chosen = transformer.fused_linear
+    monkeypatch.setattr(transformer, "fused_linear", lambda *inputs, **options: chosen(*inputs, impl=impl, **options))
+    assert_close(outputs(model.float(), x.requires_grad_()), expected, 1e-5)
+
+
+@pytest.mark.parametrize("E", [None, 2])
+def test_under_autocast(E):
+    model, x = model_and_input(E)
+    expected = outputs(model, x.requires_grad_())
+    assert_close(outputs(model, x, torch.bfloat16), expected, 0.1)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())

@@ -113,9 +113,8 @@ for name, types, blocks in json.loads(sys.argv[2]):
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     # Pointers are aligned, as those of torch's allocations are.
     aligned = {(i,): [["tt.divisibility", 16]] for i, type in enumerate(signature.values()) if type.startswith("*")}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", int(sys.argv[3]), 32), options=options
-    )
+    target = GPUTarget("cuda", int(sys.argv[3]), 32)
+    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
     assert len(compiled.asm["cubin"]) > 0
     print(compiled.asm["ptx"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

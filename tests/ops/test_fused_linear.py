@@ -1,6 +1,7 @@
 """fused_linear against float64, by every implementation."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -41,6 +42,13 @@ def data(M, N, K, dtype=torch.float32, seed=0):
     return tuple(part.to(dtype) for part in (x, weight / K**0.5, bias, norm_weight, residual))
 
 
+def combinations(run, size):
+    """Which of bias, norm and residual are given, and whether there is a GELU."""
+    all_or_none = run.slow and math.prod(size) > 10**5
+    given = itertools.product([False, True], repeat=3)
+    return itertools.product([(False,) * 3, (True,) * 3] if all_or_none else given, [False, True])
+
+
 def oracle(x, weight, bias, norm_weight, residual, *, norm_eps, gelu):
     x, weight, bias, norm_weight, residual = (
         None if part is None else part.double().numpy() for part in (x, weight, bias, norm_weight, residual)
@@ -58,7 +66,7 @@ def oracle(x, weight, bias, norm_weight, residual, *, norm_eps, gelu):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_combination(run, size):
     x, weight, *parts = data(*size)
-    for given, gelu in itertools.product(itertools.product([False, True], repeat=3), [False, True]):
+    for given, gelu in combinations(run, size):
         chosen = [part if keep else None for part, keep in zip(parts, given, strict=True)]
         actual = run(x, weight, *chosen, norm_eps=1e-3, gelu=gelu)
         expected = oracle(x, weight, *chosen, norm_eps=1e-3, gelu=gelu)
@@ -137,7 +145,7 @@ def test_non_contiguous_and_other_dtypes():
 def test_gradients(run, size):
     """Against autograd of the reference in float64, for every part alone and all together."""
     *inputs, grad_y = (*data(*size), data(*size, seed=1)[4])
-    for given, gelu in itertools.product(itertools.product([False, True], repeat=3), [False, True]):
+    for given, gelu in combinations(run, size):
         chosen = [True, True, *given]
         ours, exact = ([part if keep else None for part, keep in zip(inputs, chosen, strict=True)] for _ in range(2))
         ours = [None if part is None else part.clone().requires_grad_() for part in ours]
@@ -406,8 +414,8 @@ def test_triton_kernels_compile_offline(tmp_path, capability):
     used = compile_offline("ncfast.ops.triton.fused_linear", jobs, tmp_path, capability)
     for job, of in zip(jobs, used, strict=True):
         assert of["shared"] <= (227 << 10 if large else LEAST_SHARED_MEMORY), job
-        # A float32 row of 512 with its gradient does not fit into registers.
-        assert of["stack"] <= 64 or job[1].get("x") == "*fp32", job
+        if job[2]["K"] <= 256:  # a row of 512 with its gradient does not quite fit into registers
+            assert of["stack"] <= 32, job
 
 
 TRITON_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}

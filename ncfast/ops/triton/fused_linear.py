@@ -296,10 +296,10 @@ def backward_kernel(
             bell, cdf = gauss(z)
             wide *= cdf + z * bell * INVERSE_SQRT_2_PI
             g = wide.to(grad_y.dtype.element_ty)
-            if split == 0:
+        if split == 0:
+            if pre is not None:
                 store_tile(grad_pre, g, i, n, M, N)
-        if bias_sums is not None:
-            if split == 0:
+            if bias_sums is not None:
                 tl.store(bias_sums + block.to(tl.int64) * N + n, tl.sum(wide, axis=0), mask=n < N)
         grad = tl.dot(g, load_tile(weight, n, k, N, K), grad, input_precision=PRECISION)
     if norm_weight is not None:
