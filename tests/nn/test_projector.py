@@ -7,12 +7,13 @@ from ncfast.nn.projector import Projector
 
 
 @pytest.mark.parametrize("whiten", [False, True])
-def test_equals_two_separate_calls(whiten):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_equals_two_separate_calls(whiten, device):
     """The two views share the products, not the statistics: all is as if a plain projector saw one after the other."""
     torch.manual_seed(0)
-    joint = Projector(6, 16, whiten=whiten, groups=4).double()
+    joint = Projector(6, 16, whiten=whiten, groups=4).double().to(device)
     separate = copy.deepcopy(joint)
-    a, b = (torch.randn(9, 6, dtype=torch.float64) for _ in range(2))
+    a, b = (torch.randn(9, 6, dtype=torch.float64).to(device) for _ in range(2))
 
     def plain(x):
         for linear, norm in zip(separate.linears, separate.norms, strict=False):

@@ -142,7 +142,9 @@ def test_options(run, views, options):
         (2, 500, 1, 3),
     ],
 )
-@pytest.mark.parametrize("options", [{"slope": 0.1, "pad": True}, {"then_slope": 0.1, "residual": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"slope": 0.1, "pad": True}, {"then_slope": 0.1, "residual": True}, {"slope": 0.0}], ids=str
+)
 def test_odd_sizes(run, shape, options):
     # Of two values the gradient of x is a difference of which next to nothing remains.
     check(run, case(shape, views=2, **options), rtol=1e-4)
@@ -154,8 +156,8 @@ def test_many_parts_and_tiles(run, options, monkeypatch):
     if run.slow:
         from ncfast.ops.triton import batch_norm as kernels
 
-        for name, value in {"TILE": 64, "LARGEST_BLOCK_C": 16, "REDUCE_PROGRAMS": 20, "APPLY_PROGRAMS": 12}.items():
-            monkeypatch.setattr(kernels, name, value)
+        monkeypatch.setattr(kernels, "LARGEST_BLOCK_C", 16)
+        monkeypatch.setattr(kernels, "blocks_for", lambda elements: kernels.Blocks(64, 4, 20, 64, 12))
     check(run, case((6, 20, 5, 9), views=2, **options))
 
 
