@@ -1,5 +1,6 @@
-"""fused_linear against PyTorch's layers one after the other, at the layers of the prior (64 series of 76 positions; on a
-GPU 256 of them, in bfloat16 and in float32 as TF32).
+"""fused_linear against PyTorch's layers one after the other, at the layers of the prior.
+
+On a CPU 64 series of 76 positions, float32; on a GPU 256 of them, in bfloat16 and in float32 as TF32.
 
 `pytest benchmarks/ --benchmark-only` times each alone; `python benchmarks/bench_fused_linear.py` lets them take turns
 and prints one Markdown table. Expected of ours: 2 M N K operations forward and 6 M N K with the gradients, near the

@@ -31,7 +31,8 @@ def outputs(model, x, dtype=None):
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
         y = model(x)
     inputs = {"x": x, **dict(model.named_parameters())}
-    return {"y": y.detach(), **dict(zip(inputs, torch.autograd.grad(y.double().square().sum(), inputs.values())))}
+    grads = torch.autograd.grad(y.double().square().sum(), list(inputs.values()))
+    return {"y": y.detach(), **dict(zip(inputs, grads, strict=True))}
 
 
 def assert_close(actual, expected, tolerance):

@@ -415,7 +415,7 @@ def test_triton_kernels_compile_offline(tmp_path, capability):
     for job, of in zip(jobs, used, strict=True):
         assert of["shared"] <= (227 << 10 if large else LEAST_SHARED_MEMORY), job
         if job[2]["K"] <= 256:  # a row of 512 with its gradient does not quite fit into registers
-            assert of["stack"] <= 32, job
+            assert of["stack"] <= 64, job
 
 
 TRITON_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
