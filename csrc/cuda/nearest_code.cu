@@ -447,44 +447,19 @@ void allow_shared(Kernel* kernel, int bytes) {
 // Whether the codebook fit in shared memory, and so the work was launched.
 template <bool kHopper, bool kAligned>
 bool launch_resident(const Matrix& z, const Matrix& codebook, int64_t H, int64_t M, int K, int D, bool exact,
-                     const Device& device, cudaStream_t stream, char* workspace, int64_t* indices) {
+                     const Device& device, cudaStream_t stream, int64_t* indices) {
   if (int64_t(K) * D * 2 > device.shared_bytes || H > 65535 || M > INT_MAX / 2) return false;
+  if (ceil_div(D, kTileColumns) > kMaxChunks) return false;
   int groups = resident_threads(kHopper) / kWarpgroup;
   while (groups >= 2 && ResidentLayout(K, D, groups).bytes > device.shared_bytes) --groups;
   if (groups < 2) return false;
   const ResidentLayout layout(K, D, groups);
-  const StreamPlan plan(H, M, K, D, std::min(device.processors, kMostProcessors), kHopper);
-  if (plan.chunks > kMaxChunks) return false;
-  const auto* codes = static_cast<const float*>(codebook.data);
-  Packed packed{workspace + plan.packed, reinterpret_cast<float*>(workspace + plan.bias),
-                reinterpret_cast<float*>(workspace + plan.mean), reinterpret_cast<CodeFacts*>(workspace + plan.facts),
-                reinterpret_cast<int*>(workspace + plan.exponents)};
-  const char* variant = std::getenv("NCFAST_RESIDENT");
-  const bool in_block = variant != nullptr && std::string(variant) == "block";
-  if (in_block) packed.codes = nullptr;
-  if (!in_block) {
-    const dim3 pack_blocks(unsigned(ceil_div(K, kResidentCodes)), unsigned(H));
-    pack_resident<kAligned><<<pack_blocks, kPackThreads, 0, stream>>>(codes, K, D, packed);
-    check(cudaGetLastError(), "packing the codebook");
-  }
-
   const int64_t blocks_per_head = std::max<int64_t>(1, std::min(device.processors / H, ceil_div(M, kGroupRows)));
   allow_shared(score_resident<kHopper, kAligned>, layout.bytes);
-  // With wgmma the blocks start, and have their first rows fetched, while the codebook is still being packed.
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(unsigned(blocks_per_head), unsigned(H));
-  launch.blockDim = unsigned(groups * kWarpgroup);
-  launch.dynamicSmemBytes = layout.bytes;
-  launch.stream = stream;
-  launch.attrs = &early;
-  const bool plain = variant != nullptr && std::string(variant) == "plain";
-  launch.numAttrs = kHopper && !in_block && !plain ? 1 : 0;
-  check(cudaLaunchKernelEx(&launch, score_resident<kHopper, kAligned>, z, codes, packed, int(M), K, D,
-                           accumulation_error(D), exact, indices),
-        "tensor-core pass");
+  score_resident<kHopper, kAligned>
+      <<<dim3(unsigned(blocks_per_head), unsigned(H)), groups * kWarpgroup, layout.bytes, stream>>>(
+          z, static_cast<const float*>(codebook.data), int(M), K, D, accumulation_error(D), exact, indices);
+  check(cudaGetLastError(), "tensor-core pass");
   return true;
 }
 
@@ -573,7 +548,7 @@ void dispatch(const void* z, DType dtype, const void* codebook, int64_t H, int64
     const auto resident = device.hopper ? (vectors ? launch_resident<true, true> : launch_resident<true, false>)
                                         : (vectors ? launch_resident<false, true> : launch_resident<false, false>);
     char* bytes = static_cast<char*>(workspace);
-    if (resident(z_matrix, code_matrix, H, M, K, D, exact, device, stream, bytes, indices)) return;
+    if (resident(z_matrix, code_matrix, H, M, K, D, exact, device, stream, indices)) return;
     const auto streamed = device.hopper ? (vectors ? launch_stream<true, true> : launch_stream<true, false>)
                                         : (vectors ? launch_stream<false, true> : launch_stream<false, false>);
     if (streamed(z_matrix, code_matrix, H, M, K, D, exact, device, stream, bytes, indices)) {

@@ -542,18 +542,15 @@ __device__ __forceinline__ int scan_all_codes(const Matrix& z, int64_t row,
   return index == INT_MAX ? 0 : index;
 }
 
-// ---- A codebook that fits in shared memory: packed once, then kept by every block ----
+// ---- A codebook that fits in shared memory: every block packs it for itself and keeps it ----
 
 constexpr int kResidentCodes = 128;  // codes of a tile
-constexpr int kSampledCodes = 128;
-constexpr int kSampleRoom = 4;  // powers of two below the scale that fits the sample: codes can reach 32 times as far
-constexpr int kPackThreads = 32 * 8;  // of a block that packs 128 codes, 4 of them by eight lanes
 
 // At most. Four warpgroups take turns on the tensor cores; mma.sync keeps its operands in registers too.
 constexpr int resident_threads(bool hopper) { return (hopper ? 4 : 3) * kWarpgroup; }
 
 struct ResidentLayout {
-  int tiles, rows, keys, bias, scales, mean, scratch, spread, barriers, bytes;
+  int tiles, rows, keys, bias, scales, mean, scratch, spread, bytes;
 
   __host__ __device__ ResidentLayout(int K, int D, int groups) {
     const int chunks = (D + kTileColumns - 1) / kTileColumns;
@@ -566,24 +563,14 @@ struct ResidentLayout {
     mean = scales + groups * kGroupRows * int(sizeof(RowScale));
     scratch = mean + chunks * kTileColumns * 4;
     spread = scratch + 32 * int(sizeof(CodeFacts));
-    barriers = spread + int(sizeof(Spread));
-    bytes = barriers + num_tiles * 8 + 1024;  // to align the first tile
+    bytes = spread + int(sizeof(Spread)) + 1024;  // to align the first tile
   }
 };
 
-// A codebook as the blocks want it, in global memory.
-struct Packed {
-  char* codes;       // [H, tiles, chunks, 128, 64] fp16; null: every block packs for itself
-  float* bias;       // [H, tiles * 128]
-  float* mean;       // [H, 64 chunks]
-  CodeFacts* facts;  // [H, tiles]; where one is not finite, the codes did not fit in their scale
-  int* exponents;    // [H]
-};
-
-// The mean of `samples` codes, evenly spread over all, goes to `mean`; returns the exponent that scales the codes.
+// The mean of the codes goes to `mean`; returns the exponent that scales them.
 template <bool kAligned>
 __device__ __forceinline__ int centre(const float* codes,  // [K, D]
-                                      int K, int D, int columns, int samples,
+                                      int K, int D, int columns,
                                       ColumnStats* partial,  // [strides, columns], 4 a thread, shared
                                       float* mean,           // [columns], shared
                                       CodeFacts* scratch) {  // [warps], shared
@@ -597,13 +584,11 @@ __device__ __forceinline__ int centre(const float* codes,  // [K, D]
     ColumnStats stats[4];
     constexpr int kAtOnce = 8;  // loads under way
 #pragma unroll 1
-    for (int first = stride; first < samples; first += kAtOnce * strides) {
+    for (int first = stride; first < K; first += kAtOnce * strides) {
       float x[kAtOnce][4];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int sample = min(first + i * strides, samples - 1);
-        const int64_t code = samples == K ? sample : int64_t(sample) * K / kSampledCodes;
-        const float* e = codes + code * D;
+        const float* e = codes + int64_t(min(first + i * strides, K - 1)) * D;
         if constexpr (kAligned) {
           const float4 pack = *reinterpret_cast<const float4*>(e + min(first_d, D - 4));
           x[i][0] = pack.x, x[i][1] = pack.y, x[i][2] = pack.z, x[i][3] = pack.w;
@@ -616,8 +601,8 @@ __device__ __forceinline__ int centre(const float* codes,  // [K, D]
       for (int i = 0; i < kAtOnce; ++i) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          const bool there = first + i * strides < samples && first_d + c < D;
-          stats[c].add(there ? x[i][c] : NAN, 1.f / samples);
+          const bool there = first + i * strides < K && first_d + c < D;
+          stats[c].add(there ? x[i][c] : NAN, 1.f / K);
         }
       }
     }
@@ -633,39 +618,7 @@ __device__ __forceinline__ int centre(const float* codes,  // [K, D]
     mean[d] = stats.mean;
     reach = fmaxf(reach, stats.reach());
   }
-  const int exponent = scale_exponent(block_max({reach, 0, 0}, scratch).square);
-  return samples < K ? max(-126, exponent - kSampleRoom) : exponent;
-}
-
-// A block packs one tile of codes. The mean of a sample is centre enough, and its reach, with room to spare, scale
-// enough, so no block waits for another; each finds the same ones.
-template <bool kAligned>
-__global__ void __launch_bounds__(kPackThreads) pack_resident(const float* __restrict__ codebook,  // [H, K, D]
-                                                              int K, int D, const Packed packed) {
-  __shared__ ColumnStats partial[kPackThreads * 4];
-  __shared__ __align__(16) float mean[kPackThreads * 4];
-  __shared__ CodeFacts scratch[32];
-#if NCFAST_HOPPER
-  let_next_grid_start();
-#endif
-  const int chunks = (D + kTileColumns - 1) / kTileColumns;
-  const int columns = chunks * kTileColumns;
-  const int tile = blockIdx.x;
-  const int tiles = gridDim.x;
-  const int64_t head = blockIdx.y;
-  const int exponent =
-      centre<kAligned>(codebook + head * K * D, K, D, columns, min(K, kSampledCodes), partial, mean, scratch);
-  const int padded = tiles * kResidentCodes;
-  const CodeFacts facts =
-      block_max(pack_codes<kAligned, kResidentCodes>(
-                    codebook, head * K, tile * kResidentCodes + threadIdx.x / 8, kPackThreads / 8, K, padded, D, chunks,
-                    kStepsPerTile, mean, power_of_two(exponent), packed.codes + head * padded * chunks * kTileRowBytes,
-                    packed.bias + head * padded),
-                scratch);
-  if (threadIdx.x == 0) packed.facts[head * tiles + tile] = facts;
-  if (tile > 0) return;
-  if (threadIdx.x == 0) packed.exponents[head] = exponent;
-  for (int d = threadIdx.x; d < columns; d += kPackThreads) packed.mean[head * columns + d] = mean[d];
+  return scale_exponent(block_max({reach, 0, 0}, scratch).square);
 }
 
 // The best scores of a tile are found without a branch. The scores that a thread holds of a row come in eights of
@@ -786,12 +739,12 @@ __device__ __forceinline__ float multiply_one(const char* rows, int row, const c
 
 constexpr int kMostMeasured = 16;  // codes of a row, in float64, before measuring all of them is as well
 
-// A block keeps the packed codebook of a head; its warpgroups go their own ways, 64 rows at a time.
+// A block packs the codebook of a head; its warpgroups then go their own ways, 64 rows at a time.
 template <bool kHopper, bool kAligned>
 __global__ void __launch_bounds__(resident_threads(kHopper), 1)
     score_resident(Matrix z,                            // [H, M, D]
                    const float* __restrict__ codebook,  // [H, K, D]
-                   const Packed packed, int M, int K, int D, float accumulation, bool exact,
+                   int M, int K, int D, float accumulation, bool exact,
                    int64_t* __restrict__ indices) {  // [H, M]
 #if !NCFAST_HOPPER
   if constexpr (kHopper) return;
@@ -823,65 +776,21 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
   const int next_row = groups * gridDim.x * kGroupRows;
   prefetch_rows(z, head * M + first_row, M - first_row, D);
 
-#if NCFAST_HOPPER
-  uint64_t* arrived = reinterpret_cast<uint64_t*>(shared + layout.barriers);  // [tiles]
-  if constexpr (kHopper) {
-    if (thread == 0) {
-      for (int tile = 0; tile < tiles; ++tile) init_barrier(arrived + tile, 1);
-      publish_barriers();
-    }
-    wait_for_last_grid();
-  }
-#endif
-  int exponent = 0;
+  const int exponent =
+      centre<kAligned>(codes, K, D, columns, reinterpret_cast<ColumnStats*>(shared + layout.rows), mean, scratch);
+  float* plain = reinterpret_cast<float*>(shared + layout.rows);  // the rows' place is free: the bias before its move
   CodeFacts facts{0, 0, 0};
-  bool copied = packed.codes != nullptr;
-  if (copied) {
-    for (int tile = 0; tile < tiles; ++tile) {
-      const CodeFacts* from = packed.facts + head * tiles + tile;
-      facts = larger(facts, {__ldcg(&from->square), __ldcg(&from->residual), __ldcg(&from->bias)});
-    }
-    exponent = __ldcg(packed.exponents + head);
-    copied = facts.square <= FLT_MAX;
-  }
-  if (copied) {
-    const char* from = packed.codes + head * tiles * tile_bytes;
-    if constexpr (kHopper) {
-#if NCFAST_HOPPER
-      if (thread == 0) {
-        for (int tile = 0; tile < tiles; ++tile) {
-          arrive_and_expect(arrived + tile, tile_bytes);
-          copy_bulk(code_tiles + tile * tile_bytes, from + tile * tile_bytes, tile_bytes, arrived + tile);
-        }
-      }
-#endif
-    } else {
-      for (int i = thread * 16; i < tiles * tile_bytes; i += threads * 16) copy16_async(code_tiles + i, from + i);
-      commit_copies();
-    }
-    for (int code = thread; code < padded; code += threads) {
-      bias[bias_place(code)] = __ldcg(packed.bias + head * padded + code);
-    }
-    for (int d = thread; d < columns; d += threads) mean[d] = __ldcg(packed.mean + head * columns + d);
-    if constexpr (!kHopper) wait_copies();
-  } else {
-    // A code reaches too far for the sample's scale: the block packs them all by their own.
-    exponent =
-        centre<kAligned>(codes, K, D, columns, K, reinterpret_cast<ColumnStats*>(shared + layout.rows), mean, scratch);
-    float* plain = reinterpret_cast<float*>(shared + layout.rows);  // the rows' place is free: the bias before its move
-    facts = {0, 0, 0};
 #pragma unroll 1
-    for (int first = 0; first < padded; first += threads / 8 * kPackAtOnce) {
-      facts = larger(facts, pack_codes<kAligned, kResidentCodes>(codebook, head * K, first + thread / 8, threads / 8, K,
-                                                                 padded, D, chunks, kStepsPerTile, mean,
-                                                                 power_of_two(exponent), code_tiles, plain));
-    }
-    facts = block_max(facts, scratch);
-    for (int code = thread; code < padded; code += threads) bias[bias_place(code)] = plain[code];
-#if NCFAST_HOPPER
-    fence_async_proxy();
-#endif
+  for (int first = 0; first < padded; first += threads / 8 * kPackAtOnce) {
+    facts = larger(facts, pack_codes<kAligned, kResidentCodes>(codebook, head * K, first + thread / 8, threads / 8, K,
+                                                               padded, D, chunks, kStepsPerTile, mean,
+                                                               power_of_two(exponent), code_tiles, plain));
   }
+  facts = block_max(facts, scratch);
+  for (int code = thread; code < padded; code += threads) bias[bias_place(code)] = plain[code];
+#if NCFAST_HOPPER
+  fence_async_proxy();
+#endif
   Spread* spread = reinterpret_cast<Spread*>(shared + layout.spread);
   if (thread == 0) *spread = spread_of(exponent, facts);
   __syncthreads();
@@ -908,9 +817,6 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
     for (int tile = 0; tile < tiles; ++tile) {
       float acc[kResidentCodes / 2];
       const char* code_tile = code_tiles + tile * tile_bytes;
-#if NCFAST_HOPPER
-      if (kHopper && copied) wait(arrived + tile, 0);
-#endif
       multiply<kHopper, false, kResidentCodes>(acc, row_tiles, code_tile, chunks > 1 ? kStepsPerTile : last_steps);
 #pragma unroll 1
       for (int chunk = 1; chunk < chunks; ++chunk) {
@@ -1054,7 +960,8 @@ constexpr int kNone = -1;
 constexpr int kUnlisted = -2;  // there are more; the score is the best of them
 constexpr int kMaxStatBlocks = 256;
 constexpr int kStatThreads = 256;
-constexpr int kPackedCodes = 128;  // by one block
+constexpr int kPackedCodes = 128;     // by one block
+constexpr int kPackThreads = 32 * 8;  // of that block, 4 codes by eight lanes
 constexpr int kMaxChunks = 8;
 
 __global__ void __launch_bounds__(kStatThreads) column_stats(const float* __restrict__ codebook,  // [H, K, D]

@@ -110,14 +110,6 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
                : "memory");
 }
 
-// A grid launched as a programmatic dependent starts once the blocks of the one before have said so or ended, and
-// has to wait before it reads what that one writes.
-__device__ __forceinline__ void let_next_grid_start() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
-__device__ __forceinline__ void wait_for_last_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 // Makes ordinary stores to shared memory visible to wgmma.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
