@@ -44,6 +44,7 @@ BENCHMARKS = {
     "iter_norm": 2,
     "batch_norm": 2,
     "fused_linear": 2,
+    "layer_norm": 1,
 }
 PACKAGES = ("triton", "vector-quantize-pytorch", "flash-kmeans", "lightly", "numpy")
 TEST_PROCESSES = 8

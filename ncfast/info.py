@@ -22,6 +22,7 @@ OPERATIONS = (
     "iter_norm",
     "batch_norm",
     "fused_linear",
+    "layer_norm",
     "masked_attention",
     "unmask_step",
 )

@@ -71,6 +71,9 @@ def calls() -> Iterator[tuple[str, str, Call, float]]:
                 1e-3,
             )
     yield "iter_norm 40 x 96", "triton", with_gradients(ops.iter_norm, randn(40, 96), groups=3), 1e-2
+    for M, D in ((333, 64), (41, 100), (7, 1000)):
+        parts = randn(M, D), randn(D), randn(D)
+        yield f"layer_norm {M} x {D}", "triton", with_gradients(ops.layer_norm, *parts, gelu=D != 100), 1e-4
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 5e-2)):
         for S, d in ((17, 24), (76, 64)):
             qkv = randn(3, S, 3, 2, d, dtype=dtype)

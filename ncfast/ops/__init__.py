@@ -5,6 +5,7 @@ from ncfast.ops.batch_norm import batch_norm, batch_norm_reference
 from ncfast.ops.code_stats import code_stats, code_stats_reference
 from ncfast.ops.fused_linear import fused_linear, fused_linear_reference
 from ncfast.ops.iter_norm import iter_norm, iter_norm_reference
+from ncfast.ops.layer_norm import layer_norm, layer_norm_reference
 from ncfast.ops.masked_attention import masked_attention, masked_attention_reference
 from ncfast.ops.nearest_code import nearest_code, nearest_code_reference
 from ncfast.ops.rotate_to_code import rotate_to_code, rotate_to_code_reference
@@ -23,6 +24,8 @@ __all__ = [
     "fused_linear_reference",
     "iter_norm",
     "iter_norm_reference",
+    "layer_norm",
+    "layer_norm_reference",
     "masked_attention",
     "masked_attention_reference",
     "nearest_code",
