@@ -10,6 +10,7 @@ from ncfast.config import Config
 from ncfast.engine.precision import computing
 from ncfast.nn.embedding import embedding
 from ncfast.nn.transformer import Transformer
+from ncfast.ops import layer_norm
 from ncfast.stage1 import VQVAE
 
 
@@ -49,19 +50,35 @@ class Prior(nn.Module):
 
     def predict(self, x: Tensor) -> Tensor:
         """What the transformer returns [..., D] -> logits [..., K], float32 or better under any autocast."""
-        *first, last = self.head
-        for layer in first:
-            x = layer(x)
+        first, _, norm, last = self.head
+        x = apply_layer_norm(norm, first(x), gelu=True, dtype=last.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return last(x.to(last.weight.dtype))
+            return last(x)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """tokens [B, n] in 0..K -> [B, n, D]."""
-        return self.norm(embedding(tokens, self.token_embedding) + self.position_embedding)
+        return apply_layer_norm(self.norm, embedding(tokens, self.token_embedding), add=self.position_embedding)
 
     def embed_classes(self, labels: Tensor) -> Tensor:
         """labels [B] in 0..C -> [B, D]."""
         return self.class_embedding(labels)
+
+
+def apply_layer_norm(
+    norm: nn.Module,
+    x: Tensor,
+    *,
+    add: Tensor | None = None,
+    gelu: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """norm(gelu(x + add)) in dtype, x's if None: x [..., n, D], add [n, D]; or [E, ..., n, D] and [E, 1, n, D]."""
+    if isinstance(norm, nn.LayerNorm):
+        return layer_norm(x, norm.weight, norm.bias, add=add, eps=norm.eps, gelu=gelu, dtype=dtype)
+    # Of several models at once: `nn.stacked`.
+    x = x if add is None else x + add
+    x = norm(F.gelu(x) if gelu else x)
+    return x if dtype is None else x.to(dtype)
 
 
 class TokenDistribution:

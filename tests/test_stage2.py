@@ -1,10 +1,13 @@
+import functools
 import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from ncfast import stage2
 from ncfast.config import make_config
+from ncfast.ops import dispatch, layer_norm
 from ncfast.stage1 import VQVAE
 from ncfast.stage2 import Prior, TokenDistribution, random_mask, ranks, stage2_losses
 
@@ -29,6 +32,31 @@ def test_embeddings_start_at_the_codebook_or_not(embeddings, same):
     prior = Prior(make_config(**SMALL, embeddings=embeddings), codebook, 10, 3)
     assert torch.equal(prior.token_embedding[:5], codebook) == same
     assert prior.token_embedding.requires_grad
+
+
+@pytest.mark.parametrize("lower", [None, torch.bfloat16], ids=str)
+def test_norms_of_triton(monkeypatch, lower):
+    """The logits are float32 and, as the gradients, those of PyTorch's layers, closely even after bfloat16 products."""
+    if dispatch.why_not_triton(torch.device("cpu")):
+        pytest.skip(dispatch.why_not_triton(torch.device("cpu")))
+    prior = small_prior()
+    x, tokens = torch.randn(3, 10, 8), torch.randint(0, 6, (3, 10))
+    with torch.no_grad():
+        for norm in (prior.norm, prior.head[2]):
+            norm.weight.normal_()
+            norm.bias.normal_()
+
+    def results():
+        with torch.autocast("cpu", lower or torch.bfloat16, enabled=lower is not None):
+            embedded, logits = prior.embed_tokens(tokens), prior.predict(x)
+        inputs = [prior.token_embedding, prior.position_embedding, *prior.norm.parameters(), *prior.head.parameters()]
+        return embedded, logits, *torch.autograd.grad((embedded.square().sum(), logits.square().sum()), inputs)
+
+    expected = results()
+    monkeypatch.setattr(stage2, "layer_norm", functools.partial(layer_norm, impl="triton"))
+    for ours, theirs in zip(results(), expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() <= (1e-5 if lower is None else 1e-2) * theirs.norm()
 
 
 @pytest.mark.parametrize(("masking", "share"), [("masked", 2 / math.pi), ("kept", 1 - 2 / math.pi)])
