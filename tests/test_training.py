@@ -115,6 +115,25 @@ def test_unlabelled_and_multivariate():
         model.sample(3, labels="slow")
 
 
+def test_bf16_trains_and_draws_in_float32_or_rounded(tmp_path):
+    x, y = waves(length=64)
+    options = dict(ssl="vicreg", stage1_epochs=40, stage2_epochs=60, quiet=True, **SMALL)
+    full = ncfast.fit(x, y, **options)
+    rounded = ncfast.fit(x, y, precision="bf16", out=tmp_path / "run", **options)
+    assert (full.precision, rounded.precision) == ("fp32", "bf16")
+    for model in (full, rounded):
+        assert all(p.dtype == torch.float32 for m in (model.vqvae, model.prior) for p in m.parameters())
+    errors = [float(np.square(model.reconstruct(x) - x).mean()) for model in (full, rounded)]
+    assert 0.7 < errors[1] / errors[0] < 1.4
+    losses = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert losses[-1]["loss"] < 0.8 * next(r for r in losses if r["stage"] == 2)["loss"]
+    # The precision of drawing is a choice of its own; both give series of the data's scale.
+    again, exact = ncfast.load(tmp_path / "run"), ncfast.load(tmp_path / "run", precision="fp32")
+    assert again.precision == "bf16" and exact.precision == "fp32"
+    np.testing.assert_array_equal(again.sample(8, seed=1)[0], rounded.sample(8, seed=1)[0])
+    assert 0.5 < exact.sample(64, seed=1)[0].std() / again.sample(64, seed=1)[0].std() < 2
+
+
 def test_same_seed_same_weights_and_the_callers_generator_is_left_alone():
     x, y = waves(20)
     options = dict(stage1_epochs=2, stage2_epochs=2, quiet=True, **SMALL)
@@ -303,6 +322,7 @@ def test_generated_files_do_not_depend_on_the_batch_size(finished_run, tmp_path)
         ("generate", ["--run", "RUN", "--out", "x.h5", "--labels", "fast:3,slow"], "name:count"),
         ("generate", ["--run", "RUN", "--num-samples", "1", "--out", "x.h5", "--batch-size", "0"], "at least 1; got 0"),
         ("generate", ["--run", "RUN", "--num-samples", "1", "--out", "x.h5", "--seed", "-1"], "--seed is at least 0"),
+        ("train", ["--dataset", "DATA", "--out", "x", "--precision", "tf32", "--device", "cpu"], "TF32 is a format of"),
         ("generate", ["--run", "RUN", "--num-samples", "1", "--out", "x.h5", "--top-k", "-1"], "--top-k is at least 0"),
     ],
 )

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 
-
 class Blocks(NamedTuple):
     """More programs of the first launch read faster, but leave more parts for each of the second to merge, which
     therefore takes several tiles where there are many."""

@@ -91,8 +91,8 @@ def blocks(S: int, d: int, dtype: torch.dtype, *, backward: bool, plain: bool) -
         "BLOCK_S": rows,
         "BLOCK_D": columns,
         # Of float32, three products of TF32: within rounding of float32's own, as PyTorch's memory-efficient attention
-        # has it; or one, if PyTorch's products may be so, too. In float32 itself a dot holds whole rows of both operands
-        # in registers, some ten times what there is.
+        # has it; or one, where PyTorch's products may be that, too. In float32 itself a dot holds whole rows of both
+        # operands in registers, some ten times what there is.
         "PRECISION": "ieee" if not single else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
         "num_warps": 8 if rows == 128 and not few else 4,
         # A second stage would prefetch into registers and shared memory that the first needs.
