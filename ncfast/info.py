@@ -21,6 +21,7 @@ OPERATIONS = (
     "vibcreg_loss",
     "iter_norm",
     "batch_norm",
+    "thin_conv_transpose",
     "fused_linear",
     "layer_norm",
     "masked_attention",
@@ -55,7 +56,7 @@ def main() -> None:
     print(f"operations on {device}, the first that can run is used:")
     for operation in OPERATIONS:
         for name, why in table(operation, device).items():
-            print(f"  {operation:<18} {name:<10} {'yes' if why is None else f'no: {why}'}")
+            print(f"  {operation:<20} {name:<10} {'yes' if why is None else f'no: {why}'}")
 
 
 def table(operation: str, device: torch.device) -> dict[str, str | None]:

@@ -9,6 +9,7 @@ from ncfast.ops.layer_norm import layer_norm, layer_norm_reference
 from ncfast.ops.masked_attention import masked_attention, masked_attention_reference
 from ncfast.ops.nearest_code import nearest_code, nearest_code_reference
 from ncfast.ops.rotate_to_code import rotate_to_code, rotate_to_code_reference
+from ncfast.ops.thin_conv_transpose import thin_conv_transpose, thin_conv_transpose_reference
 from ncfast.ops.unmask_step import unmask_step, unmask_step_reference
 from ncfast.ops.vibcreg_loss import vibcreg_loss, vibcreg_loss_reference
 from ncfast.ops.vicreg_loss import vicreg_loss, vicreg_loss_reference
@@ -32,6 +33,8 @@ __all__ = [
     "nearest_code_reference",
     "rotate_to_code",
     "rotate_to_code_reference",
+    "thin_conv_transpose",
+    "thin_conv_transpose_reference",
     "unmask_step",
     "unmask_step_reference",
     "vibcreg_loss",
