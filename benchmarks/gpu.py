@@ -43,6 +43,7 @@ BENCHMARKS = {
     "rotate_to_code": 2,
     "iter_norm": 2,
     "batch_norm": 2,
+    "thin_conv_transpose": 1,
     "fused_linear": 2,
     "layer_norm": 1,
 }
