@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from ncfast.nn import encoder_decoder
 from ncfast.nn.encoder_decoder import Decoder, Encoder, LinearResize, num_downsampling_blocks
+from ncfast.nn.stacked import stack
 from ncfast.ops import dispatch
 
 
@@ -144,6 +145,30 @@ def test_autocast(which, monkeypatch):
     torch.testing.assert_close(actual.float(), expected.float(), rtol=0.1, atol=0.1)
     actual.float().square().sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("members", [None, 3])
+def test_last_layer_is_not_rounded_under_autocast(members, monkeypatch):
+    """Where its kernel runs, as on a GPU."""
+    if dispatch.why_not_triton(torch.device("cpu")) is not None:
+        pytest.skip("triton does not run here")
+    decoders = [Decoder(2, 6, 2, 0, (5, 22)) for _ in range(members or 1)]
+    decoder = decoders[0] if members is None else stack(decoders, folded=True)
+    monkeypatch.setattr(encoder_decoder, "normalised", lambda norm, x, **options: x)
+    monkeypatch.setattr(dispatch, "DEFAULT", "triton")
+    *firsts, last = [module for module in decoder.modules() if isinstance(module, nn.ConvTranspose2d)]
+    z = torch.randn(3, 6 * (members or 1), 5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = decoder(z)
+        for conv in firsts:
+            z = conv(z)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, decoder.resize(last(z.float())))
+    actual.square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for conv in (*firsts, last) for p in conv.parameters())
+    # Wider ones stay with the library, and in autocast's type.
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Decoder(8, 6, 2, 0, (5, 22))(torch.randn(3, 6, 5, 5)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 4), (5, 1), (2, 2), (3, 8), (8, 3), (64, 129), (480, 251)])
