@@ -26,13 +26,13 @@ test: $(VENV)/test.stamp
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-gpu: export PYTHONPATH := $(CURDIR)
+gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 gpu:
 	@$(PYTHON) benchmarks/gpu.py --check
 	NCFAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) benchmarks/gpu.py --tests --minutes $(MINUTES) --out gpu.json
 
-sanitize-gpu: export PYTHONPATH := $(CURDIR)
+sanitize-gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 sanitize-gpu:
 	@$(PYTHON) benchmarks/gpu.py --check
 	NCFAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace

@@ -85,11 +85,13 @@ def plain(models: Models, rows: int, label: int, guidance: float) -> Tensor:
     return models.vqvae.detokenize(tokens)
 
 
-def ours(models: Models, rows: int, label: int, guidance: float, savers: WorkSavers | None = None) -> Callable:
+def ours(
+    models: Models, rows: int, label: int, guidance: float, savers: WorkSavers | None = None, precision: str = "fp32"
+) -> Callable:
     """A call that makes `rows` series in chunks, as `generate` does."""
     config = dataclasses.replace(models.config, guidance_scale=guidance)
     chunk = min(rows, 64 if models.device == "cpu" else 1024)
-    decoder = ChunkDecoder(models.vqvae, Sampler(models.prior, config, savers), graph=True)
+    decoder = ChunkDecoder(models.vqvae, Sampler(models.prior, config, savers, precision=precision), graph=True)
     labels = torch.full((chunk,), label, device=models.device)
 
     def call() -> None:
@@ -101,6 +103,9 @@ def ours(models: Models, rows: int, label: int, guidance: float, savers: WorkSav
 
 def calls(models: Models, rows: int, label: int, guidance: float, all_savers: bool) -> dict[str, Callable]:
     peers = {OURS: ours(models, rows, label, guidance)}
+    if models.device == "cuda":
+        for precision in ("tf32", "bf16"):
+            peers[f"{OURS}, {precision}"] = ours(models, rows, label, guidance, precision=precision)
     if all_savers:
         for field in dataclasses.fields(WorkSavers):
             savers = WorkSavers(**{field.name: False})

@@ -86,7 +86,7 @@ def main() -> None:
     options = parser.parse_args()
     device, _ = choose_device(options.device)
     print(f"{machine(device.type)}; {options.steps} steps a stage, ssl {options.ssl}, {options.seeds} seeds\n")
-    lines = []
+    columns = None
     for name in options.datasets:
         dataset = load_dataset(name, options.data_dir)
         for precision in PRECISIONS:
@@ -97,9 +97,12 @@ def main() -> None:
             )
             config = resolve_config(config, dataset, device)
             runs = [measure(dataclasses.replace(config, seed=seed), dataset, device) for seed in range(options.seeds)]
-            cells = [spread([run[column] for run in runs]) for column in runs[0]]
-            lines.append([dataset.name, precision, *cells])
-    print(table(["data", "precision", *runs[0]], lines))
+            line = [dataset.name, precision, *(spread([run[column] for run in runs]) for column in runs[0])]
+            if columns is None:
+                columns = ["data", "precision", *runs[0]]
+                print(table(columns, [line]), flush=True)
+            else:
+                print("| " + " | ".join(line) + " |", flush=True)
 
 
 def spread(values: list[float]) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from implementations import GPU, compile_offline, each, implementations, needs_triton, poisoned_memory
 
+from ncfast.engine.cuda_graph import CudaGraph
 from ncfast.ops import dispatch, fused_linear
 from ncfast.ops.fused_linear import (
     LEAST_SHARED_MEMORY,
@@ -369,12 +370,13 @@ def test_captured_by_a_cuda_graph():
             y, x = fused_linear(*inputs, gelu=True, return_x=True, impl="triton")
         return y, *torch.autograd.grad((y, x), inputs, (grad_out, torch.ones_like(x)))
 
-    expected = step()  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    expected = step()
+    inputs = [
+        part.detach().requires_grad_() for part in inputs
+    ]  # the others' gradients are for the stream of their first
+    graph = CudaGraph(step)
     for _ in range(2):
-        graph.replay()
+        captured = graph()
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(captured, expected, strict=True))
 
 
@@ -414,8 +416,9 @@ def test_triton_kernels_compile_offline(tmp_path, capability):
     used = compile_offline("ncfast.ops.triton.fused_linear", jobs, tmp_path, capability)
     for job, of in zip(jobs, used, strict=True):
         assert of["shared"] <= (227 << 10 if large else LEAST_SHARED_MEMORY), job
-        if job[2]["K"] <= 256:  # a row of 512 with its gradient does not quite fit into registers
-            assert of["stack"] <= 64, job
+        # A row with its gradient does not quite fit into registers: of 256 it is still the faster way (H100).
+        if job[2]["K"] <= 256:
+            assert of["stack"] <= 128, job
 
 
 TRITON_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}

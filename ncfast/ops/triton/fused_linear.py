@@ -40,9 +40,9 @@ def backward_blocks(N: int, K: int, dtype: torch.dtype, normed: bool, large: boo
     depth, single = power_of_2(K) if normed else min(power_of_2(K), 256), dtype == torch.float32
     rows = 32 if depth > 256 or single else 64
     columns = 16 if depth > 256 and single else 64 if depth <= 256 and not single and large else 32
-    # What is left of a row after its product is in registers all at once.
-    warps = 16 if rows * depth > 32 * 256 and normed and large else 8
-    return {"BLOCK_M": rows, "BLOCK_N": min(columns, power_of_2(N)), "BLOCK_K": depth, **launch(warps, 2)}
+    # On an H100, 19456 x 256 x 256, norm, bias and GELU, bfloat16, forward and backward take 121 us, with 16 warps 152,
+    # with 32 rows 132 (4 warps) or 204 (8).
+    return {"BLOCK_M": rows, "BLOCK_N": min(columns, power_of_2(N)), "BLOCK_K": depth, **launch(8, 2)}
 
 
 def launch(warps: int, stages: int) -> dict:

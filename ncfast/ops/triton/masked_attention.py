@@ -84,8 +84,9 @@ def blocks(S: int, d: int, dtype: torch.dtype, *, backward: bool, plain: bool) -
     """
     rows, columns = (max(triton.next_power_of_2(n), 16) for n in (S, d))
     single = dtype == torch.float32
-    few = plain and not single
-    most = 16 if single else 32 if backward or not plain else 64
+    once = single and torch.backends.cuda.matmul.allow_tf32
+    few = plain and (once or not single)
+    most = (32 if once else 16) if single else 32 if backward or not plain else 64
     return {
         "BLOCK_M": min(rows, most),
         "BLOCK_S": rows,
@@ -93,7 +94,7 @@ def blocks(S: int, d: int, dtype: torch.dtype, *, backward: bool, plain: bool) -
         # Of float32, three products of TF32: within rounding of float32's own, as PyTorch's memory-efficient attention
         # has it; or one, where PyTorch's products may be that, too. In float32 itself a dot holds whole rows of both
         # operands in registers, some ten times what there is.
-        "PRECISION": "ieee" if not single else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
+        "PRECISION": "ieee" if not single else "tf32" if once else "tf32x3",
         "num_warps": 8 if rows == 128 and not few else 4,
         # A second stage would prefetch into registers and shared memory that the first needs.
         "num_stages": 1,
