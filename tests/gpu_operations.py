@@ -82,6 +82,16 @@ def calls() -> Iterator[tuple[str, str, Call, float]]:
             block = {"q_scale": randn(d).abs(), "k_scale": randn(d).abs(), "null_kv": randn(2, 2, d)}
             made = with_gradients(ops.masked_attention, qkv, key_mask=mask, **block)
             yield f"masked_attention {S} x {d}, all options", "triton", made, tolerance
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 5e-2)):
+        vectors = randn(20), randn(20)
+        for shape, options in (((6, 20, 5, 7), {"slope": 0.1, "pad": True}), ((4, 20, 1, 3), {"slope": 0.0})):
+            made = with_gradients(ops.batch_norm, randn(*shape, dtype=dtype), *vectors, views=2, **options)
+            yield f"batch_norm {shape}", "triton", made, tolerance
+    for M, N, K in ((130, 70, 64), (33, 20, 100)):
+        parts = [randn(*shape, dtype=torch.bfloat16) for shape in ((M, K), (N, K), (N,), (K,), (M, N))]
+        yield f"fused_linear {M} x {N} x {K}", "triton", with_gradients(ops.fused_linear, *parts, gelu=True), 5e-2
+    thin = randn(3, 6, 5, 9), randn(6, 2, 3, 4), randn(6)
+    yield "thin_conv_transpose", "triton", with_gradients(ops.thin_conv_transpose, *thin, groups=3), 1e-4
     for n, K in ((33, 30), (20, 300)):
         logits, sample = randn(5, n, K), torch.arange(5, device="cuda")
         tokens = torch.where(randint(3, 5, n) > 0, K, randint(K, 5, n))
