@@ -104,6 +104,12 @@ def calls() -> Iterator[tuple[str, str, Call, float]]:
 
 
 def main() -> None:
+    # What it is compared with: float32 in convolutions too, and attention without the kernels of others, some of which
+    # racecheck has something to say about.
+    torch.backends.cudnn.allow_tf32 = False
+    for others in (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_mem_efficient_sdp):
+        others(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for name, implementation, call, tolerance in calls():
         implementation, *isa = implementation.split()
         os.environ.pop("NCFAST_CUDA_ISA", None)

@@ -113,7 +113,7 @@ def run(
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that autocast, where it is on, has for x: not for float64, which it leaves alone."""
     device_type = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+    if x.dtype == torch.float64 or device_type not in ("cpu", "cuda"):
         return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 

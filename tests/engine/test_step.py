@@ -23,8 +23,8 @@ class Problem:
 
     def __init__(self, steps, device=CPU, precision="fp32", graph=True):
         generator = torch.Generator().manual_seed(0)
-        self.x, self.y = (torch.randn(N, n, generator=generator).to(device) for n in (4, 1))
-        self.modules = nn.Linear(4, 1, bias=False).to(device)
+        self.x, self.y = (torch.randn(N, n, generator=generator).to(device) for n in (16, 8))
+        self.modules = nn.Linear(16, 8, bias=False).to(device)
         with torch.no_grad():
             self.modules.weight.fill_(0.1)
         self.dtypes = set()
@@ -41,7 +41,7 @@ class Problem:
         self.generators = [torch.Generator(device).manual_seed(1)]
 
     def losses(self, rows, generator):
-        noise = torch.randn(len(rows), 1, generator=generator, device=rows.device)
+        noise = torch.randn(len(rows), 8, generator=generator, device=rows.device)
         out = self.modules(self.x[rows])
         self.dtypes.add(out.dtype)
         loss = (out - self.y[rows] - 0.1 * noise).square().mean()
@@ -60,15 +60,15 @@ class Problem:
 def test_equals_adamw_written_out():
     problem = Problem(4)
     weight = problem.run(4)
-    w, m, v = torch.full((1, 4), 0.1, dtype=torch.float64), 0.0, 0.0
+    w, m, v = torch.full((8, 16), 0.1, dtype=torch.float64), 0.0, 0.0
     generator = torch.Generator().manual_seed(1)
     total = 0.0
     for i in range(4):
         rows = torch.arange(6) if i % 2 == 0 else torch.arange(6, 10)
         x, y = problem.x[rows].double(), problem.y[rows].double()
-        residual = x @ w.T - y - 0.1 * torch.randn(len(rows), 1, generator=generator).double()
+        residual = x @ w.T - y - 0.1 * torch.randn(len(rows), 8, generator=generator).double()
         total = (total if i % 2 else 0) + len(rows) / N * residual.square().mean()
-        gradient = 2 * residual.T @ x / len(rows)
+        gradient = 2 * residual.T @ x / residual.numel()
         m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
         rate = 0.01 * (i + 1)
         w = w * (1 - rate * 0.01)
@@ -197,7 +197,7 @@ def test_what_waits_for_the_gpu_goes_on_without_a_graph():
 
     def waiting(rows, generator):
         made = losses(rows, generator)
-        float(made["loss"])
+        float(made["loss"].detach())
         return made
 
     problem.step.compute_losses = waiting
