@@ -149,7 +149,7 @@ class FusedLinear(torch.autograd.Function):
         if norm_weight is not None:
             grad_x, grad_norm_weight, x = NORM_BACKWARD(grad_x, x, norm_weight, ctx.norm_eps)
         flat = grad_pre.flatten(0, -2) if grad_pre.dim() > 1 else grad_pre[None]  # [M, N]
-        grad_weight = flat.T @ x.reshape(len(flat), -1)
+        grad_weight = flat.T @ x.reshape(len(flat), x.shape[-1])  # no -1: there may be no rows
         grad_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
         grad_residual = grad_y if ctx.needs_input_grad[4] else None
         return grad_x, grad_weight, grad_bias, grad_norm_weight, grad_residual, None, None

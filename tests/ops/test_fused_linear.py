@@ -160,6 +160,20 @@ def test_gradients(run, size):
             assert error <= 2e-6 * expected.grad.norm() + 1e-6
 
 
+@every_implementation
+@pytest.mark.parametrize("size", [(0, 5, 3), (0, 5, 0), (4, 0, 3), (4, 5, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradients_of_nothing(run, size, dtype):
+    """Without rows, results or columns."""
+    run.skip_unless_it_runs(dtype)
+    leaves = [part.requires_grad_() for part in data(*size, dtype)]
+    y = run(*leaves, gelu=True)
+    grads = torch.autograd.grad(y.sum(), leaves)
+    assert y.shape == (size[0], size[1]) and y.isfinite().all()
+    for leaf, grad in zip(leaves, grads, strict=True):
+        assert grad.shape == leaf.shape and grad.isfinite().all()
+
+
 def test_gradcheck_of_the_reference():
     parts = [part.double().requires_grad_() for part in data(3, 4, 5)]
     assert torch.autograd.gradcheck(lambda *p: fused_linear(*p, gelu=True), parts)
