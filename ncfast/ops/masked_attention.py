@@ -93,7 +93,7 @@ def masked_attention(
         return masked_attention_reference(
             qkv, key_mask, lengths=lengths, q_scale=q_scale, k_scale=k_scale, null_kv=null_kv, scale=scale
         )
-    scale = d**-0.5 if scale is None else float(scale)
+    scale = max(1, d) ** -0.5 if scale is None else float(scale)  # heads of no elements have no scores
     key_mask, lengths = (None if x is None else x.contiguous() for x in (key_mask, lengths))
     q_scale, k_scale, null_kv = (None if x is None else x.float().contiguous() for x in (q_scale, k_scale, null_kv))
     return MaskedAttention.apply(qkv.contiguous(), key_mask, lengths, q_scale, k_scale, null_kv, scale, name)

@@ -165,6 +165,15 @@ def test_normalised_and_with_a_null_key(run, shape, learned, keys):
 
 
 @every_implementation
+@pytest.mark.parametrize("shape", [(0, 0, 0, 0), (2, 3, 2, 0), (2, 0, 2, 4), (2, 3, 0, 4)], ids=str)
+def test_nothing_to_attend(run, shape):
+    """Without sequences, positions, heads or elements: the default scale divides by the root of the latter."""
+    result = forward_and_backward(run, case(*shape))
+    B, S, H, d = shape
+    assert result.out.shape == shape and result.grads["qkv"].shape == (B, S, 3, H, d)
+
+
+@every_implementation
 def test_scale(run):
     check_against_oracle(run, case(2, 9, 2, 8, learned="normalised-null", scale=5.0), 2e-6, 1e-5)
 
