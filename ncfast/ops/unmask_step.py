@@ -46,7 +46,8 @@ def unmask_step_reference(
         positions = every.expand(B, n)
     real = (positions >= 0) & (positions < n)
     position = torch.where(real, positions, 0)  # [B, m]
-    drawn = real & (tokens.gather(1, position) == K)
+    # Padding looks at a column behind the last: there may be no other.
+    drawn = real & (F.pad(tokens, (0, 1)).gather(1, torch.where(real, positions, n)) == K)
     at = {"seed": seed, "sample": sample[:, None], "position": position, "step": step}
 
     u = philox.uniform(**at, stream=philox.TOKENS)  # [B, m]

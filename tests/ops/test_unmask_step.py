@@ -322,6 +322,14 @@ def test_listed_positions(run, m, variant, convention):
 
 @every_implementation
 @either_convention
+def test_nothing_but_padding(run, convention):
+    plain = case(3, 0, 5, m=2)
+    assert plain.positions.shape == (3, 2)
+    check(run, plain, positions=plain.positions, num_masked=1, convention=convention)
+
+
+@every_implementation
+@either_convention
 def test_num_masked_of_each_row(run, convention):
     plain = case(12, 9, 5)
     counts = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 2**40, -1])
