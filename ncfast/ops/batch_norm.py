@@ -27,6 +27,9 @@ def batch_norm_reference(
     """F.batch_norm of each view, one after the other, between a sum and activations."""
     if residual is not None:
         x = x + residual.to(x.dtype)
+    if 1 in x.shape and not x.is_contiguous():
+        # The stride of a size of 1 may be anything, and PyTorch's gradient on the CPU then mistakes the layout.
+        x = x.contiguous()
     normalised = [
         F.batch_norm(view, running_mean, running_var, weight, bias, True, momentum, eps) for view in x.chunk(views)
     ]
@@ -68,7 +71,7 @@ def batch_norm(
     layouts are copied.
 
     Args:
-        x: [views·B, C, H, W] with B·H·W >= 2; float32, bfloat16, float16 (float64: reference).
+        x: [views·B, C, H, W] with C >= 1 and B·H·W >= 2; float32, bfloat16, float16 (float64: reference).
         weight, bias: [C], floating point; float32 with x of any of these types.
         running_mean, running_var: [C], updated in place, or both None: r + momentum · (statistic - r), the variance
             being the unbiased one.
@@ -174,6 +177,8 @@ def check(
     N, C, H, W = x.shape
     if views < 1 or N % views:
         raise ValueError(f"batch_norm: N is a multiple of views >= 1; got N = {N}, views = {views}")
+    if C < 1:
+        raise ValueError(f"batch_norm: x has 1 channel or more; got {list(x.shape)}")
     if N // views * H * W < 2:
         raise ValueError(
             f"batch_norm: a channel of a view has 2 values or more; got {list(x.shape)} with views = {views}"

@@ -1,3 +1,4 @@
+import itertools
 from typing import NamedTuple
 
 import pytest
@@ -229,6 +230,16 @@ def test_layouts(run):
 
 
 @every_implementation
+@pytest.mark.parametrize("shape", [(1, 2, 1, 3), (3, 2, 1, 3), (3, 2, 5, 1), (3, 2, 1, 1), (1, 2, 5, 3)], ids=str)
+def test_layouts_with_a_size_of_one(run, shape):
+    """Whose stride says nothing: a layout can be taken for another."""
+    plain = case(shape)
+    for order in itertools.permutations(range(4)):
+        x = plain.x.permute(order).contiguous().permute([order.index(i) for i in range(4)])
+        check(run, plain._replace(x=x))
+
+
+@every_implementation
 def test_autocast_keeps_the_type(run):
     for dtype in (torch.float32, torch.bfloat16):
         plain = case((4, 3, 5, 7), dtype=dtype, slope=0.1, running=False)
@@ -402,6 +413,7 @@ def test_triton_kernels_compile_offline(tmp_path):
         ((4, 3, 5), {}, r"\[N, C, H, W\]"),
         ((4, 3, 2, 2), {"views": 3}, "multiple of views"),
         ((4, 3, 2, 2), {"views": 0}, "multiple of views"),
+        ((4, 0, 2, 2), {}, "1 channel or more"),
         ((2, 3, 1, 1), {"views": 2}, "2 values or more"),
         ((0, 3, 1, 1), {}, "2 values or more"),
         ((4, 2, 2, 2), {}, r"weight is \[C\] = \[2\]"),
