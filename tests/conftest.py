@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 
 import pytest
 
@@ -11,6 +12,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+
+# What hypothesis keeps between runs (examples are not among it) stays out of the tree.
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "ncfast-hypothesis"))
 
 # Without a GPU the Triton kernels run in Triton's interpreter; the variable must be set before triton is imported.
 if not torch.cuda.is_available():
