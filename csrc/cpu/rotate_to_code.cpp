@@ -71,7 +71,7 @@ void forward_as(const void* z, DType dtype, const T* codebook, const int64_t* in
       char* to = static_cast<char*>(q) + row * D * element;
       const int64_t index = indices[row];
       if (index < 0 || index >= K) {
-        std::memset(to, 0, D * element);
+        std::fill_n(to, D * element, char(0));  // memset takes no null pointer, not even for no bytes
         continue;
       }
       const T* code = codebook + (row / M * K + index) * D;
@@ -81,7 +81,7 @@ void forward_as(const void* z, DType dtype, const T* codebook, const int64_t* in
           code = row_as(kernel, to, dtype, 0, D, row_z + D);
         }
       }
-      if (!is_half(dtype)) std::memcpy(to, code, D * sizeof(T));
+      if (!is_half(dtype)) std::copy_n(reinterpret_cast<const char*>(code), D * element, to);
       error += kernel.squared_error(row_as(kernel, z, dtype, row, D, row_z), code, D);
       ++count;
     }
@@ -113,7 +113,7 @@ void backward_as(const void* grad_q, T grad_loss, const void* z, const void* q, 
     for (int64_t row = block * kBlockRows; row < std::min(rows, (block + 1) * kBlockRows); ++row) {
       char* to = static_cast<char*>(grad_z) + row * D * element;
       if (indices[row] < 0 || indices[row] >= K) {
-        std::memset(to, 0, D * element);
+        std::fill_n(to, D * element, char(0));
         continue;
       }
       const T* g = row_as(kernel, grad_q, dtype, row, D, buffer);
