@@ -2,7 +2,7 @@
 # make test   venv, install, all tests, a process for each core
 # make bench  the benchmark tables
 # make lint   ruff and clang-format
-# make sanitize  the C++ operations under AddressSanitizer and UndefinedBehaviorSanitizer, about four minutes on two cores
+# make sanitize  the C++ operations under AddressSanitizer and UndefinedBehaviorSanitizer, about three minutes on two cores
 # make sanitize-gpu  the operations on a GPU under compute-sanitizer: memcheck, racecheck
 # make gpu    on a GPU machine, with its own Python and no network: build, GPU tests, GPU benchmarks -> gpu.json, gpu.md
 VENV ?= .venv

@@ -316,6 +316,10 @@ def main(arguments: list[str]) -> None:
     torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN: what is not written shows
     isas = dispatch.load_module("_C")[0].isas()
     print(f"instruction sets: {', '.join(isas)}; threads: {', '.join(map(str, THREADS))}", flush=True)
+    for isa in isas:
+        os.environ["NCFAST_ISA"] = isa
+        if not all(dispatch.load_module("_C")[0].fma_peak(threads, 0.01) > 0 for threads in THREADS):
+            sys.exit(f"fma_peak: {isa} does nothing")
     for family in arguments or FAMILIES:
         count = 0
         for name, call, tolerance in FAMILIES[family]():
