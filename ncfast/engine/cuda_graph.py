@@ -14,13 +14,11 @@ class CudaGraph:
     `generators` alone. What it returns is overwritten by the next call.
     """
 
-    WARM_UPS = 2
-
     def __init__(
         self,
         function: Callable[..., Any],
         *inputs: Tensor,
-        warm_ups: int = WARM_UPS,
+        warm_ups: int = 2,
         generators: Sequence[torch.Generator] = (),
     ) -> None:
         """

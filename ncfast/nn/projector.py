@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ncfast.ops import batch_norm, iter_norm
+from ncfast.nn.encoder_decoder import normalised
+from ncfast.ops import iter_norm
 
 
 class IterNorm(nn.Module):
@@ -41,10 +42,7 @@ class Projector(nn.Module):
         for linear, norm in zip(self.linears, self.norms, strict=False):
             x = linear(x)
             if x.is_cuda and norm.training and b.shape == a.shape:
-                norm.num_batches_tracked.add_(2)
-                statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var
-                options = {"views": 2, "momentum": norm.momentum, "eps": norm.eps, "slope": 0.0}
-                x = batch_norm(x[:, :, None, None], *statistics, **options)[:, :, 0, 0]
+                x = normalised(norm, x[:, :, None, None], slope=0.0, views=2)[:, :, 0, 0]
             else:
                 x = torch.cat([norm(x[:b_rows]), norm(x[b_rows:])]).relu()
         x = self.linears[-1](x)
