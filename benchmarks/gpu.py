@@ -49,7 +49,8 @@ BENCHMARKS = {
 }
 PACKAGES = ("triton", "vector-quantize-pytorch", "flash-kmeans", "lightly", "numpy")
 TEST_PROCESSES = 14
-GRACE = 30.0  # seconds that a process may take beyond its share: imports, a first case
+LEAST_SHARE = 8.0  # seconds kept for each benchmark, however long those before it took: compiling, a first case
+GRACE = 30.0  # seconds that a process may take beyond its share
 
 
 def make_parser() -> Parser:
@@ -63,7 +64,7 @@ def make_parser() -> Parser:
         "--tests", action="store_true", help="first run the tests marked gpu, for half the time at most"
     )
     parser.add_argument("--check", action="store_true", help="only say whether there is a GPU")
-    parser.add_argument("--worker", nargs=2, metavar=("NAME", "SECONDS"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", metavar="NAME", help=argparse.SUPPRESS)
     return parser
 
 
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.check:
         return
     if options.worker:
-        work(*options.worker, options)
+        work(options.worker, options)
         return
     options.out.parent.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
@@ -85,13 +86,17 @@ def main(arguments: list[str] | None = None) -> None:
         report["tests"] = run_tests(begin + 30 * options.minutes)
         write_report(options.out, report)
     names = options.only or list(BENCHMARKS)
-    for i, name in enumerate(names):
-        # What one leaves of its share goes to those after it.
-        share = (end - time.monotonic()) * BENCHMARKS[name] / sum(BENCHMARKS[other] for other in names[i:])
-        print(f"{name}: {max(share, 0):.0f} s", file=sys.stderr, flush=True)
-        report["rows"] += run_benchmark(name, share, share + GRACE, options)
-        report["seconds"] = round(time.monotonic() - begin, 1)
-        write_report(options.out, report)  # after each: what is measured stays, whatever happens next
+    with contextlib.ExitStack() as ends:
+        following = ends.enter_context(Worker(names[0], options))
+        for i, name in enumerate(names):
+            worker = following
+            if i + 1 < len(names):
+                following = ends.enter_context(Worker(names[i + 1], options))
+            seconds = share(names[i:], end - time.monotonic())
+            print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+            report["rows"] += worker.measure(seconds, seconds + GRACE)
+            report["seconds"] = round(time.monotonic() - begin, 1)
+            write_report(options.out, report)  # after each: what is measured stays, whatever happens next
     print(markdown(report))
     if failures(report):
         sys.exit(1)
@@ -126,12 +131,25 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def work(name: str, seconds: str, options: argparse.Namespace) -> None:
-    """In a process of its own: measures at least one case, and more while one like the last fits into its time."""
+def share(names: list[str], left: float) -> float:
+    """Seconds for the first of `names`, of what is left for all of them. What it leaves goes to those after it."""
+    free = max(0.0, left - LEAST_SHARE * len(names))
+    return LEAST_SHARE + free * BENCHMARKS[names[0]] / sum(BENCHMARKS[name] for name in names)
+
+
+def work(name: str, options: argparse.Namespace) -> None:
+    """In a process of its own: measures at least one case, and more while one like the last fits into its time.
+
+    It imports what it needs, then waits for its turn: a line with its share in seconds.
+    """
+    benchmark = importlib.import_module(f"bench_{name}")
+    line = sys.stdin.readline()
+    if not line:
+        return
     begin = time.monotonic()
-    end = begin + float(seconds)
+    end = begin + float(line)
     measured = {"rows": [], "complete": False}
-    for made in importlib.import_module(f"bench_{name}").cases(options.device, options.seconds):
+    for made in benchmark.cases(options.device, options.seconds):
         measured["rows"] += made
         write_json(options.out, measured)
         now = time.monotonic()
@@ -141,34 +159,52 @@ def work(name: str, seconds: str, options: argparse.Namespace) -> None:
     write_json(options.out, measured | {"complete": True})
 
 
-def run_benchmark(name: str, share: float, limit: float, options: argparse.Namespace) -> list[dict]:
-    """The rows of one benchmark; the last says what went wrong, if anything did."""
-    if limit <= 0:
-        return [{"benchmark": name, "failed": "not started: the time was over"}]
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
-        command = [sys.executable, __file__, "--worker", name, f"{share:.1f}", "--device", options.device]
-        command += ["--seconds", str(options.seconds), "--out", str(out)]
-        log = Path(folder) / "log"
-        code = finish([start(command, log)], time.monotonic() + limit)[0]
-        measured = read_json(out) if out.exists() else {"rows": [], "complete": False}
-        text = log.read_text(errors="replace").strip()
-    made = [{"benchmark": name, **row} for row in measured["rows"]]
-    failed = [row for row in made if row["peer"] == OURS and row["seconds"] is None]
-    if code is None:
-        why = f"killed {limit:.0f} s after its start; its share was {max(share, 0):.0f} s"
-    elif code:
-        why = f"exit code {code}: {text.splitlines()[-1] if text else 'no output'}"
-    elif failed:
-        why = f"{OURS} did not run: {failed[0]['how']}"
-    elif not made:
-        why = "it has no cases"
-    else:
-        why = None
-    if why is not None:
-        print(text, file=sys.stderr)
-        return [*made, {"benchmark": name, "failed": why}]
-    return made if measured["complete"] else [*made, {"benchmark": name, "note": "its time was over: not all cases"}]
+class Worker:
+    """The process of one benchmark: started early, so that its imports take no time of the GPU."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name = name
+        self.options = options
+
+    def __enter__(self) -> "Worker":
+        self.folder = tempfile.TemporaryDirectory()
+        self.out = Path(self.folder.name) / "rows.json"
+        self.log = Path(self.folder.name) / "log"
+        command = [sys.executable, __file__, "--worker", self.name, "--device", self.options.device]
+        command += ["--seconds", str(self.options.seconds), "--out", str(self.out)]
+        self.process = start(command, self.log, stdin=subprocess.PIPE)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        finish([self.process], 0.0)
+        self.process.stdin.close()
+        self.folder.cleanup()
+
+    def measure(self, seconds: float, limit: float) -> list[dict]:
+        """The rows; the last says what went wrong, if anything did."""
+        with contextlib.suppress(BrokenPipeError):  # it ended before its turn: its exit code says why
+            self.process.stdin.write(f"{seconds:.1f}\n".encode())
+            self.process.stdin.flush()
+        code = finish([self.process], time.monotonic() + limit)[0]
+        measured = read_json(self.out) if self.out.exists() else {"rows": [], "complete": False}
+        text = self.log.read_text(errors="replace").strip()
+        made = [{"benchmark": self.name, **row} for row in measured["rows"]]
+        failed = [row for row in made if row["peer"] == OURS and row["seconds"] is None]
+        if code is None:
+            why = f"killed after {limit:.0f} s; its share was {seconds:.0f} s"
+        elif code:
+            why = f"exit code {code}: {text.splitlines()[-1] if text else 'no output'}"
+        elif failed:
+            why = f"{OURS} did not run: {failed[0]['how']}"
+        elif not made:
+            why = "it has no cases"
+        else:
+            why = None
+        if why is not None:
+            print(text, file=sys.stderr)
+            return [*made, {"benchmark": self.name, "failed": why}]
+        note = {"benchmark": self.name, "note": "its time was over: not all cases"}
+        return made if measured["complete"] else [*made, note]
 
 
 def run_tests(deadline: float) -> dict:
@@ -210,7 +246,9 @@ def count_tests(tree: ElementTree.ElementTree, result: dict) -> None:
             result["passed"] += 1
 
 
-def start(command: list[str], log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen:
+def start(
+    command: list[str], log: Path, environment: dict[str, str] | None = None, stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen:
     with open(log, "wb") as file:
         # A group of its own: compilers that it starts end with it.
         return subprocess.Popen(
@@ -219,7 +257,7 @@ def start(command: list[str], log: Path, environment: dict[str, str] | None = No
             env=environment,
             stdout=file,
             stderr=file,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             start_new_session=True,
         )
 

@@ -87,14 +87,31 @@ def test_an_operation_of_ours_that_does_not_run_is_a_failure(gpu, stubs, tmp_pat
 def test_time_is_kept(gpu, stubs):
     stubs(long=LONG, stuck=STUCK)
     options = gpu.make_parser().parse_args(["--device", "cpu"])
-    rows = gpu.run_benchmark("long", 1.0, 100.0, options)
-    assert rows[-1] == {"benchmark": "long", "note": "its time was over: not all cases"} and rows[0]["peer"] == "ncfast"
-    begin = time.monotonic()
-    *_, absent, failed = gpu.run_benchmark("stuck", 17.0, 20.0, options)
-    assert time.monotonic() - begin < 60
-    assert absent["peer"] == "absent"  # what it had measured stays
-    assert failed["failed"] == "killed 20 s after its start; its share was 17 s"
-    assert "not started" in gpu.run_benchmark("long", -40.0, -10.0, options)[0]["failed"]
+    with gpu.Worker("long", options) as long, gpu.Worker("stuck", options) as stuck:
+        rows = long.measure(1.0, 100.0)
+        assert rows[-1] == {"benchmark": "long", "note": "its time was over: not all cases"}
+        assert rows[0]["peer"] == "ncfast"
+        begin = time.monotonic()
+        *_, absent, failed = stuck.measure(3.0, 6.0)
+        assert time.monotonic() - begin < 20
+        assert absent["peer"] == "absent"  # what it had measured stays
+        assert failed["failed"] == "killed after 6 s; its share was 3 s"
+    assert stuck.process.returncode is not None and not stuck.log.exists()
+
+
+def test_a_worker_that_never_has_its_turn_is_ended(gpu, stubs):
+    stubs(good=GOOD)
+    with gpu.Worker("good", gpu.make_parser().parse_args(["--device", "cpu"])) as worker:
+        pass
+    assert worker.process.returncode is not None
+
+
+def test_shares(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "BENCHMARKS", {"a": 1, "b": 3})
+    least = gpu.LEAST_SHARE
+    assert gpu.share(["a", "b"], 2 * least + 8) == least + 2
+    assert gpu.share(["b"], least + 5) == least + 5
+    assert gpu.share(["b"], -100.0) == least  # the time is over, but each gets its first case
 
 
 def test_failed_tests_are_in_the_report(gpu, tmp_path):
@@ -118,11 +135,11 @@ def test_every_benchmark_of_an_operation_is_in_the_list(gpu):
 
 
 def test_from_end_to_end(tmp_path):
-    options = ["--only", "unmask_step", "--seconds", 0.01, "--minutes", 0.001]  # one case: there is always one
+    options = ["--only", "unmask_step", "--seconds", 0.01, "--minutes", 0.001]  # there is always one case
     done = program("--device", "cpu", *options, "--out", tmp_path / "gpu.json")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    assert [row.get("peer") for row in rows] == ["ncfast", "reference", "multinomial + topk", None]
+    assert [row.get("peer") for row in rows[:3]] == ["ncfast", "reference", "multinomial + topk"]
     assert rows[0]["seconds"] > 0 and rows[0]["ratio"] == 1 and rows[0]["case"] == "256 x 75 x 32"
 
 
