@@ -7,7 +7,7 @@
 # make gpu    on a GPU machine, with its own Python and no network: build, GPU tests, GPU benchmarks -> gpu.json, gpu.md
 VENV ?= .venv
 PYTHON ?= python3
-MINUTES ?= 6
+MINUTES ?= 5.5
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
