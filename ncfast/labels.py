@@ -39,6 +39,7 @@ class LabelPlan:
         self.in_turn: np.ndarray | None = None  # class indices [m], taken in turn
         self.ends: np.ndarray | None = None  # last index + 1 of each class that is counted out [m]
         self.cdf: np.ndarray | None = None  # cumulative train counts [C]
+        self.copies: dict[tuple[str, torch.device], Tensor] = {}  # of these, on the devices where they are used
         if not self.class_names:
             if labels not in (TRAIN, NONE):
                 raise UserError("this model was trained without labels, so it has no classes to choose from")
@@ -72,15 +73,21 @@ class LabelPlan:
     def __call__(self, sample: Tensor, seed: int) -> Tensor:
         """Global sample indices int64 [B] -> class indices int64 [B]; C is "no class"."""
         if self.cdf is not None:
-            cdf = torch.from_numpy(self.cdf).to(sample.device)
+            cdf = self.on_device("cdf", sample.device)
             u = philox.uniform(seed, sample, torch.zeros_like(sample), step=0, stream=philox.LABELS)
             return (cdf <= u[:, None] * cdf[-1]).sum(-1)
-        choices = torch.from_numpy(self.in_turn).to(sample.device)
+        choices = self.on_device("in_turn", sample.device)
         if self.ends is None:
             return choices[sample % len(choices)]
-        ends = torch.from_numpy(self.ends).to(sample.device)
+        ends = self.on_device("ends", sample.device)
         # An index past the end only fills up a chunk.
         return choices[torch.searchsorted(ends, sample, right=True).clamp(max=len(choices) - 1)]
+
+    def on_device(self, name: str, device: torch.device) -> Tensor:
+        """Copied once: each copy would wait for what the device has to do."""
+        if (name, device) not in self.copies:
+            self.copies[name, device] = torch.from_numpy(getattr(self, name)).to(device)
+        return self.copies[name, device]
 
 
 def parse_labels(text: str) -> str | list[str] | dict[str, int]:

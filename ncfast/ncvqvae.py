@@ -4,53 +4,23 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from ncfast.config import Config, make_config, sampling_config
-from ncfast.context import Context
+from ncfast.config import Config, make_config
 from ncfast.data.facts import DataFacts
+from ncfast.drawing import Batch, Drawing
 from ncfast.engine.checkpoint import read_json, read_tensors, write_json, write_tensors
 from ncfast.engine.precision import autocast, computing, resolve_precision
 from ncfast.errors import UserError
-from ncfast.labels import NONE, TRAIN, LabelPlan
-from ncfast.sampling import ChunkDecoder, Sampler
+from ncfast.labels import TRAIN
 from ncfast.stage1 import VQVAE
 from ncfast.stage2 import Prior
 from ncfast.version import __version__
 
 FORMAT = 1
-
-
-class Batch(NamedTuple):
-    """Consecutive generated series, as arrays."""
-
-    index: np.ndarray  # int64 [B], global sample index
-    x: np.ndarray  # float32 [B, C, L], in data units
-    y: np.ndarray | None  # int64 [B] class index, None for series without a class
-    tokens: np.ndarray  # uint16 [B, n]
-
-
-def rebatch(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
-    """The same series in batches of `size`; the last one may be smaller."""
-    kept: list[Batch] = []
-    held = 0
-    for batch in batches:
-        kept.append(batch)
-        held += len(batch.index)
-        while held >= size:
-            joined = join(kept)
-            yield Batch(*(None if part is None else part[:size] for part in joined))
-            kept = [Batch(*(None if part is None else part[size:] for part in joined))]
-            held -= size
-    if held:
-        yield join(kept)
-
-
-def join(batches: list[Batch]) -> Batch:
-    return Batch(*(None if parts[0] is None else np.concatenate(parts) for parts in zip(*batches, strict=True)))
 
 
 class NCVQVAE:
@@ -87,7 +57,7 @@ class NCVQVAE:
 
     @property
     def chunk_size(self) -> int:
-        """Rows a forward pass. Fixed, because a matrix product may round differently for another number of rows."""
+        """Rows a forward pass when drawing (`ncfast.drawing`)."""
         return 64 if self.device.type == "cpu" else 1024
 
     def sample(
@@ -135,7 +105,6 @@ class NCVQVAE:
         y = np.concatenate([np.empty(0, np.int64), *[b.y for b in batches]])
         return x, np.array(self.class_names)[y]
 
-    @torch.no_grad()
     def sample_batches(
         self,
         n: int | None = None,
@@ -146,58 +115,39 @@ class NCVQVAE:
         batch_size: int | None = None,
         context: np.ndarray | None = None,
         mask: np.ndarray | None = None,
+        decode: bool = True,
         **sampling: Any,
     ) -> Iterator[Batch]:
-        """As `sample`, `batch_size` series at a time (None: as they come), with token grids and class indices."""
-        config = sampling_config(self.config, sampling)
-        observed = None if context is None else Context(context, mask, self.data)
-        if observed is not None and isinstance(labels, str) and labels == TRAIN:
-            labels = NONE
-        plan = LabelPlan(labels, self.class_names, self.data.class_counts)
+        """As `sample`, `batch_size` series at a time (None: as they come), with token grids and class indices.
+
+        decode: False leaves out the decoder: the batches have tokens and no series.
+        """
+        drawing = Drawing(self, labels, seed, context=context, mask=mask, decode=decode, **sampling)
+        n = drawing.total() if n is None else n
         if n is None:
-            n = plan.total if observed is None or plan.total is not None else len(observed)
-        if n is None or n < 0 or start < 0 or not 0 <= seed < 2**63:
-            raise UserError(
-                f"n, start and seed are integers, 0 or more (seed below 2**63); got {n}, {start} and {seed}"
-            )
-        if plan.total is not None and start + n > plan.total:
-            raise UserError(f"the counts of labels sum to {plan.total}; got n={n} from start={start}")
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"the batch size is at least 1; got {batch_size}")
-        chunks = self.sample_chunks(n, plan, seed, start, config, observed)
-        return chunks if batch_size is None else rebatch(chunks, batch_size)
+            raise UserError("say how many: n, or counts in labels")
+        return drawing.batches(n, start, batch_size)
 
     @torch.no_grad()
-    def sample_chunks(
-        self, n: int, plan: LabelPlan, seed: int, start: int, config: Config, context: Context | None
-    ) -> Iterator[Batch]:
-        size = self.chunk_size
-        firsts = range(start // size * size, start + n, size)
-        # A capture costs as much as a few chunks.
-        sampler = Sampler(self.prior, config, precision=self.precision)
-        decoder = ChunkDecoder(self.vqvae, sampler, graph=len(firsts) > 4)
-        if context is not None:
-            # Indices that no series of a data set will ever have.
-            fillers = torch.arange(size, device=self.device) + 2**62
-            unlabelled = torch.full_like(fillers, self.prior.num_classes)
-            nothing = torch.full((size, self.prior.num_tokens), self.prior.num_codes, device=self.device)
-            fills = decoder(unlabelled, fillers, seed, nothing)[1]
-            with computing("fp32", self.device):
-                context.find_known_tokens(self.vqvae, fills[: Context.NUM_FILLS], size)
-        for first in firsts:
-            # Whole chunks, aligned to the sample index: a series always sits in the same row of the same product.
-            sample = torch.arange(first, first + size, device=self.device)
-            labels = plan(sample, seed)
-            tokens, x = decoder(labels, sample, seed, None if context is None else context.known_tokens(sample))
-            rows = slice(max(start - first, 0), min(start + n - first, size))
-            index = sample.cpu().numpy()[rows]
-            x = self.data.denormalise(x)[rows]
-            yield Batch(
-                index=index,
-                x=x if context is None else context.keep_observed(x, index),
-                y=labels.cpu().numpy()[rows] if plan.names_classes else None,
-                tokens=tokens.cpu().numpy().astype(np.uint16)[rows],
-            )
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """Series of token grids, in data units: int [n, T] in 0..K-1 -> float32 [n, C, L].
+
+        On the device and in the precision that drew them, the same series bit for bit, wherever in `tokens` they are.
+        """
+        tokens = np.asarray(tokens)
+        T, K = self.prior.num_tokens, self.prior.num_codes
+        if tokens.ndim != 2 or tokens.shape[1] != T or tokens.dtype.kind not in "ui":
+            raise UserError(f"tokens are integers [n, {T}]; got {tokens.dtype} {list(tokens.shape)}")
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < K:
+            raise UserError(f"tokens are 0 to {K - 1}; got {tokens.min()} to {tokens.max()}")
+        parts = [np.empty((0, self.data.channels, self.data.length), np.float32)]
+        for first in range(0, len(tokens), self.chunk_size):
+            chunk = tokens[first : first + self.chunk_size].astype(np.int64)
+            whole = np.resize(chunk, (self.chunk_size, T))  # as many rows as when they were drawn
+            with computing(self.precision, self.device), autocast(self.precision, self.device):
+                x = self.vqvae.detokenize(torch.from_numpy(whole).to(self.device))
+            parts.append(self.data.denormalise(x)[: len(chunk)])
+        return np.concatenate(parts)
 
     @torch.no_grad()
     def reconstruct(self, X: np.ndarray) -> np.ndarray:

@@ -201,20 +201,28 @@ class Sampler:
 class ChunkDecoder:
     """Tokens and series of one chunk of rows; on a GPU all steps and the decoder are one CUDA graph."""
 
-    def __init__(self, vqvae: VQVAE, sampler: Sampler, *, graph: bool) -> None:
-        """graph: worth capturing, because several chunks of one size follow; without a GPU it has no effect."""
+    def __init__(self, vqvae: VQVAE, sampler: Sampler, *, graph: bool, decode: bool = True) -> None:
+        """
+        Args:
+            graph: worth capturing, because several chunks of one size follow; without a GPU it has no effect.
+            decode: False leaves the series out.
+        """
         self.vqvae = vqvae
         self.sampler = sampler
+        self.with_series = decode
         self.wants_graph = graph and sampler.device.type == "cuda"
         self.graph: CudaGraph | None = None
 
     @torch.no_grad()
-    def __call__(self, labels: Tensor, sample: Tensor, seed: int, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, labels: Tensor, sample: Tensor, seed: int, known: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """labels, sample int64 [B], known int64 [B, n] or None -> tokens int64 [B, n], x [B, C, L] normalised.
 
         The next call may overwrite both.
         """
-        inputs = [labels, sample, torch.tensor(seed, device=self.sampler.device)]
+        # Filled on the device: a copy from the host would wait for the chunk before.
+        inputs = [labels, sample, torch.full((), seed, dtype=torch.int64, device=self.sampler.device)]
         if known is not None:
             inputs.append(known)
         with computing(self.sampler.precision, self.sampler.device):
@@ -233,7 +241,7 @@ class ChunkDecoder:
 
     def decode(
         self, labels: Tensor, sample: Tensor, seed: Tensor, known: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         with autocast(self.sampler.precision, self.sampler.device):
             tokens = self.sampler.decode(labels, sample, seed, known)
-            return tokens, self.vqvae.detokenize(tokens)
+            return tokens, self.vqvae.detokenize(tokens) if self.with_series else None

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import safetensors.torch
@@ -183,9 +182,9 @@ def test_labels(finished_run):
     for options, message in (
         ({"n": 1, "labels": "medium"}, "no class 'medium'; this model knows fast, slow"),
         ({"n": 4, "labels": {"slow": 3}}, "sum to 3; got n=4 from start=0"),
-        ({}, "got None"),
+        ({}, "say how many"),
         ({"n": -1}, "got -1"),
-        ({"n": 1, "seed": 2**63}, "seed below"),
+        ({"n": 1, "seed": 2**63}, r"below 2\*\*63"),
         ({"n": 1, "guidance": 3}, "no sampling option 'guidance'"),
         ({"n": 1, "temperature": -1.0}, "--temperature is at least"),
     ):
@@ -259,42 +258,6 @@ def test_killed_and_resumed_equals_uninterrupted(stage, epoch, kill, data_file, 
     assert epochs == [(s, e) for s in (1, 2) for e in range(1, 7)]
 
 
-def test_generate_writes_labelled_series_with_provenance(finished_run, tmp_path):
-    out = tmp_path / "series.h5"
-    result = program("generate", "--run", finished_run, "--num-samples", 70, "--out", out, "--seed", 3)
-    assert result.returncode == 0, result.stderr
-    expected, labels = ncfast.load(finished_run).sample(70, seed=3)
-    with h5py.File(out) as file:
-        np.testing.assert_array_equal(file["x"], expected)
-        assert file["x"].dtype == np.float32 and file["tokens"].dtype == np.uint16
-        names = np.array(list(file.attrs["class_names"]))
-        np.testing.assert_array_equal(names[file["y"][:]], labels)
-        np.testing.assert_array_equal(file["index"], np.arange(70))
-        assert file.attrs["complete"] and file.attrs["seed"] == 3 and len(file.attrs["weights_sha256"]) == 64
-        assert json.loads(file.attrs["config"])["codebook_size"] == 8
-    assert [path.name for path in tmp_path.iterdir()] == ["series.h5"]
-
-    counted = tmp_path / "counted.h5"
-    result = program("generate", "--run", finished_run, "--out", counted, "--labels", "slow:3,fast:2", "--top-k=2")
-    assert result.returncode == 0 and "class fast: 2, class slow: 3" in result.stdout
-    with h5py.File(counted) as file:
-        assert file["y"][:].tolist() == [1, 1, 1, 0, 0]
-        assert json.loads(file.attrs["config"])["top_k"] == 2
-
-
-def test_generated_files_do_not_depend_on_the_batch_size(finished_run, tmp_path):
-    contents = []
-    for size in (7, 64, 256):
-        out = tmp_path / f"{size}.h5"
-        result = program("generate", "--run", finished_run, "--num-samples", 300, "--out", out, "--batch-size", size)
-        assert result.returncode == 0, result.stderr
-        with h5py.File(out) as file:
-            contents.append({name: file[name][:] for name in ("x", "y", "tokens", "index")})
-    for other in contents[1:]:
-        for name, values in contents[0].items():
-            np.testing.assert_array_equal(values, other[name])
-
-
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -313,17 +276,7 @@ def test_generated_files_do_not_depend_on_the_batch_size(finished_run, tmp_path)
         ("train", ["--dataset", "DATA", "--n-fft", "64"], "at least n_fft = 64"),
         ("train", ["--dataset", "DATA", "--device", "tpu"], "--device tpu cannot be used"),
         ("train", [], "--dataset"),
-        ("generate", ["--run", "nowhere", "--num-samples", "1", "--out", "x.h5"], "nowhere is not the folder of a run"),
-        ("generate", ["--run", "RUN", "--num-samples", "0", "--out", "x.h5"], "at least 1"),
-        ("generate", ["--run", "RUN", "--num-samples", "1", "--out", "no/folder/x.h5"], "does not exist"),
-        ("generate", ["--run", "RUN", "--num-samples", "1", "--out", "x.h5", "--labels", "red"], "no class 'red'"),
-        ("generate", ["--run", "RUN", "--out", "x.h5"], "say how many"),
-        ("generate", ["--run", "RUN", "--out", "x.h5", "--labels", "fast:3", "--num-samples", "4"], "at most 3, which"),
-        ("generate", ["--run", "RUN", "--out", "x.h5", "--labels", "fast:3,slow"], "name:count"),
-        ("generate", ["--run", "RUN", "--num-samples", "1", "--out", "x.h5", "--batch-size", "0"], "at least 1; got 0"),
-        ("generate", ["--run", "RUN", "--num-samples", "1", "--out", "x.h5", "--seed", "-1"], "--seed is at least 0"),
         ("train", ["--dataset", "DATA", "--out", "x", "--precision", "tf32", "--device", "cpu"], "TF32 is a format of"),
-        ("generate", ["--run", "RUN", "--num-samples", "1", "--out", "x.h5", "--top-k", "-1"], "--top-k is at least 0"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(name, arguments, message, data_file, finished_run, tmp_path):

@@ -49,5 +49,11 @@ class DataFacts:
         return torch.from_numpy(((X - mean) / std).astype(np.float32)).to(device)
 
     def denormalise(self, x: Tensor) -> np.ndarray:
-        mean, std = (np.array(v)[:, None] for v in (self.mean, self.std))
-        return (x.double().cpu().numpy() * std + mean).astype(np.float32)
+        """Back to data units, in float64 on the way.  x [N, C, L] -> float32."""
+        mean, std = self.moments(x.device)
+        return (x.double() * std + mean).float().cpu().numpy()
+
+    def moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel, float64 [C, 1]."""
+        mean, std = (torch.tensor(v, dtype=torch.float64, device=device)[:, None] for v in (self.mean, self.std))
+        return mean, std

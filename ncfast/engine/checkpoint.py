@@ -1,8 +1,12 @@
 """Files that are either the old one or the new one, whole: written to a temporary name, flushed, renamed."""
 
 import contextlib
+import glob
 import json
 import os
+import re
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,19 +21,66 @@ from ncfast.errors import UserError
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A temporary path beside `path` that takes its place when the block ends without an error.
+
+    Raises:
+        UserError: it cannot be written. What was at `path` is still there.
+    """
+    remove_leftovers(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
-        ) from error
+        raise UserError(f"cannot write {path}: {reason(error)}; free space or choose another folder") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of what went wrong the error above tells
+            temporary.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Contents first, then the name, then the folder that has the name: what a power cut leaves is old or new."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    with contextlib.suppress(OSError):  # not every file system takes it
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Temporary files for `path` of processes that were killed: this host's dead ones, and any untouched for a day."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        host, _, pid = leftover.name[len(path.name) + 2 : -len(".tmp")].rpartition(".")
+        with contextlib.suppress(OSError, ValueError):
+            dead = host == socket.gethostname() and not is_running(int(pid))
+            if dead or time.time() - leftover.stat().st_mtime > 86400:
+                leftover.unlink()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
+def reason(error: BaseException) -> str:
+    """One line. HDF5 puts the system's message at the end of a long story."""
+    told = re.search(r"error message = '([^']+)'", str(error))
+    if told:
+        return told.group(1)
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -72,8 +123,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
         if previous.exists():
             os.replace(previous, spare)
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}; free space or choose another folder") from error
+        raise UserError(f"cannot write {path}: {reason(error)}; free space or choose another folder") from error
     finally:
         torch.serialization.set_crc32_options(checksums)
 

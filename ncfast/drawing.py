@@ -1,0 +1,181 @@
+"""New series by their index: chunks of a fixed size through prior and decoder, and what comes out, as arrays."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ncfast.config import Config, sampling_config
+from ncfast.context import Context
+from ncfast.engine.precision import computing
+from ncfast.errors import UserError
+from ncfast.labels import NONE, TRAIN, LabelPlan
+from ncfast.sampling import ChunkDecoder, Sampler
+
+if TYPE_CHECKING:
+    from ncfast.ncvqvae import NCVQVAE
+
+
+class Batch(NamedTuple):
+    """Consecutive generated series, as arrays."""
+
+    index: np.ndarray  # int64 [B], global sample index
+    x: np.ndarray | None  # float32 [B, C, L], in data units; None where only tokens were asked for
+    y: np.ndarray | None  # int64 [B] class index, None for series without a class
+    tokens: np.ndarray  # uint16 [B, n]
+
+
+class Drawing:
+    """Series of one model, seed and plan of labels. A series depends on these and its index, not on how it is drawn.
+
+    Attributes:
+        config: the run's, with the sampling options in force.
+        plan: which class each index gets.
+        size: rows a forward pass. Fixed, because a matrix product may round differently for another number of rows.
+    """
+
+    def __init__(
+        self,
+        model: "NCVQVAE",
+        labels: Any = TRAIN,
+        seed: int = 0,
+        *,
+        context: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        decode: bool = True,
+        **sampling: Any,
+    ) -> None:
+        """The arguments are those of `NCVQVAE.sample_batches`.
+
+        Raises:
+            UserError: a label the model does not know, a context that does not fit, or a bad option.
+        """
+        self.config: Config = sampling_config(model.config, sampling)
+        self.context = None if context is None else Context(context, mask, model.data)
+        if self.context is not None and isinstance(labels, str) and labels == TRAIN:
+            labels = NONE
+        if not 0 <= seed < 2**63:
+            raise UserError(f"seed is at least 0 and below 2**63; got {seed}")
+        self.plan = LabelPlan(labels, model.class_names, model.data.class_counts)
+        self.model = model
+        self.seed = seed
+        self.decode = decode
+        self.size = model.chunk_size
+        self.decoder: ChunkDecoder | None = None
+
+    def total(self) -> int | None:
+        """How many series there are, where counts of labels or a context say so."""
+        if self.context is None or self.plan.total is not None:
+            return self.plan.total
+        return len(self.context)
+
+    def batches(self, n: int, start: int = 0, batch_size: int | None = None) -> Iterator[Batch]:
+        """Series start .. start + n - 1, `batch_size` at a time (None: as they come).
+
+        Raises:
+            UserError: an n, start or batch size that cannot be.
+        """
+        if n < 0 or start < 0:
+            raise UserError(f"n and start are integers, 0 or more; got {n} and {start}")
+        if self.plan.total is not None and start + n > self.plan.total:
+            raise UserError(f"the counts of labels sum to {self.plan.total}; got n={n} from start={start}")
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"the batch size is at least 1; got {batch_size}")
+        chunks = self.chunks(n, start)
+        return chunks if batch_size is None else rebatch(chunks, batch_size)
+
+    @torch.no_grad()
+    def chunks(self, n: int, start: int) -> Iterator[Batch]:
+        # Whole chunks, aligned to the sample index: a series always sits in the same row of the same product.
+        firsts = range(start // self.size * self.size, start + n, self.size)
+        # A capture costs as much as a few chunks.
+        self.prepare(graph=len(firsts) > 4)
+        ahead: Chunk | None = None
+        for first in firsts:
+            chunk = self.launch(first, slice(max(start - first, 0), min(start + n - first, self.size)))
+            if ahead is not None:
+                yield self.arrived(ahead)
+            ahead = chunk  # a GPU is at work on it while the caller has the one before
+        if ahead is not None:
+            yield self.arrived(ahead)
+
+    def prepare(self, *, graph: bool) -> None:
+        if self.decoder is not None:
+            return
+        model = self.model
+        sampler = Sampler(model.prior, self.config, precision=model.precision)
+        self.decoder = ChunkDecoder(model.vqvae, sampler, graph=graph, decode=self.decode)
+        self.mean, self.std = model.data.moments(model.device)
+        if self.context is not None:
+            # Indices that no series of a data set will ever have.
+            fillers = torch.arange(self.size, device=model.device) + 2**62
+            unlabelled = torch.full_like(fillers, model.prior.num_classes)
+            nothing = torch.full((self.size, model.prior.num_tokens), model.prior.num_codes, device=model.device)
+            fills = self.decoder(unlabelled, fillers, self.seed, nothing)[1]
+            with computing("fp32", model.device):
+                self.context.find_known_tokens(model.vqvae, fills[: Context.NUM_FILLS], self.size)
+
+    def launch(self, first: int, rows: slice) -> "Chunk":
+        sample = torch.arange(first, first + self.size, device=self.model.device)
+        labels = self.plan(sample, self.seed)
+        known = None if self.context is None else self.context.known_tokens(sample)
+        tokens, x = self.decoder(labels, sample, self.seed, known)
+        if x is not None:
+            x = (x.double() * self.std + self.mean).float()
+        return Chunk(first, rows, labels, tokens, x)
+
+    def arrived(self, chunk: "Chunk") -> Batch:
+        labels, tokens, x = chunk.arrays()
+        index = np.arange(chunk.first + chunk.rows.start, chunk.first + chunk.rows.stop)
+        if x is not None and self.context is not None:
+            x = self.context.keep_observed(x, index)
+        return Batch(index, x, labels if self.plan.names_classes else None, tokens.astype(np.uint16))
+
+
+class Chunk:
+    """Results on their way to the host: what follows on the device neither waits for them nor overwrites them."""
+
+    def __init__(self, first: int, rows: slice, *results: Tensor | None) -> None:
+        self.first = first
+        self.rows = rows
+        self.results = [None if result is None else to_host(result) for result in results]
+        self.there = None
+        if results[0].device.type == "cuda":
+            self.there = torch.cuda.Event()
+            self.there.record()
+
+    def arrays(self) -> list[np.ndarray | None]:
+        if self.there is not None:
+            self.there.synchronize()
+        return [None if result is None else result.numpy()[self.rows] for result in self.results]
+
+
+def to_host(x: Tensor) -> Tensor:
+    """A copy that the device makes when it comes to it; on a CPU one that is made now."""
+    if x.device.type != "cuda":
+        return x.clone()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+def rebatch(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
+    """The same series in batches of `size`; the last one may be smaller."""
+    kept: list[Batch] = []
+    held = 0
+    for batch in batches:
+        kept.append(batch)
+        held += len(batch.index)
+        while held >= size:
+            joined = join(kept)
+            yield Batch(*(None if part is None else part[:size] for part in joined))
+            kept = [Batch(*(None if part is None else part[size:] for part in joined))]
+            held -= size
+    if held:
+        yield join(kept)
+
+
+def join(batches: list[Batch]) -> Batch:
+    if len(batches) == 1:
+        return batches[0]
+    return Batch(*(None if parts[0] is None else np.concatenate(parts) for parts in zip(*batches, strict=True)))

@@ -1,0 +1,193 @@
+"""Reading what `python -m ncfast.generate` wrote."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+from ncfast.engine.checkpoint import reason
+from ncfast.errors import UserError
+from ncfast.shards import changed_column, manifest_path, read_manifest, shard_path
+
+
+class Column:
+    """One data set of the file, read when it is indexed: by slices and integers, or a sorted list of them."""
+
+    def __init__(self, owner: "Generated", name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self.owner = owner
+        self.name = name
+        self.shape = shape
+        self.dtype = dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.owner.file()[self.name][index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype=dtype)
+
+    def __repr__(self) -> str:
+        return f"<{self.name} {self.dtype} {list(self.shape)}, on disk>"
+
+
+class Generated(torch.utils.data.Dataset):
+    """Generated series, lazily: nothing is in memory but what was asked for.
+
+    A torch data set of (series float32 [C, L], class index int64), or of the series alone when they have no class, that
+    may be given to a DataLoader with workers: each process opens the file for itself.
+
+    Attributes:
+        x: series in data units [n, C, L] float32 or float16; None in a file of tokens only (`NCVQVAE.decode`).
+        y: class index int64 [n]; None for series without a class.
+        tokens: uint16 [n, T].
+        index: int64 [n], the number that the series is drawn from, with the seed.
+        class_names: of the model.
+        attributes: what else the file says of itself: dataset, seed, config, weights_sha256, ...
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.opened: tuple[int, h5py.File] | None = None
+        try:
+            file = self.file()
+            if not file.attrs.get("complete", False) or "tokens" not in file:
+                raise UserError(f"{path} is not complete, or not a file of `ncfast.generate`")
+            attributes = {name: file.attrs[name] for name in file.attrs}
+            columns = {name: Column(self, name, file[name].shape, file[name].dtype) for name in file}
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist{unfinished(self.path)}") from None
+        except (OSError, KeyError, RuntimeError) as error:
+            raise UserError(f"{path} cannot be read ({reason(error)}); it is damaged or no HDF5 file") from error
+        names = attributes.pop("class_names", ())
+        self.class_names = () if isinstance(names, h5py.Empty) else tuple(map(str, names))
+        self.attributes = attributes
+        self.x, self.y = columns.get("x"), columns.get("y")
+        self.tokens, self.index = columns["tokens"], columns["index"]
+        self.columns = tuple(columns)
+        self.shards = [self.path.with_name(str(name)) for name in attributes.get("shards", ())]
+        self.check_shards(contents=False)
+
+    def check_shards(self, *, contents: bool) -> None:
+        """HDF5 itself would read a missing shard as NaN, without a word."""
+        rows = 0
+        for path in self.shards or [self.path]:
+            problem = None
+            try:
+                with h5py.File(path) as file:
+                    if file.attrs.get("job_sha256") != self.attributes.get("job_sha256"):
+                        problem = "it is of another job"
+                    elif not file.attrs.get("complete", False):
+                        problem = "it is not complete"
+                    elif self.shards and file.attrs["first"] != rows:
+                        problem = "its series are others"
+                    elif contents:
+                        problem = changed_column(file, self.columns)
+                    rows += len(file["tokens"])
+            except FileNotFoundError:
+                problem = "it is missing"
+            except (OSError, KeyError, RuntimeError) as error:
+                problem = reason(error)
+            if problem is not None:
+                raise UserError(f"{path} cannot be used: {problem}; run the command of `ncfast.generate` again")
+        if rows != len(self.tokens):
+            raise UserError(f"{self.path} has {len(self.tokens)} series and its shards {rows}; generate it again")
+
+    def verify(self) -> None:
+        """Reads everything and compares the checksums.
+
+        Raises:
+            UserError: a file has changed; it says which.
+        """
+        self.check_shards(contents=True)
+
+    def file(self) -> h5py.File:
+        """Of this process: HDF5 handles do not survive a fork, and cannot be pickled."""
+        if self.opened is None or self.opened[0] != os.getpid():
+            self.opened = os.getpid(), h5py.File(self.path)
+        return self.opened[1]
+
+    def close(self) -> None:
+        if self.opened is not None and self.opened[0] == os.getpid():
+            self.opened[1].close()
+        self.opened = None
+
+    def __enter__(self) -> "Generated":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "opened": None}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, i: int) -> Any:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"series {i} of {len(self)}")
+        return self.__getitems__([i % len(self)])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """What a DataLoader asks for a batch: rows are read in the order of the file."""
+        if self.x is None:
+            raise UserError(f"{self.path} holds tokens only; `NCVQVAE.decode(tokens)` makes series of them")
+        unique, places = np.unique(np.asarray(indices), return_inverse=True)
+        x = torch.from_numpy(read_rows(self.x, unique).astype(np.float32, copy=False))
+        if self.y is None:
+            return [x[place] for place in places]
+        y = torch.from_numpy(read_rows(self.y, unique))
+        return [(x[place], y[place]) for place in places]
+
+    def labels(self, index: Any = slice(None)) -> np.ndarray | None:
+        """Class names of the series `index`; None for series without a class."""
+        return None if self.y is None else np.array(self.class_names)[self.y[index]]
+
+    def to_ntd(self, index: Any = slice(None)) -> np.ndarray:
+        """Series with time first, float32 [n, L, C], as many other packages take them."""
+        if self.x is None:
+            raise UserError(f"{self.path} holds tokens only; `NCVQVAE.decode(tokens)` makes series of them")
+        x = self.x[index]
+        x = x[None] if x.ndim == 2 else x
+        return np.ascontiguousarray(x.swapaxes(1, 2), dtype=np.float32)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} generated series of {self.attributes.get('dataset')}, {self.path}>"
+
+
+def read_rows(column: Column, rows: np.ndarray) -> np.ndarray:
+    """Rows in ascending order, a run of neighbours at a time: HDF5 takes long over a list."""
+    if len(rows) == 0:
+        return column[0:0]
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+    return np.concatenate([column[int(run[0]) : int(run[-1]) + 1] for run in runs])
+
+
+def unfinished(path: Path) -> str:
+    """A hint, when the job that writes `path` has begun."""
+    try:
+        count = read_manifest(manifest_path(path))["num_shards"]
+    except UserError:
+        return ""
+    there = sum(shard_path(path, k, count).exists() for k in range(count))
+    return f": its job has {there} of {count} shards; run the command of `ncfast.generate` again"
+
+
+def open_generated(path: str | Path) -> Generated:
+    """Opens a file that `python -m ncfast.generate` wrote, or one of its shards.
+
+    Args:
+        path: FILE.h5, plain or over shards, which lie beside it.
+
+    Returns:
+        A `Generated`: `.x[10:20]` reads these ten series, `len`, a torch data set, `.to_ntd()`, `.verify()`.
+
+    Raises:
+        UserError: no such file, one that is not complete, or shards that are missing, incomplete or of another job.
+    """
+    return Generated(path)

@@ -1,0 +1,437 @@
+"""Generated series on disk: HDF5 shards that are whole or not there, a manifest, and one file that shows them all.
+
+A job of one shard is one plain file. A job of several writes, beside the file that was asked for:
+
+- `NAME.manifest.json` first: what the job is, so that another one cannot mix its shards with these;
+- `NAME-00003-of-00016.h5`, each under a temporary name until it is complete and flushed;
+- when all are there, the manifest again, with the checksum of every shard, and last `NAME.h5`: virtual data sets.
+
+A shard has `x` [n, C, L], `tokens` [n, T], `index` [n] and, for series with a class, `y` [n]; as attributes everything
+that a lone file needs to explain itself, and a sha256 of the bytes of each data set, in row-major order.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from ncfast.drawing import Batch
+from ncfast.engine.checkpoint import (
+    atomic_path,
+    put_in_place,
+    read_json,
+    reason,
+    remove_leftovers,
+    temporary_path,
+    write_json,
+)
+from ncfast.errors import UserError
+
+FORMAT = 2
+CHUNK_BYTES = 2**20
+READ_BYTES = 2**26
+DTYPES = ("float32", "float16")
+COMPRESSIONS = ("none", "lzf", "gzip", "zstd")
+# Of a data set that no shard is there for; a reader other than ours sees these.
+FILL = {"x": np.nan, "tokens": 2**16 - 1, "index": -1, "y": -1}
+
+
+def manifest_path(out: Path) -> Path:
+    return out.with_name(f"{out.name.removesuffix('.h5')}.manifest.json")
+
+
+def shard_path(out: Path, k: int, count: int) -> Path:
+    return out.with_name(f"{out.name.removesuffix('.h5')}-{k:05d}-of-{count:05d}.h5")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the files hold, and what that depends on.
+
+    Attributes:
+        out: the file that was asked for.
+        rows: series of all shards.
+        shards: number of files.
+        columns: of each data set the shape of a row and the type, such as {"x": ((1, 500), "f4")}.
+        compression: "none", "lzf", "gzip" or "zstd".
+        class_names: empty for series without a class.
+        made_from: everything that decides what the series are, as JSON has it: equal ones make equal series.
+        provenance: what is worth knowing besides; attributes of every file.
+    """
+
+    out: Path
+    rows: int
+    shards: int
+    columns: dict[str, tuple[tuple[int, ...], str]]
+    compression: str
+    class_names: tuple[str, ...]
+    made_from: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.made_from, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(np.dtype(kind).itemsize * int(np.prod(shape)) for shape, kind in self.columns.values())
+
+    @property
+    def manifest(self) -> Path:
+        return manifest_path(self.out)
+
+    def shard(self, k: int) -> "Shard":
+        # Even, and multiples of what a forward pass makes where there are enough.
+        unit = 1024 if self.rows >= 1024 * self.shards else 1
+        units = -(-self.rows // unit)
+        first, end = (min(self.rows, unit * (units * i // self.shards)) for i in (k, k + 1))
+        path = self.out if self.shards == 1 else shard_path(self.out, k, self.shards)
+        return Shard(self, k, path, first, end - first)
+
+    def all_shards(self) -> list["Shard"]:
+        return [self.shard(k) for k in range(self.shards)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    job: Job
+    number: int
+    path: Path
+    first: int
+    rows: int
+
+    def attributes(self) -> dict[str, Any]:
+        return {**self.job.provenance, "shard": self.number, "num_shards": self.job.shards, "first": self.first}
+
+    def problem(self, *, contents: bool) -> str | None:
+        """Why the file is not this shard; None when it is. `contents` computes its checksums again."""
+        try:
+            with h5py.File(self.path) as file:
+                if file.attrs.get("job_sha256") != self.job.sha256:
+                    return "it is of another job"
+                if not file.attrs.get("complete", False) or file.attrs["first"] != self.first:
+                    return "it is not complete"
+                for name, (shape, kind) in self.job.columns.items():
+                    if name not in file or file[name].shape != (self.rows, *shape) or file[name].dtype != kind:
+                        return f"its {name} is not {kind} {[self.rows, *shape]}"
+                return changed_column(file, self.job.columns) if contents else None
+        except FileNotFoundError:
+            return "it is not there"
+        except (OSError, KeyError, RuntimeError) as error:
+            return reason(error)
+
+
+def changed_column(file: h5py.File, columns: Any) -> str | None:
+    """Compares the data with their checksums."""
+    for name in columns:
+        digest = hashlib.sha256()
+        for block in blocks(file[name]):
+            digest.update(block)
+        if digest.hexdigest() != file.attrs[f"sha256_{name}"]:
+            return f"its {name} has changed: the checksum is another one"
+    return None
+
+
+def blocks(data: h5py.Dataset) -> Iterator[np.ndarray]:
+    rows = max(1, READ_BYTES // max(1, data.dtype.itemsize * int(np.prod(data.shape[1:]))))
+    for first in range(0, len(data), rows):
+        yield np.ascontiguousarray(data[first : first + rows])
+
+
+class Disk(io.FileIO):
+    """A file that HDF5 believes to be always writable. It keeps the first error for us to raise.
+
+    HDF5 cannot close a file that it cannot write to: it complains for each of its objects, and crashes at the end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+b")
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        data = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(data) and self.error is None:
+                done += super().write(data[done:])
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return self.tell() if size is None else size
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+class ShardWriter:
+    """Writes the batches of one shard, in order, and gives the file its name once it is whole.
+
+    Checksums and the check for numbers that are not finite run beside HDF5, which would otherwise wait for them.
+    """
+
+    def __init__(self, shard: Shard, *, replace: bool = False) -> None:
+        """replace: take the place of whatever has the name; otherwise only of a file of the same job."""
+        self.shard = shard
+        self.replace = replace
+        self.temporary = temporary_path(shard.path)
+        self.columns = shard.job.columns
+        self.digests = {name: hashlib.sha256() for name in self.columns}
+        self.counts = np.zeros(len(shard.job.class_names), np.int64)
+        self.written = 0
+        self.disk: Disk | None = None
+        self.file: h5py.File | None = None
+        self.pool = ThreadPoolExecutor(1)
+        self.digesting: Future | None = None
+
+    def write(self, batch: Batch) -> None:
+        """Raises UserError when the disk does not take it, or when the series cannot be kept in the file's type."""
+        with self.explained():
+            if self.file is None:
+                self.create()
+            arrays = {name: stored(getattr(batch, name), kind) for name, (_, kind) in self.columns.items()}
+            before, self.digesting = self.digesting, self.pool.submit(self.digest, arrays, batch)
+            part = slice(self.written, self.written + len(batch.index))
+            for name, array in arrays.items():
+                self.file[name][part] = array
+            # That of the batch before: HDF5 does not let go of the interpreter, so this one has hardly begun.
+            if before is not None:
+                before.result()
+            self.disk.check()
+            self.written += len(batch.index)
+
+    def create(self) -> None:
+        remove_leftovers(self.shard.path)
+        self.disk = Disk(self.temporary)
+        self.file = h5py.File(self.disk, "w", rdcc_nbytes=8 * CHUNK_BYTES)
+        for name, (shape, kind) in self.columns.items():
+            per_chunk = CHUNK_BYTES // max(1, np.dtype(kind).itemsize * int(np.prod(shape)))
+            # A power of two, as the rows of a batch are: no chunk is written by halves.
+            per_chunk = min(max(1, self.shard.rows), 2 ** max(0, per_chunk.bit_length() - 1))
+            self.file.create_dataset(
+                name,
+                (self.shard.rows, *shape),
+                kind,
+                chunks=(per_chunk, *shape),
+                **filters(self.shard.job.compression),
+            )
+        self.file.attrs.update(self.shard.attributes())
+
+    def digest(self, arrays: dict[str, np.ndarray], batch: Batch) -> None:
+        for name, array in arrays.items():
+            self.digests[name].update(array)
+        if batch.y is not None:
+            self.counts += np.bincount(batch.y, minlength=len(self.counts))
+        # One infinity or NaN makes the sum one; the sum of large numbers may overflow, so then it is looked at closely.
+        if "x" not in arrays or np.isfinite(arrays["x"].sum(dtype=np.float32)):
+            return
+        good = np.isfinite(arrays["x"]).all(axis=(1, 2))
+        if not good.all():
+            row = int(np.argmin(good))
+            kept = arrays["x"].dtype
+            if np.isfinite(batch.x[row]).all():
+                largest = float(np.abs(batch.x[row]).max())
+                raise UserError(
+                    f"series {batch.index[row]} reaches {largest:g}, and {kept} ends at {np.finfo(kept).max:g}; "
+                    "use --dtype float32"
+                )
+            raise UserError(f"series {batch.index[row]} is not finite: the model of this run has diverged")
+
+    def close(self) -> None:
+        """Completes the file. Raises UserError when the disk does not take it, or when another job has the name."""
+        path = self.shard.path
+        with self.explained():
+            if self.file is None:
+                self.create()
+            if self.written != self.shard.rows:
+                raise RuntimeError(f"{self.written} of {self.shard.rows} rows were written")
+            if self.digesting is not None:
+                self.digesting.result()
+            for name, digest in self.digests.items():
+                self.file.attrs[f"sha256_{name}"] = digest.hexdigest()
+            if self.shard.job.class_names:
+                self.file.attrs["counts"] = self.counts
+            self.file.attrs["complete"] = True
+            self.file.close()
+            self.disk.check()
+            self.disk.close()
+            self.file = self.disk = None
+            self.pool.shutdown()
+            if not self.replace and path.exists() and self.shard.problem(contents=False) == "it is of another job":
+                raise UserError(f"{path} has been written by another job meanwhile; choose another --out")
+            put_in_place(self.temporary, path)
+
+    def discard(self) -> None:
+        """Leaves nothing behind of a file that is not complete."""
+        self.pool.shutdown()
+        if self.file is not None:
+            self.file.close()
+        if self.disk is not None:
+            self.disk.close()
+        with contextlib.suppress(OSError):
+            self.temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # what HDF5 raises
+            raise UserError(
+                f"cannot write {self.shard.path}: {reason(error)}; free space or choose another folder, then run the "
+                "same command again: shards that are complete are kept"
+            ) from error
+
+
+def stored(array: np.ndarray, kind: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # it is looked for in the result
+        return np.ascontiguousarray(array, dtype=kind)
+
+
+def filters(compression: str) -> dict[str, Any]:
+    """For create_dataset. Bytes of numbers are shuffled first: those of one rank are alike.
+
+    Raises:
+        UserError: zstd without hdf5plugin.
+    """
+    if compression == "none":
+        return {}
+    if compression == "gzip":
+        return {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+    if compression == "lzf":
+        return {"compression": "lzf", "shuffle": True}
+    try:
+        import hdf5plugin
+    except ImportError:
+        raise UserError(
+            "--compression zstd needs hdf5plugin: pip install hdf5plugin (so does whoever reads the file)"
+        ) from None
+    return {"compression": hdf5plugin.Zstd(clevel=3), "shuffle": True}
+
+
+def claim(job: Job, *, replace: bool = False) -> dict[str, Any]:
+    """The job's manifest: written if it is the first process, read if another one was before it.
+
+    Raises:
+        UserError: the name belongs to another job.
+    """
+    content = {
+        "format": FORMAT,
+        "file": job.out.name,
+        "job_sha256": job.sha256,
+        "made_from": job.made_from,
+        "rows": job.rows,
+        "num_shards": job.shards,
+        "complete": False,
+    }
+    if replace:
+        write_json(job.manifest, content)
+        return content
+    temporary = temporary_path(job.manifest)
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        # A link, unlike a rename, does not replace: of two jobs that begin together one comes first.
+        os.link(temporary, job.manifest)
+    except FileExistsError:
+        content = read_manifest(job.manifest)
+        refuse_another(job.manifest, content["made_from"], job)
+    except OSError as error:
+        raise UserError(f"cannot write {job.manifest}: {reason(error)}; choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return content
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if (
+        not isinstance(content, dict)
+        or content.get("format") != FORMAT
+        or not isinstance(content.get("made_from"), dict)
+    ):
+        raise UserError(f"{path} is not the manifest of generated series, or of another version; move it away")
+    return content
+
+
+def refuse_another(path: Path, made_from: dict[str, Any], job: Job) -> None:
+    """Raises UserError when what lies at `path` was made from something else; it says what differs."""
+    for name in (*job.made_from, *made_from):
+        ours, theirs = job.made_from.get(name), made_from.get(name)
+        if ours != theirs:
+            if name == "config":
+                name, ours, theirs = first_difference(ours, theirs)
+            raise UserError(
+                f"{path} is of another job ({name} is {shorten(theirs)} there and {shorten(ours)} here); "
+                "choose another --out, or --overwrite it"
+            )
+
+
+def first_difference(ours: Any, theirs: Any) -> tuple[str, Any, Any]:
+    ours, theirs = (value if isinstance(value, dict) else {} for value in (ours, theirs))
+    name = next(name for name in (*ours, *theirs) if ours.get(name) != theirs.get(name))
+    return name, ours.get(name), theirs.get(name)
+
+
+def shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def finish(job: Job) -> dict[str, int] | None:
+    """When all shards are there: manifest and virtual file. Returns series by class; None while a shard is missing."""
+    shards = job.all_shards()
+    if any(not shard.path.exists() for shard in shards):
+        return None
+    table = []
+    totals = np.zeros(len(job.class_names), np.int64)
+    for shard in shards:
+        problem = shard.problem(contents=False)
+        if problem is not None:
+            raise UserError(f"{shard.path} cannot be used: {problem}; remove it and run the same command again")
+        with h5py.File(shard.path) as file:
+            counts = file.attrs["counts"] if job.class_names else totals
+            checksums = {name: file.attrs[f"sha256_{name}"] for name in job.columns}
+        totals += counts
+        table.append({"file": shard.path.name, "first": shard.first, "rows": shard.rows, "sha256": checksums})
+    if job.shards > 1:
+        content = {**read_manifest(job.manifest), "complete": True, "shards": table}
+        write_json(job.manifest, content)
+        write_virtual(job, totals)
+    return dict(zip(job.class_names, totals.tolist(), strict=True))
+
+
+def write_virtual(job: Job, counts: np.ndarray) -> None:
+    """Names of shards are relative: the files can be moved together."""
+    with atomic_path(job.out) as temporary, Disk(temporary) as disk:
+        with h5py.File(disk, "w") as file:
+            describe_virtual(job, counts, file)
+        disk.check()
+
+
+def describe_virtual(job: Job, counts: np.ndarray, file: h5py.File) -> None:
+    for name, (shape, kind) in job.columns.items():
+        layout = h5py.VirtualLayout((job.rows, *shape), kind)
+        for shard in job.all_shards():
+            if shard.rows:
+                source = h5py.VirtualSource(shard.path.name, name, (shard.rows, *shape))
+                layout[shard.first : shard.first + shard.rows] = source
+        file.create_virtual_dataset(name, layout, fillvalue=FILL[name])
+    file.attrs.update(job.provenance)
+    file.attrs["shards"] = [shard.path.name for shard in job.all_shards()]
+    if job.class_names:
+        file.attrs["counts"] = counts
+    file.attrs["complete"] = True
