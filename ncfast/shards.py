@@ -238,8 +238,9 @@ class ShardWriter:
         if batch.y is not None:
             self.counts += np.bincount(batch.y, minlength=len(self.counts))
         # One infinity or NaN makes the sum one; the sum of large numbers may overflow, so then it is looked at closely.
-        if "x" not in arrays or np.isfinite(arrays["x"].sum(dtype=np.float32)):
-            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            if "x" not in arrays or np.isfinite(arrays["x"].sum(dtype=np.float32)):
+                return
         good = np.isfinite(arrays["x"]).all(axis=(1, 2))
         if not good.all():
             row = int(np.argmin(good))
