@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ncfast.ops import dispatch
+from ncfast.ops.batch_norm_distributed import batch_norm_distributed
 
 
 def batch_norm_reference(
@@ -61,6 +62,7 @@ def batch_norm(
     then_slope: float | None = None,
     pad: bool = False,
     impl: str = "auto",
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LeakyReLU(weight · (h - mean) / sqrt(var + eps) + bias) of h = x + residual, by the batch's own statistics.
 
@@ -82,6 +84,9 @@ def batch_norm(
         pad: the result is written with replicate padding of 1 on all four sides, [views·B, C, H + 2, W + 2]; not with
             `then_slope`.
         impl: "auto" (the fastest that can run the call), "reference" or "triton".
+        group: None for the statistics of this process's rows; a process group (`torch.distributed.group.WORLD`) for
+            those of the rows of all its processes, x being [views·n_r, C, H, W] with n_r >= 0 on each: see
+            `batch_norm_distributed`, of the gradients too. impl is then "auto" or "reference".
 
     Returns:
         y as x, or padded; with `then_slope` the pair (y, LeakyReLU(y)). Differentiable once in x, residual, weight and
@@ -91,7 +96,17 @@ def batch_norm(
         ValueError: shapes or options that do not fit; an unknown impl.
         RuntimeError: an `impl` asked for by name that cannot run here, with the reason.
     """
-    check(x, weight, bias, running_mean, running_var, residual, views, slope, then_slope, pad)
+    # How many values a channel has on all processes together is known on none of them.
+    least = 2 if group is None else 0
+    check(x, weight, bias, running_mean, running_var, residual, views, slope, then_slope, pad, least)
+    if group is not None:
+        dispatch.choose("batch_norm over a process group", impl, {"reference": None})
+        if residual is not None:
+            x = x + residual.to(x.dtype)
+        y = batch_norm_distributed(
+            x, weight, bias, running_mean, running_var, group=group, views=views, momentum=momentum, eps=eps
+        )
+        return finished(y, slope, then_slope, pad)
     name = dispatch.choose("batch_norm", impl, why_not(x.device, x.dtype))
     if name == "reference":
         return batch_norm_reference(
@@ -171,6 +186,7 @@ def check(
     slope: float,
     then_slope: float | None,
     pad: bool,
+    least: int,
 ) -> None:
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"batch_norm: x is [N, C, H, W], floating point; got {list(x.shape)}, {x.dtype}")
@@ -179,7 +195,7 @@ def check(
         raise ValueError(f"batch_norm: N is a multiple of views >= 1; got N = {N}, views = {views}")
     if C < 1:
         raise ValueError(f"batch_norm: x has 1 channel or more; got {list(x.shape)}")
-    if N // views * H * W < 2:
+    if N // views * H * W < least:
         raise ValueError(
             f"batch_norm: a channel of a view has 2 values or more; got {list(x.shape)} with views = {views}"
         )

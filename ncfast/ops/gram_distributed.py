@@ -16,9 +16,7 @@ Every process of the group makes the same calls in the same order, backward pass
 gradient on to its loss: with empty shards too, and with views that require gradients on all processes or on none.
 The numbers of rows are read on the host: one synchronisation a call.
 
-How the gradients come about: an operation whose result every process has alike, on which it then computes alike, passes
-the gradient on as it is (`total`); a value that each process uses on its own rows gets the sum of what these contribute
-(`spread`). Everything between belongs to one process's rows.
+How the gradients come about: `ops.collectives`, and everything between belongs to one process's rows.
 """
 
 import torch
@@ -27,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ncfast.ops import dispatch
+from ncfast.ops.collectives import Spread, Total, gather
 from ncfast.ops.gram import VAR_REDUCTIONS, check_views, resolve_route
 
 
@@ -235,37 +234,6 @@ class Shards:
         return Scale.apply(loss, self.factor)
 
 
-class Total(torch.autograd.Function):
-    """Sum over the processes. They go on alike, so each has the whole gradient of it already."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: distributed.ProcessGroup) -> Tensor:
-        x = x.clone()
-        distributed.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        return grad, None
-
-
-class Spread(torch.autograd.Function):
-    """Identity. Each process uses the value on its own rows, so the gradient is the sum over the processes."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: distributed.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        grad = grad.contiguous().clone()
-        distributed.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
 class Scale(torch.autograd.Function):
     """Identity, with the gradient multiplied."""
 
@@ -313,11 +281,9 @@ class RowBlockEnergy(torch.autograd.Function):
 
 def gather_rows(x: Tensor, counts: list[int], group: distributed.ProcessGroup) -> Tensor:
     """The rows of all processes in order of rank.  x [n_r, D] -> [N, D]."""
-    longest, D = max(counts), x.shape[1]
+    longest = max(counts)
     x = F.pad(x, (0, 0, 0, longest - x.shape[0])).contiguous()  # collectives want equal sizes
-    rows = x.new_empty(len(counts) * longest, D)
-    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # renamed in 2.13
-    gather(rows, x, group=group)
+    rows = gather(x, group)
     if min(counts) == longest:
         return rows
     return torch.cat([part[:count] for part, count in zip(rows.split(longest), counts, strict=True)])

@@ -1,10 +1,11 @@
 """Iterative whitening of a batch (Huang et al., Iterative Normalization, arXiv 1904.03441, algorithm 1)."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from ncfast.ops import dispatch
+from ncfast.ops.collectives import Spread, Total
 
 
 def iter_norm_reference(x: Tensor, *, groups: int = 64, iterations: int = 5, eps: float = 1e-5) -> Tensor:
@@ -14,21 +15,52 @@ def iter_norm_reference(x: Tensor, *, groups: int = 64, iterations: int = 5, eps
     x = (x - x.mean(0)).T.reshape(groups, d, N)
     identity = torch.eye(d, dtype=x.dtype, device=x.device)
     covariance = torch.baddbmm(eps * identity.expand(groups, d, d), x, x.mT, alpha=1 / N)  # [groups, d, d]
-    # Newton-Schulz converges for eigenvalues in (0, 1]: divide by the trace, undo it at the end.
+    return (inverse_root(covariance, iterations) @ x).reshape(D, N).T
+
+
+def inverse_root(covariance: Tensor, iterations: int) -> Tensor:
+    """About covariance^-1/2, by Newton-Schulz iteration.  [groups, d, d]"""
+    # It converges for eigenvalues in (0, 1]: divide by the trace, undo it at the end.
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     # P' = 1.5 P - 0.5 P³ S through W = P² S: as many products, and what rounding adds, which does not commute with S,
     # grows no faster than P does. Printed as P³ S it can double every step.
     W = covariance / trace
-    P = 1.5 * identity - 0.5 * W if iterations > 0 else identity.expand(groups, d, d)
+    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    P = 1.5 * identity - 0.5 * W if iterations > 0 else identity.expand_as(covariance)
     for _ in range(1, iterations):
         V = torch.baddbmm(W, W, W, beta=1.5, alpha=-0.5)
         W = torch.baddbmm(V, V, W, beta=1.5, alpha=-0.5)
         P = torch.baddbmm(P, P, W, beta=1.5, alpha=-0.5)
-    whitened = (P / trace.sqrt()) @ x
-    return whitened.reshape(D, N).T
+    return P / trace.sqrt()
 
 
-def iter_norm(x: Tensor, *, groups: int = 64, iterations: int = 5, eps: float = 1e-5, impl: str = "auto") -> Tensor:
+def iter_norm_distributed(
+    x: Tensor, *, group: distributed.ProcessGroup, groups: int = 64, iterations: int = 5, eps: float = 1e-5
+) -> Tensor:
+    """`iter_norm_reference` of the rows of all processes of a group: x [n_r, D] -> [n_r, D], n_r >= 0.
+
+    Each sends, in both directions, D sums and the groups' d x d products. With l_r the loss of process r, x gets the
+    gradient of Σ l_r. Every process makes the same calls in the same order, backward pass included.
+    """
+    n, D = x.shape
+    d = D // groups
+    sums = Spread.apply(Total.apply(torch.cat([x.sum(0), x.new_full((1,), n)]), group), group)
+    N = sums[-1].detach()
+    x = (x - sums[:-1] / N).T.reshape(groups, d, n)
+    products = Spread.apply(Total.apply(x @ x.mT, group), group)  # [groups, d, d]
+    covariance = eps * torch.eye(d, dtype=x.dtype, device=x.device) + products / N
+    return (inverse_root(covariance, iterations) @ x).reshape(D, n).T
+
+
+def iter_norm(
+    x: Tensor,
+    *,
+    groups: int = 64,
+    iterations: int = 5,
+    eps: float = 1e-5,
+    impl: str = "auto",
+    group: distributed.ProcessGroup | None = None,
+) -> Tensor:
     """Whitens the batch within groups of channels by Newton-Schulz iteration.
 
     In C++ and Triton a group is computed from beginning to end by one thread or one program: the result is the same bit
@@ -40,6 +72,9 @@ def iter_norm(x: Tensor, *, groups: int = 64, iterations: int = 5, eps: float = 
         iterations: Newton-Schulz steps (T in the paper), 0 or more.
         eps: added to the diagonal of each biased covariance.
         impl: "auto" (the fastest that can run the call), "reference", "cpp" or "triton".
+        group: None for the statistics of this process's rows; a process group for those of the rows of all its
+            processes, x being [n_r, D] with n_r >= 0 on each: see `iter_norm_distributed`. impl is then "auto" or
+            "reference".
 
     Returns:
         [N, D], float32 (float64 for float64 input). Differentiable once; a second derivative is refused, except of the
@@ -49,15 +84,20 @@ def iter_norm(x: Tensor, *, groups: int = 64, iterations: int = 5, eps: float = 
         ValueError: a shape or a number of iterations that does not fit; an unknown impl.
         RuntimeError: an `impl` asked for by name that cannot run here, with the reason.
     """
-    if x.dim() != 2 or x.shape[0] < 2:
+    if x.dim() != 2 or (x.shape[0] < 2 and group is None):
         raise ValueError(f"iter_norm: x is [N, D] with N >= 2; got {list(x.shape)}")
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"iter_norm: D is a multiple of groups; got D = {x.shape[1]}, groups = {groups}")
     if iterations < 0:
         raise ValueError(f"iter_norm: iterations is 0 or more; got {iterations}")
-    name = dispatch.choose("iter_norm", impl, why_not(x.device, x.dtype, x.shape[1] // groups))
+    if group is None:
+        name = dispatch.choose("iter_norm", impl, why_not(x.device, x.dtype, x.shape[1] // groups))
+    else:
+        dispatch.choose("iter_norm over a process group", impl, {"reference": None})
     with torch.autocast(x.device.type, enabled=False):
         x = x if x.dtype == torch.float64 else x.float()
+        if group is not None:
+            return iter_norm_distributed(x, group=group, groups=groups, iterations=iterations, eps=eps)
         if name == "reference":
             return iter_norm_reference(x, groups=groups, iterations=iterations, eps=eps)
         return IterNorm.apply(x.contiguous(), groups, iterations, eps, name)
