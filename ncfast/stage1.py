@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from ncfast.config import Config
@@ -85,6 +85,7 @@ class SelfSupervision(nn.Module):
     """weight · L(P(pool(z_a)), P(pool(z_b))): the projector P trains with stage 1 and is then thrown away."""
 
     members: int | None = None  # as of VQVAE
+    group: distributed.ProcessGroup | None = None  # see `nn.synchronised`
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -95,14 +96,16 @@ class SelfSupervision(nn.Module):
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """Latent grids of the two views, [B, D, H, W'] each -> scalar; [B, E·D, H, W'] -> [E]."""
         if self.members is None:
-            return self.weight * self.loss(*self.projector(pool(z_a), pool(z_b)))
+            return self.weight * self.loss(*self.projector(pool(z_a), pool(z_b)), group=self.group)
         views = self.projector(pool(z_a, self.members), pool(z_b, self.members))  # [B, E·dim] each
         pairs = zip(*(view.chunk(self.members, 1) for view in views), strict=True)
         return self.weight * torch.stack([self.loss(a, b) for a, b in pairs])
 
 
 def squared_error(a: Tensor, b: Tensor, members: int | None) -> Tensor:
-    """Mean over all of a, b [B, C, ...] -> scalar; of each member's own [B, E·C, ...] -> [E]."""
+    """Mean over all of a, b [B, C, ...] -> scalar; of each member's own [B, E·C, ...] -> [E]. Of nothing 0."""
+    if len(a) == 0:
+        return F.mse_loss(a, b, reduction="sum")
     if members is None:
         return F.mse_loss(a, b)
     each = F.mse_loss(a, b, reduction="none").unflatten(1, (members, -1))
@@ -110,7 +113,12 @@ def squared_error(a: Tensor, b: Tensor, members: int | None) -> Tensor:
 
 
 def stage1_losses(
-    model: VQVAE, ssl: SelfSupervision | None, x: Tensor, view: Tensor | None, view_weight: float
+    model: VQVAE,
+    ssl: SelfSupervision | None,
+    x: Tensor,
+    view: Tensor | None,
+    view_weight: float,
+    share: float = 1.0,
 ) -> dict[str, Tensor]:
     """The losses of one batch, "loss" being what is minimised.
 
@@ -121,6 +129,7 @@ def stage1_losses(
     Args:
         x: normalised series [B, C, L]; [B, E·C, L] for E models stacked, and the losses are then [E].
         view: augmented series, as x, or None without SSL.
+        share: of the rows of a batch over several processes (`engine.processes`), whose mean the losses are then.
 
     Encoder and decoder have both views in one batch, but each view has batch statistics of its own.
     """
@@ -139,9 +148,12 @@ def stage1_losses(
         for hat, true in ((x_hat, series), (u_hat, u.chunk(views)))
     )
     losses = {"reconstruction_time": time, "reconstruction_spectrum": spectrum, "commitment": commitment}
-    loss = time + spectrum + commitment
     if ssl is not None:
         losses["reconstruction_view"] = time_view[0] + spectrum_view[0]
+    if share != 1:
+        losses = {name: share * value for name, value in losses.items()}
+    loss = losses["reconstruction_time"] + losses["reconstruction_spectrum"] + losses["commitment"]
+    if ssl is not None:
         losses["ssl"] = ssl(model.as_grid(z_q), model.as_grid(z_view[0]))
         loss = loss + view_weight * losses["reconstruction_view"] + losses["ssl"]
     return {"loss": loss, **losses, "perplexity": model.vq.perplexity}

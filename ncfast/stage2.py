@@ -148,7 +148,13 @@ def ranks(x: Tensor) -> Tensor:
 
 
 def stage2_losses(
-    prior: Prior, tokens: Tensor, labels: Tensor | None, config: Config, generator: Generators
+    prior: Prior,
+    tokens: Tensor,
+    labels: Tensor | None,
+    config: Config,
+    generator: Generators,
+    own: slice = slice(None),
+    share: float = 1.0,
 ) -> dict[str, Tensor]:
     """Cross-entropy over all positions of one batch.
 
@@ -156,6 +162,9 @@ def stage2_losses(
         tokens: [B, n]; [E, B, n] for E models stacked, and the losses are then [E].
         labels: [B] or [E, B], or None.
         generator: or E of them.
+        own: the rows that this process computes, of a batch over several (`engine.processes`). Random numbers are drawn
+            for all rows, so that they do not depend on the number of processes.
+        share: of these rows, when the loss is the mean of those of all processes.
     """
     B, n = tokens.shape[-2:]
     mask = random_mask((B, n), config.masking, generator, tokens.device)
@@ -165,6 +174,8 @@ def stage2_losses(
     else:
         dropped = uniform((B,), generator, labels.device) < config.class_dropout
         labels = torch.where(dropped, no_class, labels)
-    logits = prior(torch.where(mask, prior.num_codes, tokens), labels)
+    masked, tokens = torch.where(mask, prior.num_codes, tokens)[..., own, :], tokens[..., own, :]
+    logits = prior(masked, labels[..., own])
     each = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view_as(tokens)
-    return {"loss": each.mean((-2, -1)), "masked_share": mask.float().mean((-2, -1))}
+    loss = each.mean((-2, -1)) if each.numel() else each.sum((-2, -1))
+    return {"loss": loss if share == 1 else share * loss, "masked_share": mask.float().mean((-2, -1))}

@@ -19,9 +19,11 @@ from ncfast.engine.checkpoint import read_json, read_state, write_json, write_te
 from ncfast.engine.logging import RunLog
 from ncfast.engine.loop import Progress, Stage, batch_ends, derived_seed, train_stage
 from ncfast.engine.precision import computing, resolve_precision
+from ncfast.engine.processes import ALONE, Processes, current_processes
 from ncfast.engine.step import Losses
 from ncfast.errors import UserError
 from ncfast.ncvqvae import NCVQVAE, build_models, load_weights, read_config, write_config
+from ncfast.nn.synchronised import synchronised
 from ncfast.stage1 import VQVAE, SelfSupervision, stage1_losses
 from ncfast.stage2 import Prior, TokenDistribution, stage2_losses
 
@@ -38,6 +40,9 @@ def fit(
     **options: Any,
 ) -> NCVQVAE:
     """Trains both stages on arrays.
+
+    Where `torch.distributed` has a default process group of several processes, they train one model together: each
+    calls this with the same arguments, but for a device of its own, and gets the trained model; the first writes `out`.
 
     Args:
         X: series, float [n, L] or [n, C, L], all of one length, finite.
@@ -65,6 +70,10 @@ def fit(
 def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Config:
     """The configuration with everything that depends on data and device filled in: epochs in place of steps."""
     n = len(dataset.X_train)
+    size = current_processes().size
+    for flag, batch_size in (("--batch-size", config.batch_size), ("--stage2-batch-size", config.stage2_batch_size)):
+        if batch_size < size:
+            raise UserError(f"{flag} {batch_size} is of all processes together, and there are {size}: start fewer")
     if config.ssl != "none" and n < 2:
         raise UserError("self-supervision compares series, so it needs at least 2; add data or use --ssl none")
     if dataset.length < config.n_fft:
@@ -94,6 +103,8 @@ def train(
 ) -> NCVQVAE:
     """Stage 1, then stage 2. With `out`, the run folder is written as it goes and can be continued after any kill.
 
+    Over several processes as `fit`; the state does not depend on how many there are, so that others may continue it.
+
     Args:
         config: resolved (`resolve_config`).
         out: the run folder, or None.
@@ -102,44 +113,47 @@ def train(
         graph: on a GPU, make each training step one CUDA graph.
     """
     data = DataFacts.of(dataset)
+    processes = current_processes()
+    processes.check_alike("options or data", (config, data.identity))
+    folder = out if processes.is_first else None  # where this process writes
     if out is not None:
-        # The state of a member is with that of the others.
-        for folder in (out, out.parent) if out.name.startswith("seed") else (out,):
-            if (folder / "seeds.json").exists():
-                raise UserError(
-                    f"{folder} holds runs of several seeds; continue them with --seeds, or use another --out"
-                )
-        prepare_folder(out, config, data, resume)
+        processes.on_first(lambda: prepare_run(out, config, data, resume))
     x = data.normalise(dataset.X_train, device)  # [N, C, L]
     labels = None if dataset.y_train is None else torch.from_numpy(dataset.y_train).to(device)
-    state = read_state(out / "state.pt", device) if out is not None and (out / "state.pt").exists() else None
+    state = None if out is None else processes.on_all(lambda: saved_state(out, device))
+    processes.check_alike(f"states in {out}", None if state is None else (state["stage"], state["epoch"]))
     loop = {
         "seed": config.seed,
         "device": device,
-        "state_path": None if out is None else out / "state.pt",
+        "state_path": None if folder is None else folder / "state.pt",
         "checkpoint_every": checkpoint_every,
         "graph": graph,
-        "quiet": quiet,
+        "quiet": quiet or not processes.is_first,
+        "processes": processes,
     }
 
-    with RunLog(out) as log, computing(config.precision, device):
+    with RunLog(folder) as log, computing(config.precision, device):
         vqvae = new_vqvae(config, data)
         if state is not None and state["stage"] == 2:
-            load_weights(out / "stage1.safetensors", vqvae)
+            processes.on_all(lambda: load_weights(out / "stage1.safetensors", vqvae))
             vqvae = vqvae.to(device).eval()
         else:
-            progress = train_stage(stage1(config, vqvae, x, device), log=log, state=state, **loop)
+            first = stage1(config, vqvae, x, device, processes)
+            with synchronised(first.modules, processes.group):
+                progress = train_stage(first, log=log, state=state, **loop)
             state = None
+            del first  # the projector
             vqvae.eval()
-            if out is not None:
-                write_tensors(out / "stage1.safetensors", vqvae.state_dict())
-                record_metrics(out, "stage1", {**summary(progress), **reconstruction(vqvae, data, dataset)})
+            if folder is not None:
+                write_tensors(folder / "stage1.safetensors", vqvae.state_dict())
+                record_metrics(folder, "stage1", {**summary(progress), **reconstruction(vqvae, data, dataset)})
 
         prior = new_prior(config, vqvae, data)
-        progress = train_stage(stage2(config, vqvae, prior, x, labels, device), log=log, state=state, **loop)
-        if out is not None:
-            write_tensors(out / "stage2.safetensors", prior.state_dict())
-            record_metrics(out, "stage2", summary(progress))
+        second = stage2(config, vqvae, prior, x, labels, device, processes)
+        progress = train_stage(second, log=log, state=state, **loop)
+        if folder is not None:
+            write_tensors(folder / "stage2.safetensors", prior.state_dict())
+            record_metrics(folder, "stage2", summary(progress))
     return NCVQVAE(config, data, vqvae, prior, device)
 
 
@@ -158,7 +172,7 @@ def new_prior(config: Config, vqvae: VQVAE, data: DataFacts) -> Prior:
         return Prior(config, vqvae.vq.codebook.cpu(), vqvae.num_tokens, len(data.class_names))
 
 
-def stage1(config: Config, vqvae: VQVAE, x: Tensor, device: torch.device) -> Stage:
+def stage1(config: Config, vqvae: VQVAE, x: Tensor, device: torch.device, processes: Processes = ALONE) -> Stage:
     ssl = new_self_supervision(config)
     augment = None if ssl is None else Augment(config.augment)
     modules = on_device(nn.ModuleDict({"vqvae": vqvae} if ssl is None else {"vqvae": vqvae, "ssl": ssl}), device)
@@ -166,7 +180,8 @@ def stage1(config: Config, vqvae: VQVAE, x: Tensor, device: torch.device) -> Sta
     def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         batch = x[rows]
         view = None if augment is None else augment(batch, generator)
-        return stage1_losses(vqvae, ssl, batch, view, config.view_weight)
+        own, share = processes.own(len(rows)), processes.share(len(rows))
+        return stage1_losses(vqvae, ssl, batch[own], None if view is None else view[own], config.view_weight, share)
 
     return stage(1, config, modules, losses, len(x))
 
@@ -178,13 +193,22 @@ def on_device(modules: nn.Module, device: torch.device) -> nn.Module:
     return modules.to(device)
 
 
-def stage2(config: Config, vqvae: VQVAE, prior: Prior, x: Tensor, labels: Tensor | None, device: torch.device) -> Stage:
+def stage2(
+    config: Config,
+    vqvae: VQVAE,
+    prior: Prior,
+    x: Tensor,
+    labels: Tensor | None,
+    device: torch.device,
+    processes: Processes = ALONE,
+) -> Stage:
     distribution = TokenDistribution(vqvae, x)
     modules = nn.ModuleDict({"prior": prior}).to(device)
 
     def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         tokens = distribution.draw(rows, generator)
-        return stage2_losses(prior, tokens, None if labels is None else labels[rows], config, generator)
+        own, share = processes.own(len(rows)), processes.share(len(rows))
+        return stage2_losses(prior, tokens, None if labels is None else labels[rows], config, generator, own, share)
 
     return stage(2, config, modules, losses, len(x))
 
@@ -219,6 +243,20 @@ def seeded(*words: int) -> Iterator[None]:
         torch.set_rng_state(previous)
 
 
+def prepare_run(out: Path, config: Config, data: DataFacts, resume: bool) -> None:
+    """`prepare_folder`, and that `out` is no run of several seeds: the state of a member is with that of the others."""
+    for folder in (out, out.parent) if out.name.startswith("seed") else (out,):
+        if (folder / "seeds.json").exists():
+            raise UserError(f"{folder} holds runs of several seeds; continue them with --seeds, or use another --out")
+    prepare_folder(out, config, data, resume)
+
+
+def saved_state(out: Path, device: torch.device) -> dict[str, Any] | None:
+    """What `train_stage` goes on from, where a run was started before."""
+    path = out / "state.pt"
+    return read_state(path, device) if path.exists() else None
+
+
 def prepare_folder(out: Path, config: Config, data: DataFacts, resume: bool) -> None:
     """A new folder for a new run, or the check that `out` holds this very run."""
     try:
@@ -238,8 +276,7 @@ def prepare_folder(out: Path, config: Config, data: DataFacts, resume: bool) -> 
     ]
     if changed:
         raise UserError(f"{out} was started with other options ({'; '.join(changed)}); use the same, or another --out")
-    ignored = {"source": "", "notes": ()}
-    if dataclasses.replace(old_data, **ignored) != dataclasses.replace(data, **ignored):
+    if old_data.identity != data.identity:
         raise UserError(
             f"{out} was trained on other data ({old_data.name}, {old_data.num_series} series); choose another --out"
         )

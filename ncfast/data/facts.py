@@ -1,5 +1,6 @@
 """What a run remembers of its training data, and the way to its units and back."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +43,11 @@ class DataFacts:
             std=tuple(np.where(std > 0, std, 1.0).tolist()),
             notes=tuple(dataset.notes),
         )
+
+    @property
+    def identity(self) -> "DataFacts":
+        """Without what may differ of the same data: where it was read, and what was remarked."""
+        return dataclasses.replace(self, source="", notes=())
 
     def normalise(self, X: np.ndarray, device: torch.device) -> Tensor:
         """Data units -> zero mean and unit variance a channel (over the train set), on `device`.  X [N, C, L]."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ncfast.engine.checkpoint import drop_spare_state, write_state
 from ncfast.engine.logging import RunLog, RunLogs, progress_bar
+from ncfast.engine.processes import ALONE, Processes
 from ncfast.engine.step import Losses, TrainingStep
 from ncfast.errors import UserError
 
@@ -100,6 +101,7 @@ def train_stage(
     checkpoint_every: int | None = None,
     graph: bool = True,
     quiet: bool = False,
+    processes: Processes = ALONE,
 ) -> Progress:
     """Trains `stage` to its last epoch, from `state` when there is one.
 
@@ -113,6 +115,7 @@ def train_stage(
         state: as read from there.
         checkpoint_every: None: as often as costs no more than a twentieth of the time.
         graph: on a GPU, make the step one CUDA graph.
+        processes: those that train together, all with the same arguments, but for log, state_path and quiet.
 
     The caller has entered `engine.precision.computing`.
     """
@@ -125,6 +128,7 @@ def train_stage(
         precision=stage.precision,
         device=device,
         graph=graph,
+        processes=processes,
     )
     epoch, seconds, losses = 0, 0.0, {}
     if state is not None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ncfast.engine.cuda_graph import CudaGraph, capture_stream, on_stream
 from ncfast.engine.precision import autocast
+from ncfast.engine.processes import ALONE, Processes
 
 Losses = Callable[[Tensor, torch.Generator | list[torch.Generator]], dict[str, Tensor]]
 
@@ -39,6 +40,7 @@ class TrainingStep:
         precision: str,
         device: torch.device,
         graph: bool = True,
+        processes: Processes = ALONE,
     ) -> None:
         """
         Args:
@@ -48,13 +50,17 @@ class TrainingStep:
             num_series: of an epoch.
             rates: learning rate of every step.
             graph: capture; without a GPU it has no effect.
+            processes: those that take the step together; `losses` then are this one's, whose mean is the batch's.
         """
         self.compute_losses = losses
         self.num_series = num_series
         self.rates = list(rates)
         self.precision = precision
         self.device = device
-        self.wants_graph = graph and device.type == "cuda"
+        self.processes = processes
+        # Of several processes, one that could not capture would leave the others waiting; and the SSL losses read on
+        # the host how many rows each has.
+        self.wants_graph = graph and device.type == "cuda" and processes.is_alone
         # The rate of a captured step is read from memory; anywhere else a number is as good.
         self.rate: Tensor | float = self.rates[0]
         if device.type == "cuda":
@@ -66,7 +72,8 @@ class TrainingStep:
             "fused": device.type in ("cpu", "cuda"),
             "capturable": device.type == "cuda",
         }
-        self.optimizer = torch.optim.AdamW(list(modules.parameters()), **self.hyperparameters)
+        self.parameters = list(modules.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, **self.hyperparameters)
         self.totals: dict[str, Tensor] = {}
         self.losses: dict[str, Tensor] = {}
         self.taken: dict[int, int] = {}  # steps of each batch size
@@ -151,8 +158,11 @@ class TrainingStep:
         with autocast(self.precision, self.device):
             losses = self.compute_losses(rows, generators if rows.dim() == 2 else generators[0])
         losses["loss"].sum().backward()  # members share no parameter: each gets its own gradient
-        self.optimizer.step()
         losses = {name: value.detach() for name, value in losses.items()}
+        if not self.processes.is_alone:
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            self.processes.average_([*gradients, *losses.values()])
+        self.optimizer.step()
         share = rows.shape[-1] / self.num_series
         for name, value in losses.items():
             if name not in self.totals:

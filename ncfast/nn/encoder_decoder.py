@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ncfast.nn.synchronised import group_of
 from ncfast.ops import batch_norm, thin_conv_transpose
 from ncfast.ops.batch_norm import finished
 from ncfast.ops.thin_conv_transpose import takes_triton
@@ -76,6 +77,7 @@ def normalised(
             slope=slope,
             then_slope=then_slope,
             pad=pad,
+            group=group_of(norm),
         )
     y = norm(x if residual is None else x + residual.to(x.dtype))
     return finished(y, slope, then_slope, pad)

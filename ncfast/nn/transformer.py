@@ -50,7 +50,7 @@ class Attention(nn.Module):
 
     def attend(self, qkv: Tensor) -> Tensor:  # [..., S, 3 H d] -> [..., S, H d]
         packed = qkv.unflatten(-1, (3, self.heads, -1)).flatten(0, -5)  # [B, S, 3, H, d]
-        return masked_attention(packed).reshape(*qkv.shape[:-1], -1)
+        return masked_attention(packed).reshape(*qkv.shape[:-1], qkv.shape[-1] // 3)
 
 
 class Block(nn.Module):

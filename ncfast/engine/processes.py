@@ -1,0 +1,105 @@
+"""Several processes that train one model: each computes a slice of every batch's rows.
+
+The batch is that of one process, and so is what comes of it, up to rounding: every process draws the random numbers of
+the whole batch, statistics are of all its rows (`nn.synchronised`), and the loss is the mean of the processes' losses,
+each of which counts its rows by their `share`. All hold the same weights and take the same steps; the first one writes
+and shows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from ncfast.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together.
+
+    Attributes:
+        rank: its number, counted from 0.
+        size: how many there are.
+        group: of them; None of one process alone, for which nothing below sends anything.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: distributed.ProcessGroup | None = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        return self.size == 1
+
+    def own(self, rows: int) -> slice:
+        """This process's rows of a batch: slices differ by one row at most, and some are empty of fewer than `size`."""
+        return slice(self.rank * rows // self.size, (self.rank + 1) * rows // self.size)
+
+    def share(self, rows: int) -> float:
+        """This process's number of rows over the processes' mean number.
+
+        With means over rows weighted so, the mean of the processes' losses is the loss of the batch.
+        """
+        own = self.own(rows)
+        return (own.stop - own.start) * self.size / rows
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrites each by its mean over the processes, in one message.
+
+        For gradients DistributedDataParallel would do the same during the backward pass, but only of a module whose
+        `forward` makes the loss, where here encoder, decoder, codebook and projector are called apart.
+        """
+        packed = torch.cat([tensor.flatten() for tensor in tensors])
+        distributed.all_reduce(packed, group=self.group)
+        packed /= self.size
+        for tensor, mean in zip(tensors, packed.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(mean.view(tensor.shape))
+
+    def on_all(self, function: Callable[[], T]) -> T:
+        """function() on every process; a UserError on any of them is raised on all, since nobody waits for the others
+        in vain then."""
+        if self.is_alone:
+            return function()
+        result, error = None, None
+        try:
+            result = function()
+        except UserError as raised:
+            error = str(raised)
+        errors = [each for each in self.gathered(error) if each is not None]
+        if errors:
+            raise UserError(errors[0])
+        return result
+
+    def on_first(self, function: Callable[[], T]) -> T | None:
+        """function() on the first process while the others wait, None on them; errors as of `on_all`."""
+        return self.on_all(function if self.is_first else lambda: None)
+
+    def check_alike(self, what: str, value: Any) -> None:
+        """Raises UserError on every process unless all have the same value."""
+        if not self.is_alone and any(other != value for other in self.gathered(value)):
+            raise UserError(f"the processes that train together have different {what}; start all of them alike")
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, in order of rank. They are pickled: small ones."""
+        values = [None] * self.size
+        distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+
+ALONE = Processes()
+
+
+def current_processes() -> Processes:
+    """Those of the default process group, where there is one of several."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return ALONE
+    return Processes(distributed.get_rank(), distributed.get_world_size(), distributed.group.WORLD)

@@ -1,0 +1,184 @@
+"""Training over several processes: against one process with the same batches. One gloo process a rank."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from processes import on_processes
+from test_training import SMALL, waves
+
+import ncfast
+from ncfast import training
+from ncfast.config import make_config
+from ncfast.data.facts import DataFacts
+from ncfast.data.sources import from_arrays
+from ncfast.engine.logging import RunLog
+from ncfast.engine.loop import batch_ends, train_stage
+from ncfast.engine.processes import ALONE, Processes, current_processes
+from ncfast.errors import UserError
+from ncfast.nn.synchronised import synchronised
+
+CPU = torch.device("cpu")
+METHODS = ("none", "barlow", "vicreg", "vibcreg")
+STEPS = 20
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 129])
+def test_slices_cover_the_batch_and_weigh_as_one(rows, size):
+    each = [Processes(rank, size) for rank in range(size)]
+    taken = [list(range(rows)[process.own(rows)]) for process in each]
+    assert [row for part in taken for row in part] == list(range(rows))
+    assert max(map(len, taken)) - min(map(len, taken)) <= 1
+    assert [process.share(rows) * rows / size for process in each] == pytest.approx([len(part) for part in taken])
+
+
+def test_one_process_is_alone():
+    assert current_processes() == ALONE and ALONE.is_first and ALONE.own(5) == slice(0, 5) and ALONE.share(5) == 1
+    assert ALONE.on_all(lambda: 3) == ALONE.on_first(lambda: 3) == 3
+
+
+def trained(ssl, num_series, dtype):
+    """Weights, buffers and mean losses of STEPS steps of each stage; over the processes there are."""
+    processes = current_processes()
+    dataset = from_arrays(*waves(num_series))
+    epochs = -(-STEPS // len(batch_ends(num_series, SMALL["batch_size"])))
+    config = make_config(ssl=ssl, stage1_epochs=epochs, stage2_epochs=epochs, **SMALL)
+    config, data = training.resolve_config(config, dataset, CPU), DataFacts.of(dataset)
+    x, labels = data.normalise(dataset.X_train, CPU).to(dtype), torch.from_numpy(dataset.y_train)
+    loop = {"seed": 0, "device": CPU, "state_path": None, "state": None, "quiet": True, "processes": processes}
+
+    first = training.stage1(config, training.new_vqvae(config, data), x, CPU, processes)
+    first.modules.to(dtype)
+    with synchronised(first.modules, processes.group):
+        losses1 = train_stage(first, log=RunLog(None), **loop).losses
+    # Another VQVAE, the same for all, as the tokens that are drawn are discontinuous in its weights.
+    vqvae = training.new_vqvae(config, data).to(dtype).eval()
+    second = training.stage2(config, vqvae, training.new_prior(config, vqvae, data), x, labels, CPU, processes)
+    second.modules.to(dtype)
+    losses2 = train_stage(second, log=RunLog(None), **loop).losses
+    return {
+        1: {**first.modules.state_dict(), **tensors(losses1)},
+        2: {**second.modules.state_dict(), **tensors(losses2)},
+    }
+
+
+def tensors(losses):
+    return {f"losses.{name}": torch.tensor(value, dtype=torch.float64) for name, value in losses.items()}
+
+
+def several_trained(cases):
+    return [trained(*case) for case in cases]
+
+
+def assert_close_states(found, expected, tolerance, projector_tolerance=None):
+    """Largest differences, over the largest value of a tensor where that is above 1."""
+    for stage in (1, 2):
+        assert found[stage].keys() == expected[stage].keys()
+        for name, value in expected[stage].items():
+            of_projector = projector_tolerance is not None and name.startswith("ssl.")
+            if of_projector and name.endswith("whiten.bias"):
+                continue  # no loss depends on it: its gradient is rounding, and Adam makes whole steps of that
+            value, other = value.double(), found[stage][name].double()
+            scale = max(1.0, float(value.abs().max()))
+            difference = float((other - value).abs().max())
+            limit = scale * (projector_tolerance if of_projector else tolerance)
+            assert difference <= limit, f"stage {stage}, {name}: {difference} of {scale}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ssl", METHODS)
+def test_two_processes_train_the_model_of_one(ssl, tmp_path):
+    cases = [(ssl, 41, torch.float32), (ssl, 41, torch.float64)]  # the last batch of an epoch is 4 + 5 rows
+    ranks = on_processes(2, tmp_path, several_trained, cases)
+    # Some gradients of the projector are so small that Adam magnifies their rounding; float64 shows that it is that.
+    for case, first, second, tolerances in zip(cases, *ranks, ((1e-5, 1e-4), (1e-10,)), strict=True):
+        expected = trained(*case)
+        assert_close_states(first, expected, *tolerances)
+        assert all(torch.equal(first[stage][name], second[stage][name]) for stage in (1, 2) for name in first[stage])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ssl", METHODS)
+def test_slices_may_be_empty(ssl, tmp_path):
+    # The last batch of an epoch is 0 + 1 + 1 rows. Of 2 rows batch norm makes +1 and -1, whose gradients are all but
+    # rounding: float32 would show nothing.
+    case = (ssl, 34, torch.float64)
+    expected = trained(*case)
+    for (found,) in on_processes(3, tmp_path, several_trained, [case]):
+        assert_close_states(found, expected, 1e-7)
+
+
+class Stopped(Exception):
+    pass
+
+
+def fit_until(out, stop, resume):
+    """`training.train` as the program calls it, ended as (stage, epoch) is logged: before its state is saved."""
+
+    def write(log, stage, epoch, *values):
+        original(log, stage, epoch, *values)
+        if (stage, epoch) == stop:
+            raise Stopped
+
+    dataset = from_arrays(*waves(41))
+    config = make_config(ssl="vicreg", stage1_epochs=4, stage2_epochs=4, **SMALL)
+    config = training.resolve_config(config, dataset, CPU)
+    original = RunLog.write
+    RunLog.write = write
+    try:
+        model = training.train(config, dataset, out=out, device=CPU, resume=resume, checkpoint_every=1, quiet=True)
+        return model.vqvae.state_dict(), model.prior.state_dict()
+    except Stopped:
+        return None
+    finally:
+        RunLog.write = original
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes_continue_a_run(tmp_path):
+    expected = fit_until(tmp_path / "whole", None, False)
+    out = tmp_path / "parts"
+    for world, stop, resume in ((2, (1, 3), False), (1, (2, 2), True), (3, None, True)):
+        if world == 1:
+            assert fit_until(out, stop, resume) is None
+            continue
+        folder = tmp_path / f"ranks{world}"
+        folder.mkdir()
+        ends = on_processes(world, folder, fit_until, out, stop, resume)
+        assert all((end is None) == (stop is not None) for end in ends)
+    # Every process has the model, and the first one's is on disk.
+    saved = [safetensors.torch.load_file(out / f"stage{stage}.safetensors") for stage in (1, 2)]
+    for states in (saved, *ends):
+        for state, target in zip(states, expected, strict=True):
+            for name, value in target.items():
+                torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=lambda t, n=name: f"{n}: {t}")
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["epoch"]) for line in lines] == [(s, e) for s in (1, 2) for e in (1, 2, 3, 4)]
+    whole = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in whole], rel=1e-5)
+    assert not list(out.glob("*.tmp"))
+
+
+def mistakes(out):
+    """The errors of calls that one process alone would have got wrong."""
+    rank = current_processes().rank
+    x, y = waves(20)
+    options = {"stage1_epochs": 1, "stage2_epochs": 1, "quiet": True, **SMALL}
+    messages = []
+    for more in ({"batch_size": 2, "stage2_batch_size": 1}, {"seed": rank}, {"out": out}):
+        with pytest.raises(UserError) as error:
+            ncfast.fit(x, y, **{**options, **more})
+        messages.append(str(error.value))
+    return messages
+
+
+@pytest.mark.slow
+def test_every_process_raises_what_one_finds(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for messages in on_processes(2, tmp_path, mistakes, tmp_path / "run"):
+        assert "--stage2-batch-size 1 is of all processes together, and there are 2" in messages[0]
+        assert "different options or data" in messages[1]
+        assert "already holds a run; add --resume" in messages[2]
