@@ -14,8 +14,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see `{self.prog} --help`", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 def run(main: Callable[[], None], on_interrupt: str = "interrupted") -> NoReturn:
@@ -23,7 +22,7 @@ def run(main: Callable[[], None], on_interrupt: str = "interrupted") -> NoReturn
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(2)
     except KeyboardInterrupt:
         print(on_interrupt, file=sys.stderr)
@@ -31,8 +30,17 @@ def run(main: Callable[[], None], on_interrupt: str = "interrupted") -> NoReturn
     sys.exit(0)
 
 
-def choose_device(name: str) -> tuple[torch.device, str]:
-    """The device and why: "auto" is the GPU when torch sees one."""
+def print_error(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def choose_device(name: str, local_rank: int | None = None) -> tuple[torch.device, str]:
+    """The device and why: "auto" is the GPU when torch sees one.
+
+    local_rank: of several processes on this machine, which take a GPU each.
+    """
+    if local_rank is not None and name != "cpu" and (name != "auto" or torch.cuda.is_available()):
+        return gpu_of_process(name, local_rank)
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda"), f"torch sees {torch.cuda.get_device_name()}"
@@ -44,3 +52,14 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return device, "as asked"
+
+
+def gpu_of_process(name: str, local_rank: int) -> tuple[torch.device, str]:
+    if name not in ("auto", "cuda"):
+        raise UserError(f"--device {name}: of several processes each takes its own GPU; give --device cuda, or cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"torch sees {torch.cuda.device_count()} GPUs for {local_rank + 1} processes or more; start as many "
+            "processes as GPUs, or give --device cpu"
+        )
+    return torch.device("cuda", local_rank), f"{torch.cuda.get_device_name(local_rank)}; a GPU for each process"

@@ -12,9 +12,11 @@ from ncfast.config import PRESETS, Config, add_config_arguments, given_config_va
 from ncfast.data.facts import DataFacts
 from ncfast.data.sources import Dataset, load_dataset
 from ncfast.engine.loop import batch_ends
+from ncfast.engine.processes import Processes
 from ncfast.ensemble import member_configs, train_ensemble
 from ncfast.errors import UserError
 from ncfast.evaluation.plots import plot_samples
+from ncfast.launch import launched, local_rank
 from ncfast.ncvqvae import NCVQVAE, build_models
 from ncfast.ops import dispatch
 from ncfast.ops.nearest_code import why_not
@@ -63,6 +65,11 @@ def integers(text: str) -> list[int]:
 
 
 def main() -> None:
+    with launched() as processes:
+        train_program(processes)
+
+
+def train_program(processes: Processes) -> None:
     arguments = make_parser().parse_args()
     if arguments.checkpoint_every is not None and arguments.checkpoint_every < 1:
         raise UserError(f"--checkpoint-every is at least 1; got {arguments.checkpoint_every}")
@@ -71,16 +78,23 @@ def main() -> None:
     if seeds is not None:
         if "seed" in values:
             raise UserError("give --seed for one model or --seeds for several, not both")
+        if not processes.is_alone:
+            raise UserError("--seeds trains its models in one process; start it without torchrun, or give --seed")
         values["seed"] = member_configs(make_config(arguments.preset, **values), seeds)[0].seed
     config = make_config(arguments.preset, **values)
 
-    dataset = load_dataset(arguments.dataset, arguments.data_dir)
+    def load() -> Dataset:
+        return load_dataset(arguments.dataset, arguments.data_dir)
+
+    # The first process before the others: where it has to download, they find the file.
+    loaded = processes.on_first(load)
+    dataset = processes.on_all(lambda: loaded or load())
     for note in dataset.notes:
         print(f"warning: {note}")
-    device, device_reason = choose_device(arguments.device)
+    device, device_reason = processes.on_all(lambda: choose_device(arguments.device, local_rank()))
     config = resolve_config(config, dataset, device)
     out = arguments.out or Path("runs") / f"{dataset.name}-{config.ssl}"
-    describe(config, dataset, device, device_reason, out, seeds)
+    describe(config, dataset, device, device_reason, out, seeds, processes)
     if arguments.dry_run:
         return
 
@@ -96,6 +110,8 @@ def main() -> None:
     else:
         models = train_ensemble(config, seeds, dataset, **how)
         runs = {out / f"seed{model.config.seed}": model for model in models}
+    if not processes.is_first:
+        return
     for run_folder, model in runs.items():
         picture = draw_samples(model, dataset, run_folder)
         print(f"run: {run_folder}{picture}")
@@ -103,7 +119,13 @@ def main() -> None:
 
 
 def describe(
-    config: Config, dataset: Dataset, device: torch.device, device_reason: str, out: Path, seeds: list[int] | None
+    config: Config,
+    dataset: Dataset,
+    device: torch.device,
+    device_reason: str,
+    out: Path,
+    seeds: list[int] | None,
+    processes: Processes,
 ) -> None:
     """Everything that was decided, before any time is spent."""
     data = DataFacts.of(dataset)
@@ -121,6 +143,9 @@ def describe(
         f"data       {data.name}: {data.num_series} series [{data.channels}, {data.length}], {classes} ({data.source})"
     )
     print(f"device     {device} ({device_reason}); {config.precision}; nearest code: {lookup}")
+    if not processes.is_alone:
+        no_graph = "; steps of several processes are not CUDA graphs" if device.type == "cuda" else ""
+        print(f"processes  {processes.size}, each with its rows of every batch{no_graph}")
     grid = " x ".join(map(str, vqvae.grid))
     print(
         f"model      {grid} = {vqvae.num_tokens} tokens of {config.codebook_size} codes; parameters: "

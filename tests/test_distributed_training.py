@@ -1,15 +1,23 @@
 """Training over several processes: against one process with the same batches. One gloo process a rank."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from processes import on_processes
-from test_training import SMALL, waves
+from test_training import SMALL, train_arguments, waves
 
 import ncfast
-from ncfast import training
+from ncfast import cli, training
 from ncfast.config import make_config
 from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
@@ -37,6 +45,19 @@ def test_slices_cover_the_batch_and_weigh_as_one(rows, size):
 def test_one_process_is_alone():
     assert current_processes() == ALONE and ALONE.is_first and ALONE.own(5) == slice(0, 5) and ALONE.share(5) == 1
     assert ALONE.on_all(lambda: 3) == ALONE.on_first(lambda: 3) == 3
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    for name in ("auto", "cuda"):
+        assert cli.choose_device(name, 1)[0] == torch.device("cuda:1")
+    assert cli.choose_device("cpu", 1)[0] == CPU
+    with pytest.raises(UserError, match="torch sees 2 GPUs for 3 processes or more"):
+        cli.choose_device("auto", 2)
+    with pytest.raises(UserError, match="--device cuda:0: of several processes"):
+        cli.choose_device("cuda:0", 1)
 
 
 def trained(ssl, num_series, dtype):
@@ -182,3 +203,92 @@ def test_every_process_raises_what_one_finds(tmp_path):
         assert "--stage2-batch-size 1 is of all processes together, and there are 2" in messages[0]
         assert "different options or data" in messages[1]
         assert "already holds a run; add --resume" in messages[2]
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "waves.npz"
+    x, y = waves(41)
+    np.savez(path, X_train=x, y_train=y, X_test=x[:10], y_test=y[:10])
+    return path
+
+
+def torchrun(*arguments, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*command, "-m", "ncfast.train", *map(str, arguments)]
+
+
+def program(*arguments, **options):
+    return subprocess.run(torchrun(*arguments, **options), capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_prints_and_logs_once(data_file, tmp_path):
+    out = tmp_path / "run"
+    result = program(*train_arguments(data_file, out))
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert sum(line.startswith("data ") for line in lines) == sum(line.startswith("run: ") for line in lines) == 1
+    assert "processes  2, each with its rows of every batch" in lines
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["epoch"]) for line in log] == [(s, e) for s in (1, 2) for e in (1, 2, 3, 4)]
+    assert len(re.findall(r"stage 1 \(VQVAE\): 100%[^\r\n]*12/12", result.stderr)) >= 1
+    x, _ = ncfast.load(out).sample(3)
+    assert x.shape == (3, 1, 61) and np.isfinite(x).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--dataset", "missing.npz"], "no file or folder 'missing.npz'"),
+        (["--seeds", "1,2"], "--seeds trains its models in one process"),
+        (["--colour", "red"], "unrecognized arguments: --colour red; see `python -m ncfast.train --help`"),
+        (["--stage2-batch-size", "1"], "--stage2-batch-size 1 is of all processes together"),
+    ],
+)
+def test_a_mistake_is_one_line_of_all_processes(data_file, tmp_path, more, message):
+    result = program(*train_arguments(data_file, tmp_path / "run", *more))
+    assert_one_error(result, message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_the_others(data_file, tmp_path):
+    out = tmp_path / "run"
+    (out / ".state.pt.spare").mkdir(parents=True)  # where the first process, which alone writes, puts a state
+    result = program(*train_arguments(data_file, out, "--checkpoint-every", 1))
+    assert_one_error(result, f"cannot write {out / 'state.pt'}: Is a directory")
+    assert len((out / "log.jsonl").read_text().splitlines()) == 1
+
+
+def assert_one_error(result, message):
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    # What follows is torchrun's report: the first to end, upon which it stops the others, ends with 2.
+    assert re.search(r"exitcode *: 2 ", result.stderr) and str(Path(ncfast.__file__).parent) not in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes by /proc")
+def test_a_killed_process_ends_the_others(data_file, tmp_path):
+    out = tmp_path / "run"
+    command = torchrun(*train_arguments(data_file, out, "--stage1-epochs", 100_000))
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text()):
+            assert running.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        workers = [
+            int(pid)
+            for pid in Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+            if b"ncfast.train" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+        assert running.wait(timeout=90) != 0
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    finally:
+        running.kill()
+        running.wait()
