@@ -27,6 +27,7 @@ from ncfast.engine.logging import progress_bar
 from ncfast.engine.precision import PRECISIONS
 from ncfast.errors import UserError
 from ncfast.labels import parse_labels
+from ncfast.launch import local_rank
 from ncfast.ncvqvae import NCVQVAE, load, weights_sha256
 from ncfast.shards import Job, Shard, ShardWriter
 from ncfast.version import __version__
@@ -41,7 +42,10 @@ def make_parser() -> Parser:
         prog="python -m ncfast.generate",
         description="Generate series from a trained run into HDF5. The same command again continues a job.",
     )
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run (--out of ncfast.train)")
+    # torchrun takes --run, even there, for a short form of options of its own.
+    parser.add_argument(
+        "--run", "--run-dir", type=Path, required=True, metavar="DIR", help="folder of the run (--out of ncfast.train)"
+    )
     parser.add_argument(
         "--num-samples", type=int, metavar="N", help="series to generate; may be left out when --labels has counts"
     )
@@ -95,7 +99,7 @@ def main(command_line: list[str] | None = None) -> None:
     arguments = make_parser().parse_args(command_line)
     part, parts = choose_share(arguments)
     check(arguments, parts)
-    device, device_reason = choose_device(arguments.device)
+    device, device_reason = choose_device(arguments.device, local_rank())
     model = load(arguments.run, device, arguments.precision)
     options = sampling_values(model.config)
     given = {name: value for name, value in vars(arguments).items() if name in options}
@@ -115,9 +119,10 @@ def main(command_line: list[str] | None = None) -> None:
         print(f"kept       {len(done)} of {len(own)} shards that are complete", flush=True)
     check_space(job)
     batch_size = arguments.batch_size or 4 * drawing.size
-    write_shards(drawing, todo, Progress(job, own, done, leads), batch_size, arguments.overwrite)
-    if leads and arguments.shard is None and parts > 1:
-        wait_for_others(job)
+    progress = Progress(job, own, done, leads)
+    with progress.bar:
+        write_shards(drawing, todo, progress, batch_size, arguments.overwrite)
+        progress.wait_for_others()
     counts = shards.finish(job)
     if counts is None:
         left = sum(not shard.path.exists() for shard in job.all_shards())
@@ -128,13 +133,12 @@ def main(command_line: list[str] | None = None) -> None:
 
 
 def choose_share(arguments: argparse.Namespace) -> tuple[int, int]:
-    """Which part of how many this process has: --shard, or torchrun's environment, or all."""
-    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    """Which part of how many this process has: --shard, or torchrun's, or all."""
+    if local_rank() is None:
+        return arguments.shard or (0, 1)
     if arguments.shard is not None:
-        if launched and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError("use torchrun or --shard, not both")
-        return arguments.shard
-    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+        raise UserError("use torchrun or --shard, not both")
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def check(arguments: argparse.Namespace, parts: int) -> None:
@@ -335,7 +339,7 @@ class Progress:
     def __init__(self, job: Job, own: list[Shard], done: set[int], leads: bool) -> None:
         mine = {shard.number for shard in own}
         self.others = [shard for shard in job.all_shards() if shard.number not in mine]
-        if not (leads and "TORCHELASTIC_RUN_ID" in os.environ):
+        if not leads or local_rank() is None:
             self.others = []  # a bar for this process alone
         total = sum(shard.rows for shard in (*own, *self.others))
         initial = sum(shard.rows for shard in own if shard.number in done) + self.appeared()
@@ -353,10 +357,16 @@ class Progress:
             rows += self.appeared()
         self.bar.update(rows)
 
+    def wait_for_others(self) -> None:
+        """The first process of torchrun ends last; torchrun ends it when another one fails."""
+        while self.others:
+            self.bar.update(self.appeared())
+            time.sleep(0.2)
+
 
 def write_shards(drawing: Drawing, todo: list[Shard], progress: Progress, batch_size: int, replace: bool) -> None:
     """The model draws while a thread writes; a few batches lie between them."""
-    with progress.bar, contextlib.ExitStack() as writers, Background() as background:
+    with contextlib.ExitStack() as writers, Background() as background:
         for shard in todo:
             writer = ShardWriter(shard, replace=replace)
             writers.callback(writer.discard)  # after the thread has ended, whatever ended it
@@ -364,12 +374,6 @@ def write_shards(drawing: Drawing, todo: list[Shard], progress: Progress, batch_
                 background.call(writer.write, batch)
                 progress.update(len(batch.index))
             background.call(writer.close)
-
-
-def wait_for_others(job: Job) -> None:
-    """The first process of torchrun ends last; torchrun ends it when another one fails."""
-    while any(not shard.path.exists() for shard in job.all_shards()):
-        time.sleep(0.2)
 
 
 def summary(job: Job, counts: dict[str, int]) -> str:
