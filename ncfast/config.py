@@ -20,8 +20,11 @@ def option(default: Any, help: str, group: str, **more: Any) -> Any:
 class Config:
     """Everything that decides what a training run computes. Field `a_b` is the flag `--a-b`."""
 
-    ssl: Literal["none", "barlow", "vicreg", "vibcreg"] = option(
-        "vicreg", "self-supervised loss between the two views; none trains a plain VQVAE", "Self-supervision"
+    ssl: Literal["none", "barlow", "vicreg", "vibcreg", "views"] = option(
+        "vicreg",
+        "self-supervised loss between the two views; none trains a plain VQVAE, views one that also reconstructs the "
+        "augmented view, without such a loss",
+        "Self-supervision",
     )
     augment: tuple[str, ...] = option(
         ("gauss",), "recipes (gauss, slice, warp) or single operations, applied in this order", "Self-supervision"
@@ -36,6 +39,15 @@ class Config:
     dim: int = option(64, "width of encoder, decoder and codes", "VQVAE", minimum=1)
     residual_blocks: int = option(4, "residual blocks in encoder and decoder", "VQVAE", minimum=0)
     codebook_size: int = option(32, "number of codes", "VQVAE", minimum=2, maximum=65535)
+    codebook_init: Literal["random", "kmeans"] = option(
+        "random", "codes start as normal random vectors, or as k-means of the first batch's latents", "VQVAE"
+    )
+    dead_code_threshold: float = option(
+        0.0, "a code whose moving count falls below is replaced by a latent of the batch; 0: never", "VQVAE", minimum=0
+    )
+    halvings: int | None = option(
+        None, "how often the encoder halves the time axis [by the length: 8 to 15 columns remain]", "VQVAE", minimum=1
+    )
     codebook_decay: float = option(0.9, "decay of the codebook's moving averages", "VQVAE", minimum=0, maximum=1)
 
     prior_dim: int = option(256, "width of the prior's transformer", "Prior", minimum=1)

@@ -24,7 +24,7 @@ from ncfast.engine.precision import computing
 from ncfast.errors import UserError
 from ncfast.ncvqvae import NCVQVAE, load_weights
 from ncfast.nn.stacked import stack, unstack
-from ncfast.stage1 import VQVAE, stage1_losses
+from ncfast.stage1 import VQVAE, WITHOUT_LOSS, stage1_losses
 from ncfast.stage2 import Prior, TokenDistribution, stage2_losses
 from ncfast.training import (
     new_prior,
@@ -112,6 +112,11 @@ def member_configs(config: Config, seeds: Sequence[int]) -> list[Config]:
         raise UserError(f"--seeds are different integers, such as 1,2,3,4; got {got}")
     for seed in seeds:
         make_config(seed=seed)  # refuses what is no seed
+    if config.codebook_init != "random" or config.dead_code_threshold > 0:
+        raise UserError(
+            "--seeds stacks codebooks that draw nothing: train one --seed after the other, or leave out "
+            "--codebook-init and --dead-code-threshold"
+        )
     return [dataclasses.replace(config, seed=seed) for seed in seeds]
 
 
@@ -150,12 +155,11 @@ def stage1(configs: Sequence[Config], vqvaes: Sequence[VQVAE], x: Tensor, device
     """Stage 1 of all members. `vqvaes` keep their weights: `unstack` writes the trained ones into them."""
     config = configs[0]
     modules = nn.ModuleDict({"vqvae": stack(vqvaes, folded=True)})
-    augment = None
-    if config.ssl != "none":
+    augment = None if config.ssl == "none" else Augment(config.augment)
+    if config.ssl not in WITHOUT_LOSS:
         modules["ssl"] = stack([new_self_supervision(each) for each in configs], folded=True)
-        augment = Augment(config.augment)
     on_device(modules, device)
-    ssl = modules["ssl"] if augment is not None else None
+    ssl = None if config.ssl in WITHOUT_LOSS else modules["ssl"]
 
     def losses(rows: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
         batch = x[rows]  # [E, B, C, L]

@@ -23,17 +23,25 @@ class VQVAE(nn.Module):
         super().__init__()
         self.stft = STFT(length, config.n_fft)
         spectrum_size = (self.stft.num_bins, self.stft.num_frames)
-        num_down = self.num_down = num_downsampling_blocks(length, config.n_fft)
+        num_down = self.num_down = config.halvings or num_downsampling_blocks(length, config.n_fft)
         width = spectrum_size[1] >> num_down
         if width < 1:
             raise ValueError(f"series of length {length} leave no latent column after {num_down} halvings")
         self.grid = (spectrum_size[0], width)  # (H, W')
         self.encoder = Encoder(2 * channels, config.dim, num_down, config.residual_blocks)
-        self.vq = VectorQuantize(config.dim, config.codebook_size, decay=config.codebook_decay, rotation_trick=False)
-        # The paper's codes start as far apart as its latents, and its counts at zero.
-        self.vq.codebook = torch.randn(config.codebook_size, config.dim)
-        self.vq._codebook.embed_avg.copy_(self.vq._codebook.embed)
-        self.vq._codebook.cluster_size.zero_()
+        self.vq = VectorQuantize(
+            config.dim,
+            config.codebook_size,
+            decay=config.codebook_decay,
+            rotation_trick=False,
+            kmeans_init=config.codebook_init == "kmeans",
+            threshold_ema_dead_code=config.dead_code_threshold,
+        )
+        if config.codebook_init == "random":
+            # The paper's codes start as far apart as its latents, and its counts at zero.
+            self.vq.codebook = torch.randn(config.codebook_size, config.dim)
+            self.vq._codebook.embed_avg.copy_(self.vq._codebook.embed)
+            self.vq._codebook.cluster_size.zero_()
         self.decoder = Decoder(2 * channels, config.dim, num_down, config.residual_blocks, spectrum_size)
 
     @property
@@ -79,6 +87,7 @@ SSL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "vibcreg": vibcreg_loss,
 }
 SSL_WEIGHTS = {"barlow": 1.0, "vicreg": 0.01, "vibcreg": 0.01}
+WITHOUT_LOSS = ("none", "views")  # values of --ssl
 
 
 class SelfSupervision(nn.Module):
@@ -128,13 +137,14 @@ def stage1_losses(
 
     Args:
         x: normalised series [B, C, L]; [B, E·C, L] for E models stacked, and the losses are then [E].
-        view: augmented series, as x, or None without SSL.
+        ssl: None leaves its term out.
+        view: augmented series, as x; None, and without `ssl`, for a plain VQVAE.
         share: of the rows of a batch over several processes (`engine.processes`), whose mean the losses are then.
 
     Encoder and decoder have both views in one batch, but each view has batch statistics of its own.
     """
-    views = 1 if ssl is None else 2
-    series = (x,) if ssl is None else (x, view)
+    views = 1 if view is None else 2
+    series = (x,) if view is None else (x, view)
     u = model.stft(joined(series))
     z, *z_view = model.encode(u, views).chunk(views)
     z_q, _, commitment = model.vq(z)
@@ -148,14 +158,16 @@ def stage1_losses(
         for hat, true in ((x_hat, series), (u_hat, u.chunk(views)))
     )
     losses = {"reconstruction_time": time, "reconstruction_spectrum": spectrum, "commitment": commitment}
-    if ssl is not None:
+    if view is not None:
         losses["reconstruction_view"] = time_view[0] + spectrum_view[0]
     if share != 1:
         losses = {name: share * value for name, value in losses.items()}
     loss = losses["reconstruction_time"] + losses["reconstruction_spectrum"] + losses["commitment"]
+    if view is not None:
+        loss = loss + view_weight * losses["reconstruction_view"]
     if ssl is not None:
         losses["ssl"] = ssl(model.as_grid(z_q), model.as_grid(z_view[0]))
-        loss = loss + view_weight * losses["reconstruction_view"] + losses["ssl"]
+        loss = loss + losses["ssl"]
     return {"loss": loss, **losses, "perplexity": model.vq.perplexity}
 
 

@@ -20,7 +20,7 @@ from ncfast.launch import launched, local_rank
 from ncfast.ncvqvae import NCVQVAE, build_models
 from ncfast.ops import dispatch
 from ncfast.ops.nearest_code import why_not
-from ncfast.stage1 import SelfSupervision
+from ncfast.stage1 import WITHOUT_LOSS, SelfSupervision
 from ncfast.training import resolve_config, train
 from ncfast.version import __version__
 
@@ -131,7 +131,7 @@ def describe(
     data = DataFacts.of(dataset)
     with torch.device("meta"):
         vqvae, prior = build_models(config, data)
-        projector = SelfSupervision(config) if config.ssl != "none" else None
+        projector = None if config.ssl in WITHOUT_LOSS else SelfSupervision(config)
     counts = [sum(p.numel() for p in m.parameters()) for m in (vqvae, prior, projector) if m is not None]
     names = ["VQVAE", "prior", "projector"][: len(counts)]
     steps1 = len(batch_ends(data.num_series, config.batch_size))

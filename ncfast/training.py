@@ -24,7 +24,7 @@ from ncfast.engine.step import Losses
 from ncfast.errors import UserError
 from ncfast.ncvqvae import NCVQVAE, build_models, load_weights, read_config, write_config
 from ncfast.nn.synchronised import synchronised
-from ncfast.stage1 import VQVAE, SelfSupervision, stage1_losses
+from ncfast.stage1 import VQVAE, WITHOUT_LOSS, SelfSupervision, stage1_losses
 from ncfast.stage2 import Prior, TokenDistribution, stage2_losses
 
 
@@ -74,7 +74,7 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
     for flag, batch_size in (("--batch-size", config.batch_size), ("--stage2-batch-size", config.stage2_batch_size)):
         if batch_size < size:
             raise UserError(f"{flag} {batch_size} is of all processes together, and there are {size}: start fewer")
-    if config.ssl != "none" and n < 2:
+    if config.ssl not in WITHOUT_LOSS and n < 2:
         raise UserError("self-supervision compares series, so it needs at least 2; add data or use --ssl none")
     if dataset.length < config.n_fft:
         raise UserError(
@@ -83,6 +83,9 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
         )
     if config.n_fft % 4:
         raise UserError(f"--n-fft is a multiple of 4, since the hop is a quarter of it; got {config.n_fft}")
+    columns = (1 + dataset.length // (config.n_fft // 4)) >> (config.halvings or 1)
+    if columns < 1:
+        raise UserError(f"--halvings {config.halvings} leaves nothing of length {dataset.length}; lower it")
     Augment(config.augment)  # an unknown name is refused before anything is written
     epochs1 = config.stage1_epochs or math.ceil(config.stage1_steps / len(batch_ends(n, config.batch_size)))
     epochs2 = config.stage2_epochs or math.ceil(config.stage2_steps / len(batch_ends(n, config.stage2_batch_size)))
@@ -164,7 +167,7 @@ def new_vqvae(config: Config, data: DataFacts) -> VQVAE:
 
 def new_self_supervision(config: Config) -> SelfSupervision | None:
     with seeded(config.seed, 1, 1):
-        return None if config.ssl == "none" else SelfSupervision(config)
+        return None if config.ssl in WITHOUT_LOSS else SelfSupervision(config)
 
 
 def new_prior(config: Config, vqvae: VQVAE, data: DataFacts) -> Prior:
@@ -174,7 +177,7 @@ def new_prior(config: Config, vqvae: VQVAE, data: DataFacts) -> Prior:
 
 def stage1(config: Config, vqvae: VQVAE, x: Tensor, device: torch.device, processes: Processes = ALONE) -> Stage:
     ssl = new_self_supervision(config)
-    augment = None if ssl is None else Augment(config.augment)
+    augment = None if config.ssl == "none" else Augment(config.augment)
     modules = on_device(nn.ModuleDict({"vqvae": vqvae} if ssl is None else {"vqvae": vqvae, "ssl": ssl}), device)
 
     def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

@@ -331,3 +331,44 @@ def test_divergence_is_reported_and_keeps_the_last_good_state(data_file, tmp_pat
     result = program("train", *arguments)
     assert result.returncode == 2
     assert "no longer finite" in result.stderr and "--learning-rate" in result.stderr
+
+
+def test_codes_from_the_data_and_revived_ones_resume_as_they_were(data_file, tmp_path):
+    """Both draw from torch's own generators."""
+    more = ("--codebook-init", "kmeans", "--dead-code-threshold", "2", "--ssl", "views", "--augment", "warp")
+    result = program("train", *train_arguments(data_file, tmp_path / "whole", *more))
+    assert result.returncode == 0, result.stderr
+    plain = program("train", *train_arguments(data_file, tmp_path / "plain", *more[4:]))
+    assert plain.returncode == 0, plain.stderr
+    books = [weights(tmp_path / name)[1]["vq._codebook.embed"] for name in ("whole", "plain")]
+    assert not torch.equal(*books)
+    command = [sys.executable, "-m", "ncfast.train"]
+    command += map(str, train_arguments(data_file, tmp_path / "parts", *more, "--checkpoint-every", "1"))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "parts" / "log.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 2:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    result = program("train", *train_arguments(data_file, tmp_path / "parts", *more, "--resume"))
+    assert result.returncode == 0, result.stderr
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_views_only_reconstruct(data_file, tmp_path):
+    model = ncfast.fit(*waves(20), ssl="views", stage1_epochs=1, stage2_epochs=1, quiet=True, out=tmp_path, **SMALL)
+    logged = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert "reconstruction_view" in logged and "ssl" not in logged
+    assert model.config.ssl == "views"
+    parts = sum(
+        logged[f"reconstruction_{part}"] * (0.1 if part == "view" else 1) for part in ("time", "spectrum", "view")
+    )
+    assert logged["loss"] == pytest.approx(parts + logged["commitment"], rel=1e-5)
+
+
+def test_halvings_set_the_width(tmp_path):
+    model = ncfast.fit(*waves(20), halvings=3, stage1_epochs=1, stage2_epochs=1, quiet=True, **SMALL)
+    assert model.vqvae.grid == (5, 31 >> 3)
+    with pytest.raises(ncfast.UserError, match="--halvings 9 leaves nothing"):
+        ncfast.fit(*waves(20), halvings=9, **SMALL)

@@ -145,8 +145,13 @@ def train_stage(
     begin = time.monotonic() - seconds
     shown = 0.0
     checkpoints = Checkpoints(state_path, checkpoint_every)
-    with progress_bar(stage.name, stage.epochs * per_epoch, epoch * per_epoch, quiet=quiet) as bar:
+    with (
+        progress_bar(stage.name, stage.epochs * per_epoch, epoch * per_epoch, quiet=quiet) as bar,
+        # A codebook that replaces its dead codes draws from torch's own generators; the caller's state is put back.
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
         while epoch < stage.epochs:
+            torch.manual_seed(derived_seed(seeds[0], stage.number, epoch, 1))
             for each, generator in zip(seeds, generators, strict=True):
                 generator.manual_seed(derived_seed(each, stage.number, epoch))
             orders = [batches(stage.num_series, stage.batch_size, generator, device) for generator in generators]
