@@ -1,0 +1,112 @@
+"""The evaluator's network: a fully convolutional classifier of series (Wang, Yan, Oates 2017, arXiv 1611.06455)."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ncfast.engine.logging import progress_bar
+from ncfast.engine.loop import batch_ends, batches, cosine, derived_seed
+from ncfast.engine.precision import computing
+
+LAYERS = ((128, 8), (256, 5), (128, 3))  # filters and kernel of each convolution
+ROWS = 256  # series a forward pass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a classifier is trained: AdamW, cosine to 0, the weights of the last step.
+
+    No step looks at a series that is not in the train set: to pick epochs by the test set would tune the ruler to it.
+
+    The authors of NC-VQVAE train 1000 epochs in batches of 256. Smaller batches take more steps an epoch, so that far
+    fewer epochs do.
+
+    Attributes:
+        epochs: None for as many as make `least_steps`, `least_epochs` at least.
+    """
+
+    epochs: int | None = None
+    least_steps: int = 600
+    least_epochs: int = 20
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-5
+
+    def epochs_for(self, num_series: int) -> int:
+        if self.epochs is not None:
+            return self.epochs
+        return max(self.least_epochs, math.ceil(self.least_steps / len(batch_ends(num_series, self.batch_size))))
+
+
+class FCN(nn.Module):
+    """Three convolutions, each with batch norm and ReLU, the mean over time, and one linear layer."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for filters, kernel in LAYERS:
+            layers += [
+                # As padding="same", which copies the series with a warning where the kernel is even.
+                nn.ConstantPad1d(((kernel - 1) // 2, kernel // 2), 0.0),
+                nn.Conv1d(channels, filters, kernel, bias=False),  # the batch norm would take a bias away again
+                nn.BatchNorm1d(filters),
+                nn.ReLU(inplace=True),
+            ]
+            channels = filters
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """x [B, C, L], normalised -> [B, 128]: what FID compares."""
+        return self.body(x).mean(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, L] -> logits [B, classes]."""
+        return self.head(self.features(x))
+
+    @torch.no_grad()
+    def describe(self, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Normalised series [N, C, L] -> features [N, 128], class probabilities [N, classes], float32."""
+        device = self.head.weight.device
+        self.eval()
+        with computing("fp32", device):
+            features = torch.cat([self.features(rows.to(device)) for rows in x.split(ROWS)])
+            probabilities = self.head(features).softmax(-1)
+        return features.cpu().numpy(), probabilities.cpu().numpy()
+
+
+def train_fcn(
+    x: Tensor, y: np.ndarray, num_classes: int, recipe: Recipe, seed: int, device: torch.device, *, title: str = ""
+) -> FCN:
+    """A classifier of normalised series.
+
+    Args:
+        x: float32 [N, C, L], N >= 2.
+        y: class index of each series, int64 [N].
+        num_classes: 2 or more; a class may be without series.
+        seed: of the initial weights and of the order of the series.
+        title: of the progress bar; without one there is none.
+    """
+    x, labels = x.to(device), torch.from_numpy(y).to(device)
+    generator = torch.Generator(device).manual_seed(derived_seed(seed, 0))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derived_seed(seed, 1))
+        model = FCN(x.shape[1], num_classes)
+    model = model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    epochs = recipe.epochs_for(len(x))
+    steps = epochs * len(batch_ends(len(x), recipe.batch_size))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step / steps))
+    with computing("fp32", device), progress_bar(title, epochs, unit="epoch", quiet=not title) as bar:
+        for _ in range(epochs):
+            for rows in batches(len(x), recipe.batch_size, generator, device):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x[rows]), labels[rows]).backward()
+                optimizer.step()
+                schedule.step()
+            bar.update()
+    return model.eval()
