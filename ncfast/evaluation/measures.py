@@ -3,6 +3,8 @@
 Each takes NumPy arrays and returns a float; none knows of a model, a data set or a seed it was not given.
 """
 
+import math
+
 import numpy as np
 
 from ncfast.errors import UserError
@@ -101,7 +103,7 @@ def autocorrelation_difference(x: np.ndarray, y: np.ndarray, max_lag: int = 64) 
     return float(np.abs(autocorrelation(x, lags) - autocorrelation(y, lags)).mean())
 
 
-def marginal_difference(x: np.ndarray, y: np.ndarray, bins: int = 50) -> float:
+def marginal_difference(x: np.ndarray, y: np.ndarray, bins: int | None = None) -> float:
     """Total variation distance of the values at one time, mean over channels and times (as TSGBench's MDD, 2309.03755).
 
     The values of x and y at each time are counted in `bins` equal bins between the smallest and the largest of x, and
@@ -109,11 +111,13 @@ def marginal_difference(x: np.ndarray, y: np.ndarray, bins: int = 50) -> float:
 
     Args:
         x, y: series [N, C, L] and [M, C, L]; x, the real ones, set the bins.
+        bins: None for √N, 50 at most: with few series, more bins would count little but chance.
 
     Returns:
         0 for the same values to 1 where no bin holds both.
     """
     check_series(x, y)
+    bins = min(50, math.ceil(math.sqrt(len(x)))) if bins is None else bins
     low, high = x.min(0).astype(np.float64), x.max(0).astype(np.float64)  # [C, L]
     width = np.where(high > low, high - low, 1.0) / bins
 

@@ -107,6 +107,7 @@ def test_marginal_difference_is_that_of_histograms():
             p, q = (np.histogram(z[:, c, t].astype(float), edges)[0] / len(z) for z in (x, y))
             distances.append(np.abs(p - q).sum() / 2)
     assert measures.marginal_difference(x, y, bins=20) == pytest.approx(np.mean(distances), rel=1e-12)
+    assert measures.marginal_difference(x, y) == measures.marginal_difference(x, y, bins=15)  # √200
 
 
 def test_marginal_difference_at_its_ends():
