@@ -110,3 +110,25 @@ def train_fcn(
                 schedule.step()
             bar.update()
     return model.eval()
+
+
+def classification_accuracy_score(
+    x: Tensor,
+    y: np.ndarray,
+    test: Tensor,
+    test_labels: np.ndarray,
+    num_classes: int,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
+    *,
+    title: str = "",
+) -> float:
+    """Accuracy on real test series of a classifier of generated ones: CAS (Ravuri, Vinyals 2019, arXiv 1905.10887).
+
+    Args:
+        x, y: generated series and the classes they were asked for; the rest as `train_fcn` takes it.
+        test, test_labels: real series, normalised as x [M, C, L], and their classes [M].
+    """
+    model = train_fcn(x, y, num_classes, recipe, seed, device, title=title)
+    return float((model.describe(test)[1].argmax(1) == test_labels).mean())

@@ -1,0 +1,211 @@
+"""What measures and pictures of a trained model are made from: each part is made when first asked for, and once."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ncfast.data.dataset import Dataset
+from ncfast.data.facts import DataFacts
+from ncfast.engine.logging import progress_bar
+from ncfast.engine.precision import computing
+from ncfast.errors import UserError
+from ncfast.evaluation.fcn import Recipe
+from ncfast.evaluation.fcn_cache import Evaluator, cached_fcn
+from ncfast.labels import NONE
+from ncfast.ncvqvae import NCVQVAE
+
+# Fewer series than that do not train a classifier.
+LEAST_LABELLED_SAMPLES = 1000
+
+
+class Generated(NamedTuple):
+    x: Tensor  # float32 [n, C, L], normalised, on the CPU
+    y: np.ndarray | None  # int64 [n], class index; None for series without a class
+    tokens: np.ndarray  # int64 [n, T]
+
+
+class Coded(NamedTuple):
+    """Real series as the VQVAE sees them."""
+
+    tokens: np.ndarray  # int64 [N, T]
+    pooled: np.ndarray  # float32 [N, D], mean of the quantised latents: what the probes see
+    reconstructed: Tensor  # float32 [N, C, L], normalised, on the CPU
+    time_error: np.ndarray  # float64 [N], mean squared, in normalised units
+    spectrum_error: np.ndarray  # float64 [N], the same of the spectrogram
+
+
+class Material:
+    """A model and the series it is held against.
+
+    Nothing here trains or changes the model: it is in eval mode, and neither batch statistics nor the codebook move.
+    Series are in units of the train set, zero mean and unit variance a channel.
+
+    Attributes:
+        model, dataset: as given.
+        num_samples: series that are generated for a comparison with the test set.
+    """
+
+    def __init__(
+        self,
+        model: NCVQVAE,
+        dataset: Dataset,
+        *,
+        num_samples: int | None = None,
+        recipe: Recipe | None = None,
+        fcn_seed: int = 0,
+        cache: Path | None = None,
+        quiet: bool = False,
+    ) -> None:
+        """
+        Args:
+            model: trained.
+            dataset: with a test split, of the shape and classes the model was trained for.
+            num_samples: None for as many as there are test series.
+            recipe: of the classifiers.
+            fcn_seed: of the evaluator.
+            cache: folder of trained evaluators (`fcn_cache`); None keeps nothing.
+            quiet: no progress bars.
+
+        Raises:
+            UserError: data that does not fit the model, or fewer than 2 series to compare.
+        """
+        check(model, dataset)
+        self.model = model
+        self.dataset = dataset
+        self.num_samples = len(dataset.X_test) if num_samples is None else num_samples
+        if min(self.num_samples, len(dataset.X_test), len(dataset.X_train)) < 2:
+            raise UserError(
+                f"to compare distributions takes 2 series or more of each; got {len(dataset.X_train)} for training, "
+                f"{len(dataset.X_test)} for testing and {self.num_samples} to generate"
+            )
+        self.recipe = Recipe() if recipe is None else recipe
+        self.fcn_seed = fcn_seed
+        self.cache = cache
+        self.quiet = quiet
+        self.made: dict[tuple[str, int], Any] = {}  # by seed
+        # Of the data and not of the model, so that all models on a data set share one evaluator.
+        self.facts = DataFacts.of(dataset)
+        self.train = self.facts.normalise(dataset.X_train, torch.device("cpu"))  # [N, C, L]
+        self.test = self.facts.normalise(dataset.X_test, torch.device("cpu"))  # [M, C, L]
+
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        """The classifier of the train split."""
+        return cached_fcn(
+            self.train,
+            self.dataset.y_train,
+            self.dataset.n_classes,
+            self.recipe,
+            self.fcn_seed,
+            self.model.device,
+            self.cache,
+            name=self.dataset.name,
+            quiet=self.quiet,
+        )
+
+    @functools.cached_property
+    def evaluator_accuracy(self) -> float | None:
+        """On the test set; None where that has no labels."""
+        if self.dataset.y_test is None:
+            return None
+        return float((self.test_described[1].argmax(1) == self.dataset.y_test).mean())
+
+    @functools.cached_property
+    def train_described(self) -> tuple[np.ndarray, np.ndarray]:
+        """The evaluator's features [N, 128] and class probabilities [N, classes]."""
+        return self.evaluator.model.describe(self.train)
+
+    @functools.cached_property
+    def test_described(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.evaluator.model.describe(self.test)
+
+    def generated_described(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.once(("described", seed), lambda: self.evaluator.model.describe(self.generated(seed).x))
+
+    def generated(self, seed: int) -> Generated:
+        """`num_samples` series without a class, which the authors of NC-VQVAE compare with the test set."""
+        return self.once(("generated", seed), lambda: self.generate(self.num_samples, NONE, seed))
+
+    def labelled(self, seed: int) -> Generated:
+        """Series of every class in the train set's proportions: that set's size, or a multiple that makes 1000."""
+        return self.once(("labelled", seed), lambda: self.generate_labelled(seed))
+
+    def once(self, what: tuple[str, int], make: Callable[[], Any]) -> Any:
+        if what not in self.made:
+            self.made[what] = make()
+        return self.made[what]
+
+    def generate_labelled(self, seed: int) -> Generated:
+        times = -(-LEAST_LABELLED_SAMPLES // len(self.train))
+        counts = {
+            name: times * count for name, count in zip(self.facts.class_names, self.facts.class_counts, strict=True)
+        }
+        return self.generate(sum(counts.values()), counts, seed)
+
+    def generate(self, n: int, labels: str | dict[str, int], seed: int) -> Generated:
+        parts = []
+        with progress_bar(f"generate, seed {seed}", n, unit="series", quiet=self.quiet) as bar:
+            for batch in self.model.sample_batches(n, labels, seed):
+                parts.append(batch)
+                bar.update(len(batch.index))
+        x = np.concatenate([part.x for part in parts])
+        y = None if parts[0].y is None else np.concatenate([part.y for part in parts])
+        tokens = np.concatenate([part.tokens for part in parts]).astype(np.int64)
+        return Generated(self.facts.normalise(x, torch.device("cpu")), y, tokens)
+
+    @functools.cached_property
+    def train_coded(self) -> Coded:
+        return self.code(self.dataset.X_train)
+
+    @functools.cached_property
+    def test_coded(self) -> Coded:
+        return self.code(self.dataset.X_test)
+
+    @torch.no_grad()
+    def code(self, X: np.ndarray) -> Coded:  # [N, C, L], in data units
+        model = self.model
+        with computing("fp32", model.device):
+            blocks = [self.code_block(x) for x in model.data.normalise(X, model.device).split(model.chunk_size)]
+        tokens, pooled, reconstructed, time, spectrum = (torch.cat(parts).cpu() for parts in zip(*blocks, strict=True))
+        return Coded(tokens.numpy(), pooled.numpy(), reconstructed, time.double().numpy(), spectrum.double().numpy())
+
+    def code_block(self, x: Tensor) -> tuple[Tensor, ...]:  # [B, C, L]
+        vqvae = self.model.vqvae
+        tokens = vqvae.tokenize(x)
+        z_q = F.embedding(tokens, vqvae.vq.codebook)  # [B, T, D]
+        u_hat = vqvae.decode(z_q)
+        x_hat = vqvae.stft.inverse(u_hat)
+        errors = [(a - b).square().flatten(1).mean(1) for a, b in ((x_hat, x), (u_hat, vqvae.stft(x)))]
+        return tokens, z_q.mean(1), x_hat, *errors
+
+    def usage(self, tokens: np.ndarray) -> np.ndarray:
+        """How often each code occurs in each series.  tokens [N, T] -> int64 [N, K]."""
+        K = self.model.config.codebook_size
+        rows = np.arange(len(tokens))[:, None] * K
+        return np.bincount((tokens + rows).ravel(), minlength=len(tokens) * K).reshape(len(tokens), K)
+
+    @property
+    def codebook(self) -> np.ndarray:
+        """float32 [K, D]."""
+        return self.model.vqvae.vq.codebook.detach().float().cpu().numpy()
+
+
+def check(model: NCVQVAE, dataset: Dataset) -> None:
+    trained, given = model.data, DataFacts.of(dataset)
+    if dataset.X_test is None:
+        raise UserError(
+            f"{dataset.name} ({dataset.source}) has no test split, and a model is measured on series it has not seen; "
+            "give a data set with X_test (HDF5, .npz) or a _TEST file beside its _TRAIN file"
+        )
+    for what in ("channels", "length", "class_names"):
+        if getattr(trained, what) != getattr(given, what):
+            raise UserError(
+                f"{dataset.name} has other {what.replace('_', ' ')} than the data of the run ({trained.name}): "
+                f"{getattr(given, what)} instead of {getattr(trained, what)}"
+            )
