@@ -20,11 +20,23 @@ def plot_samples(
     title: str,
     series_each: int = 10,
 ) -> None:
-    """Writes one figure: a row a class, real series on the left, generated on the right, the same axes.
+    """Writes the figure of `draw_samples` to a PNG."""
+    write_figure(draw_samples(real, real_labels, generated, generated_labels, class_names, title, series_each), path)
+
+
+def draw_samples(
+    real: np.ndarray,
+    real_labels: np.ndarray | None,
+    generated: np.ndarray,
+    generated_labels: np.ndarray | None,
+    class_names: tuple[str, ...],
+    title: str,
+    series_each: int = 10,
+):
+    """A figure: a row a class, real series on the left, generated on the right, the same axes.
 
     Args:
-        path: the PNG.
-        real, generated: series [n, C, L] in data units; the first channel is drawn.
+        real, generated: series [n, C, L], both in one unit; the first channel is drawn.
         real_labels, generated_labels: class index of each series [n], or None.
         series_each: how many series a panel overlays.
 
@@ -48,7 +60,7 @@ def plot_samples(
             panel.margins(x=0)
             panel.set_title(name if row is None else f"{name}, class {class_names[row]}", fontsize=9)
             panel.tick_params(labelsize=8)
-    write_figure(figure, path)
+    return figure
 
 
 def plot_completions(

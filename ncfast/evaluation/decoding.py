@@ -1,0 +1,49 @@
+"""What stands where after each step of iterative decoding: the sampler, watched."""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ncfast.engine.precision import autocast, computing
+from ncfast.labels import LabelPlan
+from ncfast.ncvqvae import NCVQVAE
+from ncfast.sampling import Sampler, WorkSavers
+
+
+class Trace(NamedTuple):
+    """One series as it is decoded, S states: all masked first, finished last."""
+
+    tokens: Tensor  # int64 [S, T]; K where a token is masked
+    series: Tensor  # float32 [S, C, L], normalised: masked tokens are decoded as the mean of all codes
+
+
+class WatchedSampler(Sampler):
+    """Keeps the tokens that each step starts from."""
+
+    def __init__(self, *arguments, **options) -> None:
+        # The first step's logits would come from a table, unseen.
+        super().__init__(*arguments, savers=dataclasses.replace(WorkSavers(), first_step_by_class=False), **options)
+        self.seen: list[Tensor] = []
+
+    def logits(self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
+        self.seen.append(tokens)
+        return super().logits(tokens, labels, positions)
+
+
+@torch.no_grad()
+def trace_decoding(model: NCVQVAE, labels: str = "none", seed: int = 0) -> Trace:
+    """Series 0 of `model.sample(labels=labels, seed=seed)`, step by step. Steps that change nothing are left out."""
+    sampler = WatchedSampler(model.prior, model.config, precision=model.precision)
+    # In a whole chunk, as `sample` draws it: a product may round differently for another number of rows.
+    sample = torch.arange(model.chunk_size, device=model.device)
+    classes = LabelPlan(labels, model.class_names, model.data.class_counts)(sample, seed)
+    vqvae = model.vqvae
+    with computing(model.precision, model.device), autocast(model.precision, model.device):
+        finished = sampler.decode(classes, sample, seed)
+        tokens = torch.stack([state[0] for state in [*sampler.seen, finished]])
+        codes = torch.cat([vqvae.vq.codebook, vqvae.vq.codebook.mean(0, keepdim=True)])
+        series = vqvae.stft.inverse(vqvae.decode(F.embedding(tokens, codes)))
+    return Trace(tokens.cpu(), series.cpu())
