@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -167,18 +167,21 @@ def without_none(hint: Any) -> Any:
     return next(each for each in typing.get_args(hint) if each is not type(None))
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, group: str | None = None, default: str = "") -> None:
+def add_config_arguments(
+    parser: argparse.ArgumentParser, group: str | None = None, default: str = "", without: Sequence[str] = ()
+) -> None:
     """One flag a field, grouped; only flags that were given appear in the parsed namespace.
 
     Args:
         group: of the fields; None takes all.
         default: what --help names as the default, in place of the field's own.
+        without: fields that get no flag.
     """
     hints = typing.get_type_hints(Config)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for f in dataclasses.fields(Config):
         name = f.metadata["group"]
-        if group not in (None, name):
+        if group not in (None, name) or f.name in without:
             continue
         flags = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
         hint = without_none(hints[f.name]) if is_optional(hints[f.name]) else hints[f.name]

@@ -1,0 +1,158 @@
+"""The paper's table: which cells there are, what is written, what is not done twice."""
+
+import csv
+import json
+import statistics
+
+import numpy as np
+import pytest
+from test_training import FLAGS, waves
+
+import ncfast
+from ncfast import reproduce
+from ncfast.data.sources import from_arrays
+from ncfast.evaluation import comparison
+
+TINY = [*FLAGS, "--stage1-epochs=3", "--stage2-epochs=4", "--fcn-epochs=2", "--decoding-steps=2"]
+
+
+def cells(*arguments):
+    return reproduce.make_cells(reproduce.make_parser().parse_args(["--datasets", "A", "B", *arguments]))
+
+
+def test_cells_are_those_of_the_paper_and_named_ablations():
+    made = cells("--seeds", "1,2")
+    assert len(made) == 2 * 2 * (1 + 3 * 3)
+    assert [cell.method for cell in made[:10]] == [
+        "regular",
+        *(f"{method}_{view}" for method in ("barlowtwins", "vibcreg", "vicreg") for view in ("gauss", "slice", "warp")),
+    ]
+    assert all(cell.config.stage1_epochs == 1000 and cell.config.masking == "masked" for cell in made)
+    assert {cell.config.seed for cell in made[:10]} == {1}
+    regular, *others = cells("--seeds", "1", "--authors-masking", "--views", "warp")[:4]
+    assert regular.config.masking == "kept" and {cell.config.masking for cell in others} == {"masked"}
+    every = (
+        "--ablations",
+        "authors-masking",
+        "random-embeddings",
+        "views",
+        "--views",
+        "warp",
+        "--methods",
+        "none",
+        "barlow",
+    )
+    methods = {cell.method: cell.config for cell in cells("--seeds", "1", *every)}
+    assert list(methods) == [
+        "regular",
+        "barlowtwins_warp",
+        "regular+authors-masking",
+        "regular+random-embeddings",
+        "barlowtwins_warp+random-embeddings",
+        "views_warp",
+    ]
+    assert methods["regular+authors-masking"].masking == "kept" and methods["views_warp"].ssl == "views"
+    assert methods["barlowtwins_warp+random-embeddings"].embeddings == "random"
+
+
+def test_the_budget_is_a_share_of_the_epochs():
+    config = cells("--seeds", "1")[0].config
+    short = reproduce.shortened(config, 0.05)
+    assert (short.stage1_epochs, short.stage2_epochs) == (50, 50)
+    assert reproduce.shortened(short, 0.001).stage1_epochs == 1
+
+
+def test_a_share_of_each_class_is_held_out():
+    x, y = waves(40)
+    dataset = from_arrays(x, np.where(np.arange(40) < 3, "rare", y), x[:5], y[:5])
+    held = reproduce.hold_out(dataset, 0.25)
+    assert len(held.X_train) + len(held.X_test) == 40
+    both = np.concatenate([held.X_train, held.X_test])[:, 0]
+    assert {row.tobytes() for row in both} == {row.tobytes() for row in x[:, 0]}
+    counts = np.bincount(dataset.y_train)
+    assert np.bincount(held.y_test).tolist() == [max(1, round(count / 4)) for count in counts]
+    assert "held out" in held.notes[-1]
+
+
+def test_the_authors_means_are_those_of_their_tables():
+    means = comparison.authors()
+    assert len({key[0] for key in means}) == 13 and len({key[1] for key in means}) == 7
+    assert means["FordA", "regular", "FID"] == (pytest.approx(5.149, abs=1e-3), pytest.approx(3.065, abs=1e-3))
+    assert means["ECG5000", "barlowtwins_warp", "knn_accuracy"][0] == pytest.approx(0.855, abs=5e-4)
+    assert means["Symbols", "vibcreg_slice", "CAS"][0] == pytest.approx(0.974, abs=5e-4)
+
+
+def test_the_table_has_means_and_differences():
+    def row(method, run, value, metric="FID"):
+        return dict(zip(comparison.COLUMNS, ("ECG5000", "stage2", method, run, metric, value), strict=True))
+
+    rows = [row("regular", "seed1", 1.5), row("regular", "seed2", 2.5), row("vicreg_warp", "seed1", 1.0)]
+    data = {"ECG5000": {"train": 500, "test": 4499, "notes": ["one row is missing"]}}
+    page = comparison.as_markdown(rows, data, ["a head"])
+    assert "| ECG5000 | regular | 2 ± 0.71 | 2 | 1.617 ± 0.062 | +0.383 |" in page
+    assert "| ECG5000 | vicreg_warp | **1** | 1 |  |  |" in page
+    assert "500 train, 4499 test series; one row is missing" in page and "CAS" not in page.split("##")[1]
+
+
+@pytest.mark.slow
+def test_from_end_to_end_and_again(tmp_path, capsys):
+    x, y = waves(60)
+    data = tmp_path / "Waves.npz"
+    np.savez(data, X_train=x[:40], y_train=y[:40], X_test=x[40:], y_test=y[40:])
+    out = tmp_path / "table"
+    arguments = ["--datasets", data, "--methods", "none", "vicreg", "--views", "warp", "--seeds", "1,2", "--out", out]
+    arguments += ["--cache", tmp_path / "cache", *TINY]
+    arguments = list(map(str, arguments))
+    reproduce.main(arguments)
+    first = (out / "results.csv").read_text()
+    rows = list(csv.DictReader(first.splitlines()))
+    assert list(rows[0]) == list(comparison.COLUMNS)
+    assert {(row["method"], row["run_id"]) for row in rows} == {
+        (method, f"seed{seed}") for method in ("regular", "vicreg_warp") for seed in (1, 2)
+    }
+    assert {"FID", "IS_mean", "CAS", "knn_accuracy", "svm_accuracy", "training_time", "ACD"} <= {
+        r["metric"] for r in rows
+    }
+    fids = [float(row["value"]) for row in rows if row["metric"] == "FID" and row["method"] == "regular"]
+    assert f"{statistics.fmean(fids):.4g} ± {statistics.stdev(fids):.2g}" in (out / "table.md").read_text()
+    folders = [out / "Waves" / method / f"seed{seed}" for method in ("regular", "vicreg_warp") for seed in (1, 2)]
+    assert all((folder / "evaluation.json").exists() and not (folder / "state.pt").exists() for folder in folders)
+    assert ncfast.load(folders[3]).config.augment == ("warp",)
+    # One that is lost is made again, the same; the others are not touched.
+    before = [(folder / "evaluation.json").stat().st_mtime_ns for folder in folders]
+    lost = json.loads((folders[2] / "evaluation.json").read_text())
+    for file in folders[2].iterdir():
+        if file.is_file():
+            file.unlink()
+    reproduce.main(arguments)
+    assert [(f / "evaluation.json").stat().st_mtime_ns == time for f, time in zip(folders, before, strict=True)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    again = json.loads((folders[2] / "evaluation.json").read_text())
+    assert [figure["value"] for figure in again["measures"]] == [figure["value"] for figure in lost["measures"]]
+    # Other options in the same folder: the run is refused, by name, and what is there stays.
+    with pytest.raises(ncfast.UserError, match="cells failed, the first: .*regular/seed1"):
+        reproduce.main([*arguments, "--dim=4"])
+    assert capsys.readouterr().out.count("failed") == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "1,1"], "different integers"),
+        (["--budget", "0"], "above 0, at most 1"),
+        (["--holdout", "x"], "above 0, at most 1"),
+        (["--methods", "byol"], "invalid choice"),
+        (["--measures", "elegance"], "no measure 'elegance'"),
+        (["--repeats", "0"], "--repeats is at least 1"),
+        (["--datasets", "NoSuchSet", "--measures", "acd"], "no data set"),
+    ],
+)
+def test_mistakes(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("NCFAST_DATA", str(tmp_path))
+    monkeypatch.setenv("AEON_DATA", str(tmp_path))
+    with pytest.raises(ncfast.UserError, match=message):
+        reproduce.main([*arguments, "--out", str(tmp_path / "out")])
