@@ -4,15 +4,28 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ncfast.data.dataset import Dataset
 from ncfast.errors import UserError
-from ncfast.evaluation import measures
 from ncfast.evaluation.fcn import Recipe, classification_accuracy_score
 from ncfast.evaluation.material import Material
+from ncfast.evaluation.measures import (
+    NEIGHBOURS,
+    autocorrelation_difference,
+    code_correlation,
+    code_cosine,
+    frechet_distance,
+    inception_score,
+    knn_accuracy,
+    marginal_difference,
+    mean_abs_off_diagonal,
+    perplexity,
+    require_sklearn,
+    svm_accuracy,
+)
 from ncfast.ncvqvae import NCVQVAE
 from ncfast.version import __version__
 
@@ -97,13 +110,15 @@ def measure(material: Material, names: Sequence[str], seeds: Sequence[int]) -> d
     dataset, model = material.dataset, material.model
     figures: list[Figure] = []
     seconds = {}
-    evaluator = None
     for name in names:
         begin = time.perf_counter()
         reason = why_not(name, dataset)
-        own = [Figure(name, STAGES[name], reason=reason)] if reason else list(MEASURES[name](material, seeds))
-        figures += own
+        if reason is None:
+            figures += MEASURES[name].take(material, seeds)
+        else:
+            figures.append(Figure(name, MEASURES[name].stage, reason=reason))
         seconds[name] = round(time.perf_counter() - begin, 1)
+    evaluator = None
     if "evaluator" in vars(material):  # some measure needed it
         evaluator = {
             "sha256": material.evaluator.sha256,
@@ -165,7 +180,7 @@ def chosen(names: Sequence[str] | None) -> list[str]:
     need = [name for name in ("knn", "svm") if name in wanted]
     if need:
         try:
-            measures.require_sklearn()
+            require_sklearn()
         except UserError:
             raise UserError(
                 f"{' and '.join(need)} need scikit-learn: pip install 'ncfast[eval]', or name other --measures"
@@ -175,15 +190,16 @@ def chosen(names: Sequence[str] | None) -> list[str]:
 
 def why_not(name: str, dataset: Dataset) -> str | None:
     """Why a measure cannot be taken on this data, or None."""
-    if name not in NEED_LABELS:
+    labels = MEASURES[name].labels
+    if not labels:
         return None
     if not dataset.n_classes:
         return "the data has no labels"
     if dataset.n_classes < 2:
         return "all series are of one class"
-    if dataset.y_test is None and NEED_LABELS[name] == "test":
+    if dataset.y_test is None and labels == "test":
         return "the test series have no labels"
-    if name == "knn" and len(dataset.X_train) < measures.NEIGHBOURS:
+    if name == "knn" and len(dataset.X_train) < NEIGHBOURS:
         return f"there are only {len(dataset.X_train)} train series"
     return None
 
@@ -215,39 +231,39 @@ def codebook(material: Material, seeds: list[int]) -> Iterator[Figure]:
     usage = material.usage(material.test_coded.tokens)  # [N, K]
     n, K = usage.shape
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    std = float(measures.perplexity(weights @ usage).std(ddof=1))
+    std = float(perplexity(weights @ usage).std(ddof=1))
     total = usage.sum(0)
-    yield Figure("test_perplexity", "stage1", float(measures.perplexity(total)), std, OVER_RESAMPLES, f"{n} test")
+    yield Figure("test_perplexity", "stage1", float(perplexity(total)), std, OVER_RESAMPLES, f"{n} test")
     yield Figure("test_code_usage", "stage1", float((total > 0).mean()), n=f"{n} test, {K} codes")
     for metric, matrix in (
-        ("mean_abs_corr_off_diagonal", measures.code_correlation),
-        ("mean_abs_cos_sim_off_diagonal", measures.code_cosine),
+        ("mean_abs_corr_off_diagonal", code_correlation),
+        ("mean_abs_cos_sim_off_diagonal", code_cosine),
     ):
-        value = measures.mean_abs_off_diagonal(matrix(material.codebook))
+        value = mean_abs_off_diagonal(matrix(material.codebook))
         yield Figure(metric, "stage1", value, n=f"{K} codes")
 
 
 def fid(material: Material, seeds: list[int]) -> Iterator[Figure]:
     real = material.test_described[0]
-    values = [measures.frechet_distance(real, material.generated_described(seed)[0]) for seed in seeds]
+    values = [frechet_distance(real, material.generated_described(seed)[0]) for seed in seeds]
     yield over_seeds("FID", values, material, seeds, material.evaluator_accuracy)
-    yield floor("FID", measures.frechet_distance(real, material.train_described[0]), material, True)
+    yield floor("FID", frechet_distance(real, material.train_described[0]), material, True)
 
 
 def inception(material: Material, seeds: list[int]) -> Iterator[Figure]:
     probabilities = [material.generated_described(seed)[1] for seed in seeds]
     accuracy = material.evaluator_accuracy
-    whole = [float(measures.inception_score(p)[0]) for p in probabilities]
+    whole = [float(inception_score(p)[0]) for p in probabilities]
     yield over_seeds("IS", whole, material, seeds, accuracy, against_test=False)
     if material.num_samples >= SPLITS:
-        split = [measures.inception_score(p, SPLITS) for p in probabilities]
+        split = [inception_score(p, SPLITS) for p in probabilities]
         for metric, statistic in (("IS_mean", np.mean), ("IS_std", np.std)):
             figure = over_seeds(
                 metric, [float(statistic(s)) for s in split], material, seeds, accuracy, against_test=False
             )
             figure.n += f" in {SPLITS} parts"
             yield figure
-    real = float(measures.inception_score(material.test_described[1])[0])
+    real = float(inception_score(material.test_described[1])[0])
     yield Figure("IS_test", "data", real, n=f"{len(material.test)} test", evaluator_accuracy=accuracy)
 
 
@@ -314,18 +330,21 @@ def floor(metric: str, value: float, material: Material, evaluator: bool = False
     )
 
 
+class Measure(NamedTuple):
+    take: Callable[[Material, list[int]], Iterator[Figure]]
+    stage: str
+    labels: str = ""  # of which split it needs them
+
+
 # In the order of the table: the codes first, then what is generated from them.
-MEASURES: dict[str, Callable[[Material, list[int]], Iterator[Figure]]] = {
-    "reconstruction": reconstruction,
-    "codebook": codebook,
-    "knn": probe("knn_accuracy", measures.knn_accuracy),
-    "svm": probe("svm_accuracy", measures.svm_accuracy),
-    "fid": fid,
-    "is": inception,
-    "cas": cas,
-    "acd": two_sample("ACD", measures.autocorrelation_difference),
-    "mdd": two_sample("MDD", measures.marginal_difference),
+MEASURES: dict[str, Measure] = {
+    "reconstruction": Measure(reconstruction, "stage1"),
+    "codebook": Measure(codebook, "stage1"),
+    "knn": Measure(probe("knn_accuracy", knn_accuracy), "stage1", "test"),
+    "svm": Measure(probe("svm_accuracy", svm_accuracy), "stage1", "test"),
+    "fid": Measure(fid, "stage2", "train"),  # a classifier of the train set is enough
+    "is": Measure(inception, "stage2", "train"),
+    "cas": Measure(cas, "cas", "test"),
+    "acd": Measure(two_sample("ACD", autocorrelation_difference), "stage2"),
+    "mdd": Measure(two_sample("MDD", marginal_difference), "stage2"),
 }
-STAGES = {"knn": "stage1", "svm": "stage1", "fid": "stage2", "is": "stage2", "cas": "cas"}  # of those that need labels
-# Whose labels: FID and inception score take a classifier of the train set alone.
-NEED_LABELS = {"knn": "test", "svm": "test", "fid": "train", "is": "train", "cas": "test"}
