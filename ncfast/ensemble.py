@@ -5,6 +5,7 @@ normalisations, codebooks and the optimiser take all members at once; random num
 by member.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,11 @@ from ncfast.config import Config, make_config
 from ncfast.data.augment import Augment
 from ncfast.data.facts import DataFacts
 from ncfast.data.sources import Dataset
-from ncfast.engine.checkpoint import read_json, read_state, write_json, write_tensors
+from ncfast.engine.checkpoint import read_json, write_json, write_tensors
+from ncfast.engine.lock import sole_writer
 from ncfast.engine.logging import RunLogs, member_values
 from ncfast.engine.loop import Progress, Stage, train_stage
+from ncfast.engine.memory import exhaustion_explained
 from ncfast.engine.precision import computing
 from ncfast.errors import UserError
 from ncfast.ncvqvae import NCVQVAE, load_weights
@@ -27,6 +30,7 @@ from ncfast.nn.stacked import stack, unstack
 from ncfast.stage1 import VQVAE, WITHOUT_LOSS, stage1_losses
 from ncfast.stage2 import Prior, TokenDistribution, stage2_losses
 from ncfast.training import (
+    OUT_OF_MEMORY,
     new_prior,
     new_self_supervision,
     new_vqvae,
@@ -34,11 +38,14 @@ from ncfast.training import (
     prepare_folder,
     reconstruction,
     record_metrics,
+    run_sha256,
+    saved_state,
     stage,
     summary,
 )
 
 
+@exhaustion_explained(OUT_OF_MEMORY)
 def train_ensemble(
     config: Config,
     seeds: Sequence[int],
@@ -60,19 +67,34 @@ def train_ensemble(
     """
     configs = member_configs(config, seeds)
     data = DataFacts.of(dataset)
-    folders = [None if out is None else out / f"seed{seed}" for seed in seeds]
-    if out is not None:
-        prepare_folders(out, folders, configs, data, resume)
+    how = {"checkpoint_every": checkpoint_every, "graph": graph, "quiet": quiet}
+    with contextlib.nullcontext() if out is None else sole_writer(out):
+        if out is not None:
+            prepare_folders(out, member_folders(out, configs), configs, data, resume)
+        return train_stages(configs, dataset, data, out, device, how)
+
+
+def train_stages(
+    configs: Sequence[Config],
+    dataset: Dataset,
+    data: DataFacts,
+    out: Path | None,
+    device: torch.device,
+    how: dict[str, Any],
+) -> list[NCVQVAE]:
+    """`train_ensemble` in a folder that is ready. how: arguments of `train_stage`."""
+    seeds = [config.seed for config in configs]
+    folders = [None] * len(configs) if out is None else member_folders(out, configs)
+    run = run_sha256(configs, data)
     x = data.normalise(dataset.X_train, device)  # [N, C, L]
     labels = None if dataset.y_train is None else torch.from_numpy(dataset.y_train).to(device)
-    state = read_state(out / "state.pt", device) if out is not None and (out / "state.pt").exists() else None
+    state = None if out is None else saved_state(out, device, run)
     loop = {
-        "seed": list(seeds),
+        "seed": seeds,
+        "run": run,
         "device": device,
         "state_path": None if out is None else out / "state.pt",
-        "checkpoint_every": checkpoint_every,
-        "graph": graph,
-        "quiet": quiet,
+        **how,
     }
 
     with RunLogs(folders) as log, computing(configs[0].precision, device):
@@ -120,6 +142,10 @@ def member_configs(config: Config, seeds: Sequence[int]) -> list[Config]:
     return [dataclasses.replace(config, seed=seed) for seed in seeds]
 
 
+def member_folders(out: Path, configs: Sequence[Config]) -> list[Path]:
+    return [out / f"seed{config.seed}" for config in configs]
+
+
 def prepare_folders(
     out: Path, folders: Sequence[Path], configs: Sequence[Config], data: DataFacts, resume: bool
 ) -> None:
@@ -133,15 +159,12 @@ def prepare_folders(
             raise UserError(f"{out} already holds runs; add --resume to continue them, or choose another --out")
         old = read_json(path)
         if old != seeds:
-            raise UserError(f"{out} was started with --seeds {','.join(map(str, old))}; use the same, or another --out")
+            old = ",".join(map(str, old)) if isinstance(old, list) else old
+            raise UserError(f"{out} was started with --seeds {old}; use the same, or another --out")
     else:
         for folder in folders:
             if (folder / "config.json").exists():
                 raise UserError(f"{folder} already holds a run of its own; choose another --out")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make {out}: {error.strerror}; choose another --out") from error
         write_json(path, seeds)
     for folder, config in zip(folders, configs, strict=True):
         prepare_folder(folder, config, data, resume)

@@ -36,8 +36,8 @@ def make_parser() -> Parser:
     return parser
 
 
-def main() -> None:
-    device, reason = choose_device(make_parser().parse_args().device)
+def main(command_line: list[str] | None = None) -> None:
+    device, reason = choose_device(make_parser().parse_args(command_line).device)
     cuda = torch.version.cuda or "none"
     print(f"ncfast       {__version__}")
     print(f"python       {platform.python_version()} on {platform.system()} {platform.machine()}")

@@ -64,13 +64,13 @@ def integers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"integers with commas between them, such as 1,2,3,4; got {text!r}") from None
 
 
-def main() -> None:
+def main(command_line: list[str] | None = None) -> None:
     with launched() as processes:
-        train_program(processes)
+        train_program(processes, command_line)
 
 
-def train_program(processes: Processes) -> None:
-    arguments = make_parser().parse_args()
+def train_program(processes: Processes, command_line: list[str] | None = None) -> None:
+    arguments = make_parser().parse_args(command_line)
     if arguments.checkpoint_every is not None and arguments.checkpoint_every < 1:
         raise UserError(f"--checkpoint-every is at least 1; got {arguments.checkpoint_every}")
     values = given_config_values(arguments)

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,24 @@ from torch import Tensor, nn
 
 from ncfast.config import Config, make_config
 from ncfast.data.augment import Augment
-from ncfast.data.facts import DataFacts
+from ncfast.data.facts import MAX_LENGTH, DataFacts
 from ncfast.data.sources import Dataset, from_arrays
-from ncfast.engine.checkpoint import read_json, read_state, write_json, write_tensors
+from ncfast.engine.checkpoint import make_folder, read_json, read_state, write_json, write_tensors
+from ncfast.engine.device import usable_device
+from ncfast.engine.lock import sole_writer
 from ncfast.engine.logging import RunLog
 from ncfast.engine.loop import Progress, Stage, batch_ends, derived_seed, train_stage
+from ncfast.engine.memory import check_fits, exhaustion_explained
 from ncfast.engine.precision import computing, resolve_precision
 from ncfast.engine.processes import ALONE, Processes, current_processes
 from ncfast.engine.step import Losses
 from ncfast.errors import UserError
-from ncfast.ncvqvae import NCVQVAE, build_models, load_weights, read_config, write_config
+from ncfast.ncvqvae import NCVQVAE, build_models, load_weights, on_meta, read_config, size_of, write_config
 from ncfast.nn.synchronised import synchronised
 from ncfast.stage1 import VQVAE, WITHOUT_LOSS, SelfSupervision, stage1_losses
 from ncfast.stage2 import Prior, TokenDistribution, stage2_losses
+
+OUT_OF_MEMORY = "lower --batch-size, --stage2-batch-size or the size of the model, or end what else uses it"
 
 
 def fit(
@@ -61,7 +68,7 @@ def fit(
         UserError: data or options that cannot be used, with the reason.
     """
     dataset = from_arrays(X, y)
-    device = torch.device(device)
+    device = usable_device(device)
     config = resolve_config(make_config(preset, **options), dataset, device)
     out = None if out is None else Path(out)
     return train(config, dataset, out=out, device=device, graph=graph, quiet=quiet)
@@ -81,6 +88,11 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
             f"series hold at least n_fft = {config.n_fft} samples; {dataset.name} has length {dataset.length}: "
             "lower --n-fft or use longer series"
         )
+    if max(dataset.length, dataset.n_channels) > MAX_LENGTH:
+        raise UserError(
+            f"series have at most {MAX_LENGTH} samples and channels; {dataset.name} has {dataset.n_channels} x "
+            f"{dataset.length}: cut them into shorter ones"
+        )
     if config.n_fft % 4:
         raise UserError(f"--n-fft is a multiple of 4, since the hop is a quarter of it; got {config.n_fft}")
     columns = (1 + dataset.length // (config.n_fft // 4)) >> (config.halvings or 1)
@@ -90,9 +102,31 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
     epochs1 = config.stage1_epochs or math.ceil(config.stage1_steps / len(batch_ends(n, config.batch_size)))
     epochs2 = config.stage2_epochs or math.ceil(config.stage2_steps / len(batch_ends(n, config.stage2_batch_size)))
     precision = resolve_precision(config.precision, device)
+    check_memory(config, dataset, device)
     return dataclasses.replace(config, stage1_epochs=epochs1, stage2_epochs=epochs2, precision=precision)
 
 
+def check_memory(config: Config, dataset: Dataset, device: torch.device) -> None:
+    """Refuses what cannot fit, by what it takes at least: each counts only its largest tensors."""
+    vqvae, prior = on_meta(config, dataset.n_channels, dataset.length, dataset.n_classes)
+    with torch.device("meta"):
+        ssl = [] if config.ssl == "none" else [SelfSupervision(config)]
+    n, dim = len(dataset.X_train), config.dim
+    rows1, rows2 = min(n, config.batch_size), min(n, config.stage2_batch_size)
+    # Float32: weights, gradients and the two moments of AdamW; then what the backward pass keeps.
+    stage1 = 16 * size_of(vqvae, *ssl) + 8 * rows1 * dim * vqvae.stft.num_bins * (vqvae.stft.num_frames // 2)
+    stage2 = 4 * size_of(vqvae) + 16 * size_of(prior) + 8 * rows2 * vqvae.num_tokens * config.codebook_size
+    shared = current_processes().size
+    check_fits(stage1 // shared, device, "stage 1", "lower --dim, --residual-blocks, --projector-dim or --batch-size")
+    check_fits(
+        stage2 // shared,
+        device,
+        "stage 2",
+        "lower --codebook-size, --stage2-batch-size, --prior-dim, --prior-layers or --prior-ff-mult",
+    )
+
+
+@exhaustion_explained(OUT_OF_MEMORY)
 def train(
     config: Config,
     dataset: Dataset,
@@ -118,21 +152,37 @@ def train(
     data = DataFacts.of(dataset)
     processes = current_processes()
     processes.check_alike("options or data", (config, data.identity))
+    how = {"checkpoint_every": checkpoint_every, "graph": graph, "quiet": quiet or not processes.is_first}
+    with contextlib.ExitStack() as held:
+        if out is not None:
+            processes.on_first(lambda: held.enter_context(sole_writer(out)))
+            processes.on_first(lambda: prepare_run(out, config, data, resume))
+        return train_stages(config, dataset, data, out, device, processes, how)
+
+
+def train_stages(
+    config: Config,
+    dataset: Dataset,
+    data: DataFacts,
+    out: Path | None,
+    device: torch.device,
+    processes: Processes,
+    how: dict[str, Any],
+) -> NCVQVAE:
+    """`train` in a folder that is ready. how: arguments of `train_stage`."""
     folder = out if processes.is_first else None  # where this process writes
-    if out is not None:
-        processes.on_first(lambda: prepare_run(out, config, data, resume))
+    run = run_sha256([config], data)
     x = data.normalise(dataset.X_train, device)  # [N, C, L]
     labels = None if dataset.y_train is None else torch.from_numpy(dataset.y_train).to(device)
-    state = None if out is None else processes.on_all(lambda: saved_state(out, device))
+    state = None if out is None else processes.on_all(lambda: saved_state(out, device, run))
     processes.check_alike(f"states in {out}", None if state is None else (state["stage"], state["epoch"]))
     loop = {
         "seed": config.seed,
         "device": device,
+        "run": run,
         "state_path": None if folder is None else folder / "state.pt",
-        "checkpoint_every": checkpoint_every,
-        "graph": graph,
-        "quiet": quiet or not processes.is_first,
         "processes": processes,
+        **how,
     }
 
     with RunLog(folder) as log, computing(config.precision, device):
@@ -254,18 +304,32 @@ def prepare_run(out: Path, config: Config, data: DataFacts, resume: bool) -> Non
     prepare_folder(out, config, data, resume)
 
 
-def saved_state(out: Path, device: torch.device) -> dict[str, Any] | None:
-    """What `train_stage` goes on from, where a run was started before."""
+def run_sha256(configs: Sequence[Config], data: DataFacts) -> str:
+    """Equal for equal runs: options and data."""
+    facts = [*map(dataclasses.asdict, configs), dataclasses.asdict(data.identity)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def saved_state(out: Path, device: torch.device, run: str) -> dict[str, Any] | None:
+    """What `train_stage` goes on from, where a run was started before.
+
+    Raises:
+        UserError: a file that is damaged, or of another run than this one.
+    """
     path = out / "state.pt"
-    return read_state(path, device) if path.exists() else None
+    if not path.exists():
+        return None
+    state = read_state(path, device)
+    if not isinstance(state, dict) or not {"stage", "epoch", "run"} <= state.keys():
+        raise UserError(f"{path} is no state of a training; restore it, or remove it to begin again")
+    if state["run"] != run:
+        raise UserError(f"{path} is of a run with other options or data; restore it, or remove it to begin again")
+    return state
 
 
 def prepare_folder(out: Path, config: Config, data: DataFacts, resume: bool) -> None:
     """A new folder for a new run, or the check that `out` holds this very run."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {out}: {error.strerror}; choose another --out") from error
+    make_folder(out)
     if not (out / "config.json").exists():
         write_config(out, config, data)
         return
@@ -283,6 +347,7 @@ def prepare_folder(out: Path, config: Config, data: DataFacts, resume: bool) -> 
         raise UserError(
             f"{out} was trained on other data ({old_data.name}, {old_data.num_series} series); choose another --out"
         )
+    read_metrics(out)  # what is damaged is better known before the training than after it
 
 
 def summary(progress: Progress) -> dict[str, Any]:
@@ -300,6 +365,12 @@ def reconstruction(vqvae: VQVAE, data: DataFacts, dataset: Dataset) -> dict[str,
 
 
 def record_metrics(out: Path, name: str, values: dict[str, Any]) -> None:
+    write_json(out / "metrics.json", {**read_metrics(out), name: values})
+
+
+def read_metrics(out: Path) -> dict[str, Any]:
     path = out / "metrics.json"
     metrics = read_json(path) if path.exists() else {}
-    write_json(path, {**metrics, name: values})
+    if not isinstance(metrics, dict):
+        raise UserError(f"{path} holds no metrics of a run; remove it")
+    return metrics

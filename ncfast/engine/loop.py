@@ -96,6 +96,7 @@ def train_stage(
     seed: int | Sequence[int],
     device: torch.device,
     log: RunLog | RunLogs,
+    run: str = "",
     state_path: Path | None,
     state: dict[str, Any] | None,
     checkpoint_every: int | None = None,
@@ -111,6 +112,7 @@ def train_stage(
     Args:
         seed: one for each model where the stage trains several at once, each with the random numbers of a run alone.
         log: takes what `Progress.losses` holds.
+        run: of which run the state is; it goes into it.
         state_path: where the state goes every `checkpoint_every` epochs and after the last; None keeps none.
         state: as read from there.
         checkpoint_every: None: as often as costs no more than a twentieth of the time.
@@ -132,9 +134,15 @@ def train_stage(
     )
     epoch, seconds, losses = 0, 0.0, {}
     if state is not None:
-        stage.modules.load_state_dict(state["modules"])
-        step.load_state_dict(state["optimizer"])
-        epoch, seconds, losses = state["epoch"], state["seconds"], state["losses"]
+        try:
+            stage.modules.load_state_dict(state["modules"])
+            step.load_state_dict(state["optimizer"])
+            epoch, seconds, losses = int(state["epoch"]), float(state["seconds"]), dict(state["losses"])
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            why = str(error).splitlines()[-1].strip()
+            raise UserError(
+                f"{state_path} does not fit {stage.name} ({why}); restore it, or remove it to begin again"
+            ) from error
     log.rewind(stage.number, epoch)
 
     per_epoch = stage.steps_per_epoch
@@ -173,6 +181,7 @@ def train_stage(
             if checkpoints.due(epoch, epoch == stage.epochs):
                 checkpoints.write(
                     {
+                        "run": run,
                         "stage": stage.number,
                         "epoch": epoch,
                         "seconds": seconds,

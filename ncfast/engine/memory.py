@@ -1,0 +1,62 @@
+"""What memory there is: sizes that cannot fit are refused before anything is allocated, and running out is one line.
+
+A system that promises more memory than it has ends the process that uses it, without a word; hence the look ahead.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ncfast.errors import UserError
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+MEMINFO = Path("/proc/meminfo")
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """How much can still be allocated there; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    if device.type != "cpu":
+        return None
+    try:
+        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+        available = sum(1024 * int(lines[name].split()[0]) for name in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError, ValueError):
+        return None
+    with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+        available = min(available, int(CGROUP_LIMIT.read_text()))
+    return available
+
+
+def check_fits(needed: int, device: torch.device, what: str, advice: str) -> None:
+    """Raises UserError when `what` takes more than there is. `needed` is a lower bound: what fits is not refused."""
+    available = available_bytes(device)
+    if available is not None and needed > available:
+        raise UserError(
+            f"{what} takes at least {human(needed)} of memory, and {device} has {human(available)}; {advice}"
+        )
+
+
+@contextlib.contextmanager
+def exhaustion_explained(advice: str) -> Iterator[None]:
+    """Out of memory inside the block, or inside the function that this decorates, is a UserError with the advice."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise UserError(f"out of memory; {advice}") from error
+    except RuntimeError as error:
+        # The CPU allocator of PyTorch has no error type of its own.
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        raise UserError(f"out of memory; {advice}") from error
+
+
+def human(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
