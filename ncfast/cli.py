@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import torch
 
+from ncfast.engine.device import usable_device
 from ncfast.errors import UserError
 
 
@@ -23,6 +24,12 @@ def run(main: Callable[[], None], on_interrupt: str = "interrupted") -> NoReturn
         main()
     except UserError as error:
         print_error(error)
+        sys.exit(2)
+    except OSError as error:
+        # About a file that is named it is the system's word on what the user asked for, not a mistake in the program.
+        if error.filename is None or error.strerror is None:
+            raise
+        print_error(UserError(f"{error.filename}: {error.strerror}; check this path"))
         sys.exit(2)
     except KeyboardInterrupt:
         print(on_interrupt, file=sys.stderr)
@@ -46,12 +53,7 @@ def choose_device(name: str, local_rank: int | None = None) -> tuple[torch.devic
             return torch.device("cuda"), f"torch sees {torch.cuda.get_device_name()}"
         threads = torch.get_num_threads()
         return torch.device("cpu"), f"torch {torch.__version__} sees no GPU; {threads} threads"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return device, "as asked"
+    return usable_device(name), "as asked"
 
 
 def gpu_of_process(name: str, local_rank: int) -> tuple[torch.device, str]:

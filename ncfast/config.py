@@ -33,11 +33,11 @@ class Config:
         None, "weight of the SSL loss [1 for barlow, 0.01 for vicreg and vibcreg]", "Self-supervision"
     )
     view_weight: float = option(0.1, "weight of the augmented view's reconstruction", "Self-supervision")
-    projector_dim: int = option(4096, "width of the projector", "Self-supervision", minimum=1)
+    projector_dim: int = option(4096, "width of the projector", "Self-supervision", minimum=1, maximum=2**20)
 
     n_fft: int = option(8, "STFT window in samples; the hop is a quarter of it", "VQVAE", minimum=4)
-    dim: int = option(64, "width of encoder, decoder and codes", "VQVAE", minimum=1)
-    residual_blocks: int = option(4, "residual blocks in encoder and decoder", "VQVAE", minimum=0)
+    dim: int = option(64, "width of encoder, decoder and codes", "VQVAE", minimum=1, maximum=2**16)
+    residual_blocks: int = option(4, "residual blocks in encoder and decoder", "VQVAE", minimum=0, maximum=1000)
     codebook_size: int = option(32, "number of codes", "VQVAE", minimum=2, maximum=65535)
     codebook_init: Literal["random", "kmeans"] = option(
         "random", "codes start as normal random vectors, or as k-means of the first batch's latents", "VQVAE"
@@ -50,11 +50,11 @@ class Config:
     )
     codebook_decay: float = option(0.9, "decay of the codebook's moving averages", "VQVAE", minimum=0, maximum=1)
 
-    prior_dim: int = option(256, "width of the prior's transformer", "Prior", minimum=1)
-    prior_layers: int = option(4, "transformer blocks", "Prior", minimum=1)
-    prior_heads: int = option(2, "attention heads", "Prior", minimum=1)
-    prior_head_dim: int = option(64, "width of a head", "Prior", minimum=1)
-    prior_ff_mult: int = option(1, "feed-forward width over model width", "Prior", minimum=1)
+    prior_dim: int = option(256, "width of the prior's transformer", "Prior", minimum=1, maximum=2**16)
+    prior_layers: int = option(4, "transformer blocks", "Prior", minimum=1, maximum=1000)
+    prior_heads: int = option(2, "attention heads", "Prior", minimum=1, maximum=2**12)
+    prior_head_dim: int = option(64, "width of a head", "Prior", minimum=1, maximum=2**12)
+    prior_ff_mult: int = option(1, "feed-forward width over model width", "Prior", minimum=1, maximum=2**10)
     embeddings: Literal["learned", "random"] = option(
         "learned", "token embeddings start as the stage-1 codebook, or at random; both then train", "Prior"
     )
@@ -69,7 +69,9 @@ class Config:
     choice_temperature: float = option(4.0, "Gumbel noise on the confidence, annealed to 0", "Sampling", minimum=0)
     guidance_scale: float = option(1.0, "u + s (c - u) on the logits; 1 is plain conditional", "Sampling", minimum=0)
     temperature: float = option(1.0, "the logits are divided by it", "Sampling", minimum=1e-3)
-    top_k: int = option(0, "draw among the k most likely codes only; 0 draws among all", "Sampling", minimum=0)
+    top_k: int = option(
+        0, "draw among the k most likely codes only; 0 draws among all", "Sampling", minimum=0, maximum=2**31 - 1
+    )
     unmasking: Literal["paper", "google"] = option(
         "paper",
         "confidence log(p + 1e-5) and floor(n cos) masked tokens, or log p and at least one token a step revealed",
@@ -77,13 +79,17 @@ class Config:
     )
 
     stage1_epochs: int | None = option(
-        None, "epochs of stage 1 [as many as make --stage1-steps]", "Training", minimum=1
+        None, "epochs of stage 1 [as many as make --stage1-steps]", "Training", minimum=1, maximum=10**7
     )
     stage2_epochs: int | None = option(
-        None, "epochs of stage 2 [as many as make --stage2-steps]", "Training", minimum=1
+        None, "epochs of stage 2 [as many as make --stage2-steps]", "Training", minimum=1, maximum=10**7
     )
-    stage1_steps: int = option(2000, "optimiser steps of stage 1, unless epochs are given", "Training", minimum=1)
-    stage2_steps: int = option(2000, "optimiser steps of stage 2, unless epochs are given", "Training", minimum=1)
+    stage1_steps: int = option(
+        2000, "optimiser steps of stage 1, unless epochs are given", "Training", minimum=1, maximum=10**8
+    )
+    stage2_steps: int = option(
+        2000, "optimiser steps of stage 2, unless epochs are given", "Training", minimum=1, maximum=10**8
+    )
     batch_size: int = option(128, "series a stage-1 step", "Training", minimum=2)
     stage2_batch_size: int = option(256, "series a stage-2 step", "Training", minimum=1)
     learning_rate: float = option(1e-3, "of AdamW, both stages; cosine to 0 over each", "Training", minimum=0)
@@ -142,14 +148,18 @@ def checked(f: dataclasses.Field, hint: Any, value: Any) -> Any:
             return None
         hint = without_none(hint)
     if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
+        if not isinstance(value, str) or value not in typing.get_args(hint):
             raise UserError(f"{flag} is one of {', '.join(typing.get_args(hint))}; got {value!r}")
         return value
     if typing.get_origin(hint) is tuple:
-        return (value,) if isinstance(value, str) else tuple(value)
+        names = (value,) if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{flag} is a list of names; got {value!r}")
+        return tuple(names)
     if isinstance(value, bool) or not isinstance(value, (int, float) if hint is float else int):
         raise UserError(f"{flag} is a{'n integer' if hint is int else ' number'}; got {value!r}")
-    value = hint(value)
+    if hint is float and isinstance(value, int):
+        value = float(value) if abs(value) <= 2**1000 else float("inf")
     low, high = f.metadata.get("minimum"), f.metadata.get("maximum")
     # Written so that NaN fails too.
     if (low is not None and not value >= low) or (high is not None and not value <= high) or value - value != 0:

@@ -1,9 +1,12 @@
 """Completing series: what was observed stays, the rest is drawn given the tokens that the observed part determines."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from ncfast.data.dataset import FLOAT32_MAX, to_numpy
 from ncfast.data.facts import DataFacts
 from ncfast.errors import UserError
 from ncfast.stage1 import VQVAE
@@ -35,7 +38,7 @@ class Context:
             UserError: shapes that do not fit the model, or an observed number that is not finite.
         """
         C, L = data.channels, data.length
-        self.original = self.as_series(np.asarray(context, dtype=np.float32), C, L)
+        self.original = self.as_series(real_numbers(context), C, L)
         finite = np.isfinite(self.original)
         if mask is None:
             self.observed = finite
@@ -112,6 +115,18 @@ class Context:
         rows = index % len(self)
         observed = self.observed[rows]
         return np.where(observed, self.original[rows], x)
+
+
+def real_numbers(context: Any) -> np.ndarray:
+    """float32, as a user may bring it: NaN where nothing was observed."""
+    x = to_numpy(context, "context")
+    if x.dtype.kind not in "fiub":
+        raise UserError(f"context: series are real numbers; got {x.dtype}; convert them to float32")
+    with np.errstate(over="ignore"):
+        converted = x.astype(np.float32)
+    if (np.isinf(converted) & np.isfinite(x)).any():
+        raise UserError(f"context: it holds a value beyond float32 ({FLOAT32_MAX:.1e}); rescale it first")
+    return converted
 
 
 def interpolate(x: np.ndarray, observed: np.ndarray) -> np.ndarray:

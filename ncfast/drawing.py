@@ -1,5 +1,6 @@
 """New series by their index: chunks of a fixed size through prior and decoder, and what comes out, as arrays."""
 
+import operator
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,10 @@ from ncfast.sampling import ChunkDecoder, Sampler
 
 if TYPE_CHECKING:
     from ncfast.ncvqvae import NCVQVAE
+
+
+# Of a data set no series has this index or a higher one: contexts are filled with these.
+LARGEST_INDEX = 2**62
 
 
 class Batch(NamedTuple):
@@ -56,8 +61,9 @@ class Drawing:
         self.context = None if context is None else Context(context, mask, model.data)
         if self.context is not None and isinstance(labels, str) and labels == TRAIN:
             labels = NONE
-        if not 0 <= seed < 2**63:
-            raise UserError(f"seed is at least 0 and below 2**63; got {seed}")
+        if mask is not None and context is None:
+            raise UserError("mask says what of a context was observed; give the context too")
+        seed = checked_index("seed", seed, bits=63)
         self.plan = LabelPlan(labels, model.class_names, model.data.class_counts)
         self.model = model
         self.seed = seed
@@ -77,11 +83,12 @@ class Drawing:
         Raises:
             UserError: an n, start or batch size that cannot be.
         """
-        if n < 0 or start < 0:
-            raise UserError(f"n and start are integers, 0 or more; got {n} and {start}")
+        n, start = checked_index("n", n), checked_index("start", start)
+        if start + n > LARGEST_INDEX:
+            raise UserError(f"the last index is below 2**62; got n={n} from start={start}")
         if self.plan.total is not None and start + n > self.plan.total:
             raise UserError(f"the counts of labels sum to {self.plan.total}; got n={n} from start={start}")
-        if batch_size is not None and batch_size < 1:
+        if batch_size is not None and checked_index("the batch size", batch_size) < 1:
             raise UserError(f"the batch size is at least 1; got {batch_size}")
         chunks = self.chunks(n, start)
         return chunks if batch_size is None else rebatch(chunks, batch_size)
@@ -109,8 +116,7 @@ class Drawing:
         self.decoder = ChunkDecoder(model.vqvae, sampler, graph=graph, decode=self.decode)
         self.mean, self.std = model.data.moments(model.device)
         if self.context is not None:
-            # Indices that no series of a data set will ever have.
-            fillers = torch.arange(self.size, device=model.device) + 2**62
+            fillers = torch.arange(self.size, device=model.device) + LARGEST_INDEX
             unlabelled = torch.full_like(fillers, model.prior.num_classes)
             nothing = torch.full((self.size, model.prior.num_tokens), model.prior.num_codes, device=model.device)
             fills = self.decoder(unlabelled, fillers, self.seed, nothing)[1]
@@ -150,6 +156,17 @@ class Chunk:
         if self.there is not None:
             self.there.synchronize()
         return [None if result is None else result.numpy()[self.rows] for result in self.results]
+
+
+def checked_index(name: str, value: Any, bits: int = 62) -> int:
+    """The value as an int of so many bits, 0 or more, or a UserError."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**bits:
+        raise UserError(f"{name} is an integer, at least 0 and below 2**{bits}; got {value!r}")
+    return number
 
 
 def to_host(x: Tensor) -> Tensor:

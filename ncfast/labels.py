@@ -41,7 +41,7 @@ class LabelPlan:
         self.cdf: np.ndarray | None = None  # cumulative train counts [C]
         self.copies: dict[tuple[str, torch.device], Tensor] = {}  # of these, on the devices where they are used
         if not self.class_names:
-            if labels not in (TRAIN, NONE):
+            if not isinstance(labels, str) or labels not in (TRAIN, NONE):
                 raise UserError("this model was trained without labels, so it has no classes to choose from")
             self.in_turn = np.array([self.no_class])
         elif isinstance(labels, str) and labels == TRAIN:
@@ -56,8 +56,10 @@ class LabelPlan:
             wrong = [c for c in counts if isinstance(c, bool) or not isinstance(c, int | np.integer) or c < 0]
             if wrong:
                 raise UserError(f"the number of series of a class is an integer, 0 or more; got {wrong[0]!r}")
+            self.total = sum(map(int, counts))
+            if self.total > 2**62:
+                raise UserError(f"labels may count to 2**62; got {self.total}")
             self.ends = np.cumsum(np.asarray(counts, dtype=np.int64))
-            self.total = int(sum(counts))
         else:
             single = isinstance(labels, str) or not isinstance(labels, Sequence | np.ndarray)
             self.in_turn = np.array([self.index(name) for name in ([labels] if single else labels)], dtype=np.int64)

@@ -215,7 +215,7 @@ def label_names(labels: Any, n: int, where: str) -> np.ndarray:
 def label_text(label: Any) -> str:
     """The label as a string: 1 for 1.0, nothing for None and NaN."""
     if isinstance(label, bytes):
-        return label.decode()
+        return label.decode(errors="backslashreplace")
     if label is None or label != label:
         return ""
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)

@@ -2,12 +2,16 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ncfast.data.dataset import Dataset
+from ncfast.data.dataset import FLOAT32_MAX, Dataset
+
+# Of a series, and number of its channels; no model of a longer one can be made in reasonable time.
+MAX_LENGTH = 2**24
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,34 @@ class DataFacts:
             notes=tuple(dataset.notes),
         )
 
+    @classmethod
+    def from_json(cls, values: Any) -> "DataFacts":
+        """What `dataclasses.asdict` gave, as JSON has it.
+
+        Raises:
+            ValueError: something is missing, or is not what it should be.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        if not isinstance(values, dict) or set(values) != set(names):
+            raise ValueError(f"facts of the data are {', '.join(names)}")
+        facts = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        classes, channels = len(facts.class_names), facts.channels
+        for name, right in (
+            ("name", isinstance(facts.name, str)),
+            ("source", isinstance(facts.source, str)),
+            ("num_series", is_count(facts.num_series)),
+            ("channels", is_count(facts.channels) and facts.channels <= MAX_LENGTH),
+            ("length", is_count(facts.length) and facts.length <= MAX_LENGTH),
+            ("class_names", is_row(facts.class_names, str, classes)),
+            ("class_counts", is_row(facts.class_counts, int, classes) and all(map(is_count, facts.class_counts))),
+            ("mean", is_row(facts.mean, int | float, channels) and all(map(is_finite, facts.mean))),
+            ("std", is_row(facts.std, int | float, channels) and all(is_finite(s) and s > 0 for s in facts.std)),
+            ("notes", is_row(facts.notes, str, len(facts.notes))),
+        ):
+            if not right:
+                raise ValueError(f"{name} of the data cannot be {str(getattr(facts, name))[:40]}")
+        return facts
+
     @property
     def identity(self) -> "DataFacts":
         """Without what may differ of the same data: where it was read, and what was remarked."""
@@ -63,3 +95,17 @@ class DataFacts:
         """Mean and standard deviation of each channel, float64 [C, 1]."""
         mean, std = (torch.tensor(v, dtype=torch.float64, device=device)[:, None] for v in (self.mean, self.std))
         return mean, std
+
+
+def is_row(values: Any, kind: Any, length: int) -> bool:
+    return isinstance(values, tuple) and len(values) == length and all(isinstance(value, kind) for value in values)
+
+
+def is_count(value: Any) -> bool:
+    """A size that a tensor may have, at least 1."""
+    return isinstance(value, int) and 0 < value < 2**48
+
+
+def is_finite(value: float) -> bool:
+    """As float32, like the data."""
+    return abs(value) <= FLOAT32_MAX

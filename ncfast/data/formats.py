@@ -12,8 +12,10 @@ from typing import Any
 
 import h5py
 import numpy as np
+import torch
 
 from ncfast.data.dataset import Split, refuse_lengths
+from ncfast.engine.memory import check_fits
 from ncfast.errors import UserError
 
 LABEL_COLUMNS = ("label", "class", "target", "y")
@@ -41,6 +43,8 @@ def read_file(path: Path) -> tuple[Split, Split | None, list[str]]:
             return train, None, [*notes, f"no test split: {test_path} does not exist"]
         test = read(test_path, notes)
         return train, test, list(dict.fromkeys(notes))
+    except MemoryError as error:
+        raise UserError(f"{path}: {error}; it is damaged, or holds more than fits into memory: keep a part") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file (byte {error.start} is no UTF-8)") from error
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
@@ -190,7 +194,7 @@ def read_hdf5(path: Path) -> tuple[Split, Split | None, list[str]]:
         names = np.asarray(names).ravel()
         train, test = named(train, names), test and named(test, names)
     notes = []
-    if not attributes.get("complete", True):
+    if not np.all(attributes.get("complete", True)):
         deviation = attributes.get("deviation", "it does not say what is missing")
         deviation = deviation.decode() if isinstance(deviation, bytes) else str(deviation)
         notes.append(f"{path} is incomplete: {' '.join(deviation.split())}")
@@ -213,9 +217,18 @@ def both_splits(arrays: Mapping[str, Any], path: Path) -> tuple[Split, Split | N
     """Both splits from X_train, y_train, X_test, y_test, or one from X, y, in any case; only the first is needed."""
     keys = {key.lower(): key for key in arrays}
 
+    def read(key: str) -> np.ndarray:
+        array = arrays[key]
+        if getattr(array, "shape", None) is None:
+            raise UserError(
+                f"{path}: {key} is no array but a group, or empty; series are an array [n, channels, length]"
+            )
+        # A file of HDF5 may promise far more than it holds.
+        check_fits(array.nbytes, torch.device("cpu"), f"{path}: {key}", "keep a part of it")
+        return np.asarray(array)
+
     def split(x: str, y: str) -> Split:
-        labels = np.asarray(arrays[keys[y]]) if y in keys else None
-        return Split(np.asarray(arrays[keys[x]]), labels, f"{path}: {keys[x]}")
+        return Split(read(keys[x]), read(keys[y]) if y in keys else None, f"{path}: {keys[x]}")
 
     if "x_train" in keys:
         return split("x_train", "y_train"), split("x_test", "y_test") if "x_test" in keys else None
