@@ -24,6 +24,7 @@ from ncfast.config import add_config_arguments, sampling_values
 from ncfast.drawing import Drawing
 from ncfast.engine.background import Background
 from ncfast.engine.logging import progress_bar
+from ncfast.engine.memory import check_fits, exhaustion_explained, human
 from ncfast.engine.precision import PRECISIONS
 from ncfast.errors import UserError
 from ncfast.labels import parse_labels
@@ -35,6 +36,8 @@ from ncfast.version import __version__
 # Where nobody says how many: files of at most this size, and a few for each process, so that all end about together.
 SHARD_BYTES = 2**28
 SHARDS_PER_PROCESS = 4
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+MOST_COMPRESSION = 32  # of tokens among 2 codes it is 16
 
 
 def make_parser() -> Parser:
@@ -95,6 +98,7 @@ def share(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
+@exhaustion_explained("lower --batch-size, or end what else uses it")
 def main(command_line: list[str] | None = None) -> None:
     arguments = make_parser().parse_args(command_line)
     part, parts = choose_share(arguments)
@@ -119,6 +123,8 @@ def main(command_line: list[str] | None = None) -> None:
         print(f"kept       {len(done)} of {len(own)} shards that are complete", flush=True)
     check_space(job)
     batch_size = arguments.batch_size or 4 * drawing.size
+    largest = min(batch_size, max((shard.rows for shard in todo), default=0))
+    check_fits(largest * job.row_bytes, torch.device("cpu"), f"a batch of {largest} series", "lower --batch-size")
     progress = Progress(job, own, done, leads)
     with progress.bar:
         write_shards(drawing, todo, progress, batch_size, arguments.overwrite)
@@ -255,14 +261,6 @@ def describe(job: Job, device: str, part: int, parts: int) -> None:
     print(f"out        {job.out}", flush=True)
 
 
-def human(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
 def free_space(job: Job) -> int:
     return shutil.disk_usage(job.out.parent).free
 
@@ -271,7 +269,7 @@ def check_space(job: Job) -> None:
     """Of all shards that are not there, whoever writes them."""
     missing = sum(shard.rows for shard in job.all_shards() if not shard.path.exists())
     needed, free = missing * job.row_bytes, free_space(job)
-    if needed > free and job.compression == "none":
+    if needed > free * (1 if job.compression == "none" else MOST_COMPRESSION):
         raise UserError(
             f"{job.out.parent} has {human(free)} free, and the job needs {human(needed)} more; free space, choose "
             "another folder, or see --dtype, --compression and --tokens-only"
@@ -305,7 +303,13 @@ def prepare(job: Job, own: list[Shard], overwrite: bool) -> set[int]:
 
 
 def remove_job(job: Job) -> None:
-    """What has this job's names, unless it is this very job: then the shards may be used."""
+    """What has this job's names, unless it is this very job: then the shards may be used.
+
+    Raises:
+        UserError: --out is a file that no job wrote.
+    """
+    if job.out.exists() and not is_generated(job.out):
+        raise UserError(f"{job.out} is not a file of `ncfast.generate`, so --overwrite leaves it; choose another --out")
     manifest = job.manifest
     if manifest.exists():
         try:
@@ -321,6 +325,16 @@ def remove_job(job: Job) -> None:
             manifest.unlink()
     if job.out.exists() and not same_job(job):
         job.out.unlink()
+
+
+def is_generated(path: Path) -> bool:
+    """Whether it is, or was before it was damaged, a file of ours."""
+    try:
+        with h5py.File(path) as file:
+            return "job_sha256" in file.attrs
+    except OSError:
+        with open(path, "rb") as file:
+            return file.read(8) == HDF5_SIGNATURE
 
 
 def same_job(job: Job) -> bool:

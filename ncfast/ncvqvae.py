@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import numpy as np
 import torch
 
 from ncfast.config import Config, make_config
+from ncfast.data.dataset import series, to_numpy
 from ncfast.data.facts import DataFacts
-from ncfast.drawing import Batch, Drawing
-from ncfast.engine.checkpoint import read_json, read_tensors, write_json, write_tensors
+from ncfast.drawing import Batch, Drawing, checked_index
+from ncfast.engine.checkpoint import make_folder, read_json, read_tensors, reason, write_json, write_tensors
+from ncfast.engine.device import usable_device
+from ncfast.engine.memory import check_fits, human
 from ncfast.engine.precision import autocast, computing, resolve_precision
 from ncfast.errors import UserError
 from ncfast.labels import TRAIN
@@ -98,7 +102,11 @@ class NCVQVAE:
         Raises:
             UserError: a label the model does not know, counts that do not sum to n, or a context that does not fit.
         """
-        batches = list(self.sample_batches(n, labels, seed, start=start, context=context, mask=mask, **sampling))
+        drawing, n = self.drawing(n, labels, seed, context=context, mask=mask, **sampling)
+        size = 4 * self.data.channels * self.data.length
+        advice = "draw fewer, or take them in batches with `sample_batches`"
+        check_fits(n * size, torch.device("cpu"), f"{n} series of {human(size)}", advice)
+        batches = list(drawing.batches(n, start))
         x = np.concatenate([np.empty((0, self.data.channels, self.data.length), np.float32), *[b.x for b in batches]])
         if batches and batches[0].y is None:
             return x, None
@@ -122,11 +130,16 @@ class NCVQVAE:
 
         decode: False leaves out the decoder: the batches have tokens and no series.
         """
-        drawing = Drawing(self, labels, seed, context=context, mask=mask, decode=decode, **sampling)
+        drawing, n = self.drawing(n, labels, seed, context=context, mask=mask, decode=decode, **sampling)
+        return drawing.batches(n, start, batch_size)
+
+    def drawing(self, n: int | None, labels: Any, seed: int, **options: Any) -> tuple[Drawing, int]:
+        """How series are drawn, and how many."""
+        drawing = Drawing(self, labels, seed, **options)
         n = drawing.total() if n is None else n
         if n is None:
             raise UserError("say how many: n, or counts in labels")
-        return drawing.batches(n, start, batch_size)
+        return drawing, checked_index("n", n)
 
     @torch.no_grad()
     def decode(self, tokens: np.ndarray) -> np.ndarray:
@@ -134,7 +147,7 @@ class NCVQVAE:
 
         On the device and in the precision that drew them, the same series bit for bit, wherever in `tokens` they are.
         """
-        tokens = np.asarray(tokens)
+        tokens = to_numpy(tokens, "tokens")
         T, K = self.prior.num_tokens, self.prior.num_codes
         if tokens.ndim != 2 or tokens.shape[1] != T or tokens.dtype.kind not in "ui":
             raise UserError(f"tokens are integers [n, {T}]; got {tokens.dtype} {list(tokens.shape)}")
@@ -152,8 +165,7 @@ class NCVQVAE:
     @torch.no_grad()
     def reconstruct(self, X: np.ndarray) -> np.ndarray:
         """Series through the codebook and back, in data units.  X [n, C, L] or [n, L] -> [n, C, L]."""
-        X = np.asarray(X, dtype=np.float32)
-        X = X[:, None] if X.ndim == 2 else X
+        X = series(X, "X")
         if X.shape[1:] != (self.data.channels, self.data.length):
             raise UserError(f"series are [n, {self.data.channels}, {self.data.length}]; got {list(X.shape)}")
         x = self.data.normalise(X, self.device)
@@ -164,7 +176,7 @@ class NCVQVAE:
     def save(self, folder: str | Path) -> None:
         """Writes config.json, stage1.safetensors and stage2.safetensors."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_config(folder, self.config, self.data)
         write_tensors(folder / "stage1.safetensors", self.vqvae.state_dict())
         write_tensors(folder / "stage2.safetensors", self.prior.state_dict())
@@ -184,13 +196,20 @@ def load(run: str | Path, device: str | torch.device = "cpu", precision: str | N
     """
     folder = Path(run)
     config, data = read_config(folder)
+    device = usable_device(device)
     for stage in (1, 2):
         if not (folder / f"stage{stage}.safetensors").exists():
             raise UserError(f"{folder} has not finished stage {stage}; continue it with `ncfast.train ... --resume`")
+    path = folder / "config.json"
+    try:
+        numbers = size_of(*on_meta(config, data.channels, data.length, len(data.class_names)))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} describes no model that can be made ({reason(error)}); it is damaged") from error
+    check_fits(4 * numbers, torch.device("cpu"), f"the model that {path} describes", "is that file damaged?")
     vqvae, prior = build_models(config, data)
     for name, module in (("stage1", vqvae), ("stage2", prior)):
         load_weights(folder / f"{name}.safetensors", module)
-    return NCVQVAE(config, data, vqvae, prior, torch.device(device), precision)
+    return NCVQVAE(config, data, vqvae, prior, device, precision)
 
 
 def build_models(config: Config, data: DataFacts) -> tuple[VQVAE, Prior]:
@@ -198,9 +217,25 @@ def build_models(config: Config, data: DataFacts) -> tuple[VQVAE, Prior]:
     return vqvae, Prior(config, vqvae.vq.codebook, vqvae.num_tokens, len(data.class_names))
 
 
+def on_meta(config: Config, channels: int, length: int, num_classes: int) -> tuple[VQVAE, Prior]:
+    """The models' shapes, without memory for them."""
+    with torch.device("meta"):
+        vqvae = VQVAE(config, channels, length)
+        return vqvae, Prior(config, vqvae.vq.codebook, vqvae.num_tokens, num_classes)
+
+
+def size_of(*modules: torch.nn.Module) -> int:
+    """Numbers in parameters and buffers."""
+    return sum(t.numel() for module in modules for t in (*module.parameters(), *module.buffers()))
+
+
 def load_weights(path: Path, module: torch.nn.Module) -> None:
+    tensors = read_tensors(path)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} is damaged: its {name} is not finite; train the run again, or restore the file")
     try:
-        module.load_state_dict(read_tensors(path))
+        module.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit its config.json: {str(error).splitlines()[-1].strip()}") from error
 
@@ -217,17 +252,23 @@ def write_config(folder: Path, config: Config, data: DataFacts) -> None:
 
 def read_config(folder: Path) -> tuple[Config, DataFacts]:
     path = folder / "config.json"
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists it takes any name
         hint = "; it holds one for each seed, such as seed1" if (folder / "seeds.json").exists() else ""
         raise UserError(f"{folder} is not the folder of a run: it has no config.json{hint}")
     content = read_json(path)
     try:
         if content["format"] != FORMAT:
-            raise UserError(f"{path} has format {content['format']}; this ncfast {__version__} reads format {FORMAT}")
-        data = {k: tuple(v) if isinstance(v, list) else v for k, v in content["data"].items()}
-        return make_config(**content["config"]), DataFacts(**data)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a run's configuration ({error!r})") from error
+            raise UserError(
+                f"it has format {content['format']}, and this ncfast {__version__} reads format {FORMAT}; use the "
+                f"version that wrote it, {content.get('ncfast')}"
+            )
+        return make_config(**content["config"]), DataFacts.from_json(content["data"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a run's configuration ({error!r}); it is damaged or of another format"
+        ) from error
 
 
 def weights_sha256(folder: Path) -> str:
