@@ -116,12 +116,12 @@ def main(command_line: list[str] | None = None) -> None:
     if arguments.dry_run:
         return
 
+    check_space(job)
     own = [job.shard(k) for k in range(part, job.shards, parts)]
     done = prepare(job, own, arguments.overwrite)
     todo = [shard for shard in own if shard.number not in done]
     if done and leads:
         print(f"kept       {len(done)} of {len(own)} shards that are complete", flush=True)
-    check_space(job)
     batch_size = arguments.batch_size or 4 * drawing.size
     largest = min(batch_size, max((shard.rows for shard in todo), default=0))
     check_fits(largest * job.row_bytes, torch.device("cpu"), f"a batch of {largest} series", "lower --batch-size")

@@ -55,7 +55,8 @@ class Generated(torch.utils.data.Dataset):
         self.opened: tuple[int, h5py.File] | None = None
         try:
             file = self.file()
-            if not file.attrs.get("complete", False) or "tokens" not in file:
+            data_sets = all(isinstance(file[name], h5py.Dataset) for name in file)
+            if not data_sets or not np.all(file.attrs.get("complete", False)) or "tokens" not in file:
                 raise UserError(f"{path} is not complete, or not a file of `ncfast.generate`")
             attributes = {name: file.attrs[name] for name in file.attrs}
             columns = {name: Column(self, name, file[name].shape, file[name].dtype) for name in file}

@@ -34,7 +34,8 @@ class RunLog:
         """Drops the lines of epochs that a killed run logged but did not save: a resumed run writes them again."""
         if self.file is None:
             return
-        lines = self.path.read_bytes().splitlines(keepends=True)
+        with self.explained():
+            lines = self.path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if is_before(line, stage, epoch)]
         if kept == lines:
             return

@@ -150,6 +150,7 @@ class VectorQuantize(nn.Module):
         if rotation_trick is None:
             rotation_trick = not directional_reparam and not straight_through and dim > 1
         for wrong, message in (
+            (min(dim, codebook_size, heads) < 1, f"sizes are 1 or more; got {dim}, {codebook_size} and heads {heads}"),
             (use_cosine_sim and learnable_codebook, "use_cosine_sim does not go with a learnable codebook"),
             (use_cosine_sim and affine_param, "use_cosine_sim does not go with affine_param"),
             (
