@@ -1,18 +1,25 @@
-"""Writing a shard: ncfast's writer (checksums, finite check, flush, rename) against plain h5py with the same arrays."""
+"""Writing a shard: ncfast's writer (checksums, finite check, flush, rename) against plain h5py with the same arrays.
+
+With `--run`, the whole pipeline instead: drawing series alone, writing them alone, and both at once as in
+`ncfast.generate`.
+"""
 
 import argparse
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import h5py
 import numpy as np
 from common import table
 
-from ncfast.drawing import Batch
+from ncfast.cli import choose_device
+from ncfast.drawing import Batch, Drawing
 from ncfast.engine.background import Background
+from ncfast.ncvqvae import load
 from ncfast.shards import Job, ShardWriter
 
 BATCH = 4096
@@ -28,7 +35,7 @@ def make_batches(rows: int, length: int, tokens: int) -> list[Batch]:
     ]
 
 
-def write_ours(path: Path, batches: list[Batch], job: Job) -> None:
+def write_ours(path: Path, batches: Iterable[Batch], job: Job) -> None:
     writer = ShardWriter(job.shard(0))
     with Background() as background:
         for batch in batches:
@@ -54,15 +61,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32 * BATCH, help=f"a multiple of {BATCH} [{32 * BATCH}]")
     parser.add_argument("--length", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=75)
+    parser.add_argument("--run", type=Path, help="folder of a run to draw from; then --length and --tokens are its own")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write [the system's for temporary files]")
     options = parser.parse_args()
-    columns = {
-        "x": ((1, options.length), "f4"),
-        "tokens": ((options.tokens,), "u2"),
-        "index": ((), "i8"),
-        "y": ((), "i8"),
-    }
+    if options.run is not None:
+        compare_pipeline(options)
+        return
     batches = make_batches(options.rows, options.length, options.tokens)
     ways = {
         "ncfast": write_ours,
@@ -74,19 +80,55 @@ def main() -> None:
         for i in range(options.repeats):
             for name, write in ways.items():
                 path = Path(folder) / f"{i}.h5"
-                job = Job(path, options.rows, 1, columns, "none", ("a", "b"), {}, {})
+                job = make_job(path, options.rows, options.length, options.tokens)
                 begin = time.perf_counter()
                 write(path, batches, job)
                 seconds[name].append(time.perf_counter() - begin)
                 path.unlink()
-    size = options.rows * Job(Path(), 1, 1, columns, "none", (), {}, {}).row_bytes / 1e6
-    ours = statistics.median(seconds["ncfast"])
+    show(seconds, "ncfast", job)
+
+
+def compare_pipeline(options: argparse.Namespace) -> None:
+    device, _ = choose_device(options.device)
+    model = load(options.run, device)
+    drawing = Drawing(model, "none")
+    seconds: dict[str, list[float]] = {"both": [], "drawing alone": [], "writing alone": []}
+    batch_size = 4 * drawing.size
+    list(drawing.batches(8 * drawing.size))  # compiles, captures
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for i in range(options.repeats):
+            path = Path(folder) / f"{i}.h5"
+            job = make_job(path, options.rows, model.data.length, model.vqvae.num_tokens, with_y=False)
+            begin = time.perf_counter()
+            batches = list(drawing.batches(options.rows, 0, batch_size))
+            seconds["drawing alone"].append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            write_ours(path, batches, job)
+            seconds["writing alone"].append(time.perf_counter() - begin)
+            path.unlink()
+            begin = time.perf_counter()
+            write_ours(path, drawing.batches(options.rows, 0, batch_size), job)
+            seconds["both"].append(time.perf_counter() - begin)
+            path.unlink()
+    show(seconds, "both", job)
+
+
+def make_job(path: Path, rows: int, length: int, tokens: int, *, with_y: bool = True) -> Job:
+    columns = {"x": ((1, length), "f4"), "tokens": ((tokens,), "u2"), "index": ((), "i8")}
+    if with_y:
+        columns["y"] = ((), "i8")
+    return Job(path, rows, 1, columns, "none", ("a", "b") if with_y else (), {}, {})
+
+
+def show(seconds: dict[str, list[float]], ours: str, job: Job) -> None:
+    size = job.rows * job.row_bytes / 1e6
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     rows = [
-        [name, f"{size / statistics.median(values):.0f}", f"{statistics.median(values) / ours:.2f}"]
-        for name, values in seconds.items()
+        [name, f"{median:.3f}", f"{size / median:.0f}", f"{job.rows / median:.0f}", f"{median / medians[ours]:.2f}"]
+        for name, median in medians.items()
     ]
-    print(f"{options.rows} series of {options.length}, {size:.0f} MB\n")
-    print(table(["writer", "MB/s", "time / ours"], rows))
+    print(f"{job.rows} series of {job.columns['x'][0][1]}, {size:.0f} MB\n")
+    print(table(["", "s", "MB/s", "series/s", f"time / {ours}"], rows))
 
 
 if __name__ == "__main__":

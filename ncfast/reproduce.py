@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+import ncfast
 from ncfast.cli import Parser, choose_device, run
 from ncfast.config import PRESETS, Config, add_config_arguments, given_config_values, make_config
 from ncfast.data.dataset import Dataset
+from ncfast.data.facts import DataFacts
 from ncfast.data.sources import load_dataset
 from ncfast.engine.checkpoint import atomic_path, read_json, write_json
 from ncfast.errors import UserError
@@ -29,6 +31,7 @@ from ncfast.evaluation.fcn import Recipe
 from ncfast.evaluation.fcn_cache import default_folder
 from ncfast.evaluation.protocol import MEASURES, chosen, csv_rows, evaluate
 from ncfast.launch import local_rank
+from ncfast.ncvqvae import read_config
 from ncfast.training import resolve_config, train
 from ncfast.version import __version__
 
@@ -244,7 +247,10 @@ def do(cell: Cell, dataset: Dataset, measures: Sequence[str], device: torch.devi
         result = read_json(path)
         if result.get("asked") == asked:
             return result
-    model = train(config, dataset, out=folder, device=device, resume=True, quiet=True)
+    if is_trained(folder, config, dataset):
+        model = ncfast.load(folder, device)
+    else:
+        model = train(config, dataset, out=folder, device=device, resume=True, quiet=True)
     result = evaluate(
         model,
         dataset,
@@ -259,6 +265,14 @@ def do(cell: Cell, dataset: Dataset, measures: Sequence[str], device: torch.devi
     write_json(path, result)
     (folder / "state.pt").unlink(missing_ok=True)  # half a gigabyte with the projector's moments
     return result
+
+
+def is_trained(folder: Path, config: Config, dataset: Dataset) -> bool:
+    """Whether only the measures are missing."""
+    if not (folder / "stage2.safetensors").exists():
+        return False
+    old_config, old_data = read_config(folder)
+    return old_config == config and old_data.identity == DataFacts.of(dataset).identity
 
 
 def shortened(config: Config, budget: float) -> Config:

@@ -110,7 +110,7 @@ def check_memory(config: Config, dataset: Dataset, device: torch.device) -> None
     """Refuses what cannot fit, by what it takes at least: each counts only its largest tensors."""
     vqvae, prior = on_meta(config, dataset.n_channels, dataset.length, dataset.n_classes)
     with torch.device("meta"):
-        ssl = [] if config.ssl == "none" else [SelfSupervision(config)]
+        ssl = [] if config.ssl in WITHOUT_LOSS else [SelfSupervision(config)]
     n, dim = len(dataset.X_train), config.dim
     rows1, rows2 = min(n, config.batch_size), min(n, config.stage2_batch_size)
     # Float32: weights, gradients and the two moments of AdamW; then what the backward pass keeps.

@@ -121,7 +121,7 @@ def test_two_processes_train_the_model_of_one(ssl, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ssl", METHODS)
+@pytest.mark.parametrize("ssl", ["none", "vibcreg"])  # with it everything that has a process group
 def test_slices_may_be_empty(ssl, tmp_path):
     # The last batch of an epoch is 0 + 1 + 1 rows. Of 2 rows batch norm makes +1 and -1, whose gradients are all but
     # rounding: float32 would show nothing.

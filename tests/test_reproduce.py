@@ -133,6 +133,14 @@ def test_from_end_to_end_and_again(tmp_path, capsys):
     ]
     again = json.loads((folders[2] / "evaluation.json").read_text())
     assert [figure["value"] for figure in again["measures"]] == [figure["value"] for figure in lost["measures"]]
+    # Where only the figures are lost, nothing is trained.
+    weights = folders[2] / "stage2.safetensors"
+    written = weights.stat().st_mtime_ns
+    (folders[2] / "evaluation.json").unlink()
+    reproduce.main(arguments)
+    assert weights.stat().st_mtime_ns == written
+    again = json.loads((folders[2] / "evaluation.json").read_text())
+    assert [figure["value"] for figure in again["measures"]] == [figure["value"] for figure in lost["measures"]]
     # Other options in the same folder: the run is refused, by name, and what is there stays.
     with pytest.raises(ncfast.UserError, match="cells failed, the first: .*regular/seed1"):
         reproduce.main([*arguments, "--dim=4"])

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -230,12 +231,21 @@ def wait_for_epoch(process, out, stage, epoch):
     raise AssertionError("the run did not get there")
 
 
+def six_epochs(data_file):
+    return ["--dataset", data_file, "--stage1-epochs", 6, "--stage2-epochs", 6, "--checkpoint-every", 1, *FLAGS]
+
+
+@pytest.fixture(scope="module")
+def straight(data_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    assert program("train", *six_epochs(data_file), "--out", out).returncode == 0
+    return out
+
+
 @pytest.mark.parametrize(("stage", "epoch"), [(1, 2), (2, 2)])
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
-def test_killed_and_resumed_equals_uninterrupted(stage, epoch, kill, data_file, tmp_path):
-    arguments = ["--dataset", data_file, "--stage1-epochs", 6, "--stage2-epochs", 6, "--checkpoint-every", 1, *FLAGS]
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    assert program("train", *arguments, "--out", straight).returncode == 0
+def test_killed_and_resumed_equals_uninterrupted(stage, epoch, kill, straight, data_file, tmp_path):
+    arguments, broken = six_epochs(data_file), tmp_path / "broken"
     command = [sys.executable, "-m", "ncfast.train", *map(str, arguments), "--out", str(broken)]
     # A shell's background jobs ignore SIGINT, and what they start inherits that.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -372,3 +382,32 @@ def test_halvings_set_the_width(tmp_path):
     assert model.vqvae.grid == (5, 31 >> 3)
     with pytest.raises(ncfast.UserError, match="--halvings 9 leaves nothing"):
         ncfast.fit(*waves(20), halvings=9, **SMALL)
+
+
+@pytest.mark.slow
+def test_a_training_survives_kills_at_any_moment(data_file, tmp_path):
+    """NCFAST_KILLS=20 is the long version."""
+    kills = int(os.environ.get("NCFAST_KILLS", 2))
+    more = ("--stage1-epochs", 60, "--stage2-epochs", 60, "--ssl", "vibcreg")
+    assert program("train", *train_arguments(data_file, tmp_path / "whole", *more)).returncode == 0
+    generator = random.Random(0)
+    command = [sys.executable, "-m", "ncfast.train"]
+    command += map(str, train_arguments(data_file, tmp_path / "parts", *more, "--checkpoint-every", 1))
+    log = tmp_path / "parts" / "log.jsonl"
+    for _ in range(kills):
+        resume = ["--resume"] if (tmp_path / "parts" / "config.json").exists() else []
+        process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        before = len(log.read_text().splitlines()) if log.exists() else 0
+        # Some 120 epochs for all kills together: each comes a few epochs after the last, at any moment of one.
+        enough = before + 120 // (kills + 2)
+        while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < enough):
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, 0.05))
+        assert process.poll() is None, process.stderr.read().decode()
+        process.kill()
+        process.communicate()
+    result = program("train", *train_arguments(data_file, tmp_path / "parts", *more, "--resume"))
+    assert result.returncode == 0, result.stderr
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    epochs = [(r["stage"], r["epoch"]) for r in map(json.loads, log.read_text().splitlines())]
+    assert epochs == [(stage, epoch) for stage in (1, 2) for epoch in range(1, 61)]
