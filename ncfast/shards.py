@@ -39,6 +39,7 @@ from ncfast.errors import UserError
 FORMAT = 2
 CHUNK_BYTES = 2**20
 READ_BYTES = 2**26
+FLUSH_BYTES = 2**25
 DTYPES = ("float32", "float16")
 COMPRESSIONS = ("none", "lzf", "gzip", "zstd")
 # Of a data set that no shard is there for; a reader other than ours sees these.
@@ -198,6 +199,9 @@ class ShardWriter:
         self.file: h5py.File | None = None
         self.pool = ThreadPoolExecutor(1)
         self.digesting: Future | None = None
+        self.flusher = ThreadPoolExecutor(1)
+        self.flushing: Future | None = None
+        self.unflushed = 0  # bytes
 
     def write(self, batch: Batch) -> None:
         """Raises UserError when the disk does not take it, or when the series cannot be kept in the file's type."""
@@ -214,6 +218,7 @@ class ShardWriter:
                 before.result()
             self.disk.check()
             self.written += len(batch.index)
+            self.flush_ahead(len(batch.index) * self.shard.job.row_bytes)
 
     def create(self) -> None:
         remove_leftovers(self.shard.path)
@@ -231,6 +236,19 @@ class ShardWriter:
                 **filters(self.shard.job.compression),
             )
         self.file.attrs.update(self.shard.attributes())
+
+    def flush_ahead(self, size: int) -> None:
+        """Has the system write what it holds while more is made: the flush at the end then has little to wait for."""
+        self.unflushed += size
+        if self.unflushed >= FLUSH_BYTES and (self.flushing is None or self.flushing.done()):
+            self.check_flush()
+            self.flushing = self.flusher.submit(os.fdatasync, self.disk.fileno())
+            self.unflushed = 0
+
+    def check_flush(self) -> None:
+        """An error of the disk is told to one flush, and to no later one."""
+        if self.flushing is not None:
+            self.flushing.result()
 
     def digest(self, arrays: dict[str, np.ndarray], batch: Batch) -> None:
         for name, array in arrays.items():
@@ -269,6 +287,8 @@ class ShardWriter:
                 self.file.attrs["counts"] = self.counts
             self.file.attrs["complete"] = True
             self.file.close()
+            self.flusher.shutdown()  # before its descriptor goes
+            self.check_flush()
             self.disk.check()
             self.disk.close()
             self.file = self.disk = None
@@ -280,6 +300,7 @@ class ShardWriter:
     def discard(self) -> None:
         """Leaves nothing behind of a file that is not complete."""
         self.pool.shutdown()
+        self.flusher.shutdown()
         if self.file is not None:
             self.file.close()
         if self.disk is not None:
