@@ -57,7 +57,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="benchmarks/gpu.py", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu is for trying this out [cuda]")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the table goes beside it [gpu.json]")
-    parser.add_argument("--minutes", type=float, default=6.0, help="for everything that is asked for [6]")
+    parser.add_argument("--minutes", type=float, default=5.5, help="for everything that is asked for [5.5]")
     parser.add_argument("--seconds", type=float, default=0.3, help="how long the peers of a case take turns [0.3]")
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument(

@@ -132,8 +132,7 @@ def find_dataset(trained: DataFacts, asked: str | None, data_dir: str | None) ->
 
 
 def same_series(trained: DataFacts, given: DataFacts) -> bool:
-    ignored = {"source": "", "notes": (), "name": ""}
-    return dataclasses.replace(trained, **ignored) == dataclasses.replace(given, **ignored)
+    return dataclasses.replace(trained.identity, name="") == dataclasses.replace(given.identity, name="")
 
 
 if __name__ == "__main__":

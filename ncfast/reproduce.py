@@ -305,15 +305,8 @@ def write_results(cells: Sequence[Cell], arguments: argparse.Namespace, device: 
         run_id = f"seed{cell.config.seed}"
         rows += csv_rows(result, cell.method, run_id)
         name = result["dataset"]["name"]
-        rows.append(
-            dict(
-                zip(
-                    COLUMNS,
-                    (name, "stage1", cell.method, run_id, "training_time", result["training_seconds"]["stage1"]),
-                    strict=True,
-                )
-            )
-        )
+        seconds = result["training_seconds"]["stage1"]
+        rows.append(dict(zip(COLUMNS, (name, "stage1", cell.method, run_id, "training_time", seconds), strict=True)))
         notes[name] = result["dataset"]
     arguments.out.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
@@ -331,7 +324,7 @@ def write_results(cells: Sequence[Cell], arguments: argparse.Namespace, device: 
     ]
     if arguments.holdout is not None:
         head.append("Measured on held-out train series, so not to be held against the authors' figures.")
-    given = {k: v for k, v in given_config_values(arguments).items()}
+    given = given_config_values(arguments)
     if given:
         head.append("Options: " + ", ".join(f"{name} {value}" for name, value in given.items()))
     with atomic_path(arguments.out / "table.md") as temporary:

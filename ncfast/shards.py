@@ -345,8 +345,8 @@ def filters(compression: str) -> dict[str, Any]:
     return {"compression": hdf5plugin.Zstd(clevel=3), "shuffle": True}
 
 
-def claim(job: Job, *, replace: bool = False) -> dict[str, Any]:
-    """The job's manifest: written if it is the first process, read if another one was before it.
+def claim(job: Job) -> None:
+    """Writes the job's manifest, if this is its first process.
 
     Raises:
         UserError: the name belongs to another job.
@@ -360,31 +360,23 @@ def claim(job: Job, *, replace: bool = False) -> dict[str, Any]:
         "num_shards": job.shards,
         "complete": False,
     }
-    if replace:
-        write_json(job.manifest, content)
-        return content
     temporary = temporary_path(job.manifest)
     try:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
         # A link, unlike a rename, does not replace: of two jobs that begin together one comes first.
         os.link(temporary, job.manifest)
     except FileExistsError:
-        content = read_manifest(job.manifest)
-        refuse_another(job.manifest, content["made_from"], job)
+        refuse_another(job.manifest, read_manifest(job.manifest)["made_from"], job)
     except OSError as error:
         raise UserError(f"cannot write {job.manifest}: {reason(error)}; choose another folder") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return content
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     content = read_json(path)
-    if (
-        not isinstance(content, dict)
-        or content.get("format") != FORMAT
-        or not isinstance(content.get("made_from"), dict)
-    ):
+    known = isinstance(content, dict) and content.get("format") == FORMAT
+    if not known or not isinstance(content.get("made_from"), dict) or not isinstance(content.get("num_shards"), int):
         raise UserError(f"{path} is not the manifest of generated series, or of another version; move it away")
     return content
 
