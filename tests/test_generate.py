@@ -282,32 +282,31 @@ def test_torchrun_shares_a_job(run, job, tmp_path):
 def test_a_job_survives_kills(run, job, tmp_path):
     """NCFAST_KILLS=20 NCFAST_KILL_ROWS=200000 is the long version."""
     kills, rows = int(os.environ.get("NCFAST_KILLS", 3)), int(os.environ.get("NCFAST_KILL_ROWS", 20_000))
-    arguments = ("--num-samples", rows, "--num-shards", 10)
+    count = 3 * kills
+    arguments = ("--num-samples", rows, "--num-shards", count)
+    begin = time.monotonic()
     job(*arguments, out="undisturbed.h5")
+    seconds = (time.monotonic() - begin) / count  # of a shard
     generator = random.Random(0)
     line = command(run, tmp_path / "out.h5", *arguments)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    killed = 0
-    while True:
+    for _ in range(kills):
+        before = set(tmp_path.glob(".*.tmp"))
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-        try:
-            # From the first write on: before that it only imports.
-            begin = time.monotonic()
-            while not (tmp_path / "out.manifest.json").exists() and time.monotonic() - begin < 60:
-                time.sleep(0.01)
-            process.wait(generator.uniform(3, 9) if killed < kills else 600)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed += 1
-            for path in tmp_path.glob("out-*.h5"):
-                ncfast.open_generated(path).verify()  # what has its name is whole
-            continue
-        assert process.returncode == 0
-        break
+        while not set(tmp_path.glob(".*.tmp")) - before:  # it imports
+            assert process.poll() is None, "the job ended before it could be killed"
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, 2 * seconds))  # so that the shards are more than the kills need
+        assert process.poll() is None, "the job ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in tmp_path.glob("out-*.h5"):
+            ncfast.open_generated(path).verify()  # what has its name is whole
+        assert not (tmp_path / "out.h5").exists()
+    assert subprocess.run(line, capture_output=True, env=environment, timeout=600).returncode == 0
     assert_same(contents(tmp_path / "out.h5"), contents(tmp_path / "undisturbed.h5"))
-    for k in range(10):
-        names = [f"{stem}-{k:05d}-of-00010.h5" for stem in ("out", "undisturbed")]
+    for k in range(count):
+        names = [f"{stem}-{k:05d}-of-{count:05d}.h5" for stem in ("out", "undisturbed")]
         assert (tmp_path / names[0]).read_bytes() == (tmp_path / names[1]).read_bytes()
     assert not list(tmp_path.glob(".*.tmp"))
 
