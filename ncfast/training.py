@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ncfast.config import Config, make_config
-from ncfast.data.augment import Augment
+from ncfast.data.augment import MIN_LENGTH, Augment
 from ncfast.data.facts import MAX_LENGTH, DataFacts
 from ncfast.data.sources import Dataset, from_arrays
 from ncfast.engine.checkpoint import make_folder, read_json, read_state, write_json, write_tensors
@@ -87,6 +87,11 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
         raise UserError(
             f"series hold at least n_fft = {config.n_fft} samples; {dataset.name} has length {dataset.length}: "
             "lower --n-fft or use longer series"
+        )
+    if config.ssl != "none" and dataset.length < MIN_LENGTH:
+        raise UserError(
+            f"views are made of series of at least {MIN_LENGTH} samples; {dataset.name} has length {dataset.length}: "
+            "use longer series or --ssl none"
         )
     if max(dataset.length, dataset.n_channels) > MAX_LENGTH:
         raise UserError(

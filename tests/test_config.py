@@ -9,13 +9,39 @@ from ncfast.errors import UserError
 
 def test_defaults_presets_and_given_values():
     assert make_config() == Config()
-    paper = make_config("paper")
-    assert (paper.stage1_epochs, paper.stage2_epochs, paper.batch_size, paper.stage2_batch_size) == (
-        1000,
-        1000,
-        128,
-        256,
-    )
+    paper = dataclasses.asdict(make_config("paper"))
+    # What the authors ran, whatever `default` becomes.
+    authors = {
+        "n_fft": 8,
+        "dim": 64,
+        "residual_blocks": 4,
+        "codebook_size": 32,
+        "codebook_init": "random",
+        "dead_code_threshold": 0.0,
+        "codebook_decay": 0.9,
+        "view_weight": 0.1,
+        "projector_dim": 4096,
+        "prior_dim": 256,
+        "prior_layers": 4,
+        "prior_heads": 2,
+        "prior_head_dim": 64,
+        "prior_ff_mult": 1,
+        "embeddings": "learned",
+        "class_dropout": 0.2,
+        "decoding_steps": 10,
+        "choice_temperature": 4.0,
+        "guidance_scale": 1.0,
+        "temperature": 1.0,
+        "top_k": 0,
+        "unmasking": "paper",
+        "stage1_epochs": 1000,
+        "stage2_epochs": 1000,
+        "batch_size": 128,
+        "stage2_batch_size": 256,
+        "learning_rate": 1e-3,
+        "weight_decay": 1e-3,
+    }
+    assert {name: paper[name] for name in authors} == authors
     assert make_config("paper", stage1_epochs=3).stage1_epochs == 3
     assert make_config(augment="warp").augment == ("warp",)
     assert make_config(learning_rate=1).learning_rate == 1.0

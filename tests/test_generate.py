@@ -232,14 +232,14 @@ def test_numbers_that_a_type_cannot_hold_are_an_error(job, tmp_path):
 def test_a_dry_run_writes_nothing(job, tmp_path):
     printed = job("--num-samples", 10**7, "--shard", "3/8", "--dry-run")
     assert "x [10000000, 1, 21] f4" in printed and not files(tmp_path)
-    row = 21 * 4 + 25 * 2 + 8 + 8
+    row = 21 * 4 + 33 * 2 + 8 + 8
     assert f"shards     {max(32, -(-(10**7) * row // 2**28))}, of which part 3 of 8" in printed
     assert generate.human(10**7 * row) in printed
 
 
 def test_a_disk_too_small_is_noticed_before_anything_is_drawn(job, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "free_space", lambda job: 10_000)
-    with pytest.raises(ncfast.UserError, match=r"9.8 KiB free, and the job needs 14.6 KiB more; free space"):
+    with pytest.raises(ncfast.UserError, match=r"9.8 KiB free, and the job needs 16.2 KiB more; free space"):
         job("--num-samples", 100)
     assert not files(tmp_path)
 

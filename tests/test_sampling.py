@@ -13,7 +13,10 @@ from ncfast.sampling import ChunkDecoder, Sampler, WorkSavers, mask_schedule
 from ncfast.stage1 import VQVAE
 from ncfast.stage2 import Prior
 
-SMALL = {"dim": 8, "residual_blocks": 1, "codebook_size": 5, "prior_dim": 16, "prior_layers": 2, "prior_head_dim": 8}
+SMALL = {
+    **{"dim": 8, "residual_blocks": 1, "codebook_size": 5, "prior_dim": 16, "prior_layers": 2, "prior_head_dim": 8},
+    **{"decoding_steps": 10, "choice_temperature": 4.0},
+}
 SAVERS = [field.name for field in dataclasses.fields(WorkSavers)]
 n, K, C = 10, 5, 3
 
@@ -25,7 +28,7 @@ def make_prior(num_tokens=n, codes=K, **options):
 
 
 def make_sampler(prior=None, savers=None, **options):
-    return Sampler(prior or make_prior(), make_config(**SMALL, **options), savers)
+    return Sampler(prior or make_prior(), make_config(**{**SMALL, **options}), savers)
 
 
 def some_tokens(rows=6, seed=1):

@@ -379,7 +379,7 @@ def test_views_only_reconstruct(data_file, tmp_path):
 
 def test_halvings_set_the_width(tmp_path):
     model = ncfast.fit(*waves(20), halvings=3, stage1_epochs=1, stage2_epochs=1, quiet=True, **SMALL)
-    assert model.vqvae.grid == (5, 31 >> 3)
+    assert model.vqvae.grid == (3, 61 >> 3)
     with pytest.raises(ncfast.UserError, match="--halvings 9 leaves nothing"):
         ncfast.fit(*waves(20), halvings=9, **SMALL)
 
