@@ -132,6 +132,23 @@ def marginal_difference(x: np.ndarray, y: np.ndarray, bins: int | None = None) -
     return float(np.abs(frequencies(x) - frequencies(y)).sum(1).mean() / 2)
 
 
+def nearest_distance(x: np.ndarray, train: np.ndarray, rows: int = 256) -> float:
+    """Distance of the median series of x to the train series nearest to it: root of the mean square over channels and
+    times. A generator that copies is near 0; one that does not is about as far as real series that it never saw.
+
+    Args:
+        x, train: series [N, C, L] and [M, C, L].
+        rows: of x at a time; N x M distances at once would not fit.
+    """
+    check_series(x, train)
+    x, train = (np.asarray(z, dtype=np.float64).reshape(len(z), -1) for z in (x, train))
+    squares = np.square(train).sum(1)
+    nearest = np.concatenate(
+        [(squares - 2 * x[i : i + rows] @ train.T).argmin(1) for i in range(0, len(x), rows)]
+    )  # |x|² is the same for all
+    return float(np.median(np.sqrt(np.square(x - train[nearest]).mean(1))))
+
+
 def check_series(x: np.ndarray, y: np.ndarray) -> None:
     if x.ndim != 3 or x.shape[1:] != y.shape[1:] or not len(x) or not len(y):
         raise ValueError(f"series are [N, C, L] and [M, C, L]; got {x.shape} and {y.shape}")

@@ -22,6 +22,7 @@ from ncfast.evaluation.measures import (
     knn_accuracy,
     marginal_difference,
     mean_abs_off_diagonal,
+    nearest_distance,
     perplexity,
     require_sklearn,
     svm_accuracy,
@@ -248,6 +249,15 @@ def fid(material: Material, seeds: list[int]) -> Iterator[Figure]:
     values = [frechet_distance(real, material.generated_described(seed)[0]) for seed in seeds]
     yield over_seeds("FID", values, material, seeds, material.evaluator_accuracy)
     yield floor("FID", frechet_distance(real, material.train_described[0]), material, True)
+    # What a perfect prior would leave: the codebook's and the decoder's part.
+    rebuilt = material.evaluator.model.describe(material.test_coded.reconstructed)[0]
+    yield Figure(
+        "FID_reconstructed",
+        "stage1",
+        frechet_distance(real, rebuilt),
+        n=f"{len(material.test)} test, and the same reconstructed",
+        evaluator_accuracy=material.evaluator_accuracy,
+    )
 
 
 def inception(material: Material, seeds: list[int]) -> Iterator[Figure]:
@@ -303,6 +313,16 @@ def two_sample(
     return figures
 
 
+def nearest(material: Material, seeds: list[int]) -> Iterator[Figure]:
+    train = material.train.numpy()
+    values = [nearest_distance(material.generated(seed).x.numpy(), train) for seed in seeds]
+    figure = over_seeds("NND", values, material, seeds)
+    figure.n = f"{material.num_samples} generated, {len(train)} train"
+    yield figure
+    real = nearest_distance(material.test.numpy(), train)
+    yield Figure("NND_test", "data", real, n=f"{len(material.test)} test, {len(train)} train")
+
+
 def over_seeds(
     metric: str,
     values: list[float],
@@ -347,4 +367,5 @@ MEASURES: dict[str, Measure] = {
     "cas": Measure(cas, "cas", "test"),
     "acd": Measure(two_sample("ACD", autocorrelation_difference), "stage2"),
     "mdd": Measure(two_sample("MDD", marginal_difference), "stage2"),
+    "nnd": Measure(nearest, "stage2"),
 }

@@ -27,10 +27,12 @@ th { font-weight: 600; }
 """
 
 NOTES = """
-FID: Fréchet distance of the evaluator's features. IS: inception score, 1 to the number of classes. CAS: test accuracy
-of a classifier trained on generated series only; beside it that of the evaluator, which is trained on real ones. ACD
-and MDD: differences of autocorrelation and of the values at each time. FID_train, ACD_train, MDD_train and IS_test are
-of real series only: what generated ones can be expected to reach. Reconstruction is in normalised units.
+FID: Fréchet distance of the evaluator's features; FID_reconstructed is of test series through the codebook. IS:
+inception score, 1 to the number of classes. CAS: test accuracy of a classifier trained on generated series only; beside
+it that of the evaluator, trained on real ones. ACD and MDD: differences of autocorrelation and of the values at each
+time. NND: median distance to the nearest train series; far below NND_test, the generator copies. FID_train,
+ACD_train, MDD_train, NND_test and IS_test are of real series only: what generated ones can be expected to reach.
+Reconstruction and NND are in normalised units.
 """.strip()
 
 

@@ -119,6 +119,15 @@ def test_marginal_difference_at_its_ends():
     assert measures.marginal_difference(x, shuffled) == 0
 
 
+@pytest.mark.parametrize("rows", [3, 256])
+def test_nearest_distance_is_that_of_loops(rows):
+    rng = np.random.default_rng(0)
+    x, train = (rng.normal(size=(n, 2, 9)).astype(np.float32) + 100 for n in (11, 17))
+    distances = [min(np.sqrt(((a - b).astype(np.float64) ** 2).mean()) for b in train) for a in x]
+    assert measures.nearest_distance(x, train, rows) == pytest.approx(sorted(distances)[5], rel=1e-6)
+    assert measures.nearest_distance(train[3:9], train, rows) == 0
+
+
 @pytest.mark.parametrize("measure", [measures.autocorrelation_difference, measures.marginal_difference])
 def test_measures_of_series_refuse_other_shapes(measure):
     with pytest.raises(ValueError, match=r"\[N, C, L\]"):

@@ -89,13 +89,17 @@ class Playback(Material):
 def test_the_test_set_itself_is_perfect_and_noise_is_not(model, dataset):
     def taken(x):
         material = Playback(model, dataset, recipe=QUICK, quiet=True).play(x, None)
-        return values(measure(material, ["fid", "is", "acd", "mdd"], [0]))
+        return values(measure(material, ["fid", "is", "acd", "mdd", "nnd"], [0]))
 
     test = normalised(dataset.X_test, dataset)
+    train = normalised(dataset.X_train, dataset)
     perfect = taken(test.flip(0))
     assert perfect["FID"] == pytest.approx(0, abs=1e-6)
     assert perfect["ACD"] == pytest.approx(0, abs=1e-6) and perfect["MDD"] == 0
     assert perfect["IS"] == pytest.approx(perfect["IS_test"])
+    assert perfect["NND"] == perfect["NND_test"] > 0 and taken(train)["NND"] == 0
+    rebuilt = model.vqvae.reconstruct(test)
+    assert perfect["FID_reconstructed"] == pytest.approx(taken(rebuilt)["FID"], rel=1e-3)
     noise = taken(torch.randn(test.shape, generator=torch.Generator().manual_seed(0)))
     for name, times in (("FID", 3), ("ACD", 3), ("MDD", 1.3)):  # MDD sees no order in time
         assert noise[name] > times * noise[f"{name}_train"] > 0
@@ -132,7 +136,7 @@ def test_figures_of_the_codes_are_those_of_the_whole_test_set(model, dataset, re
     p = np.array(list(counts.values())) / tokens.numel()
     assert taken["test_perplexity"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-9)
     assert taken["test_code_usage"] == len(counts) / 8
-    spectrum = torch.stft(x[:, 0], 8, 2, window=torch.hann_window(8), return_complex=True)
+    spectrum = torch.stft(x[:, 0], 4, 1, window=torch.hann_window(4), return_complex=True)
     rebuilt = model.vqvae.decode(model.vqvae.vq.codebook[tokens])
     expected = (torch.view_as_real(spectrum).permute(0, 3, 1, 2) - rebuilt).square().mean()
     assert taken["test_reconstruction_stft_mse"] == pytest.approx(expected.item(), rel=1e-3)
