@@ -92,9 +92,9 @@ def main() -> None:
         for precision in PRECISIONS:
             if why_not(precision, device) is not None:
                 continue
-            config = make_config(
-                ssl=options.ssl, precision=precision, stage1_steps=options.steps, stage2_steps=options.steps
-            )
+            steps = {"stage1_steps": options.steps, "stage2_steps": options.steps}
+            epochs = {"stage1_epochs": None, "stage2_epochs": None}
+            config = make_config("paper", ssl=options.ssl, precision=precision, **steps, **epochs)
             config = resolve_config(config, dataset, device)
             runs = [measure(dataclasses.replace(config, seed=seed), dataset, device) for seed in range(options.seeds)]
             line = [dataset.name, precision, *(spread([run[column] for run in runs]) for column in runs[0])]
