@@ -1,6 +1,6 @@
 """The picture of completed series in the README.
 
-python -m ncfast.train --dataset TwoPatterns --ssl vicreg --stage1-steps 2000 --stage2-steps 3000 --out runs/TwoPatterns
+python -m ncfast.train --dataset TwoPatterns --preset paper --stage1-epochs 250 --stage2-epochs 750 --out runs/TwoPatterns
 python docs/completions.py --run runs/TwoPatterns --dataset TwoPatterns --out docs/completions.png
 """
 
