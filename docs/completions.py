@@ -1,7 +1,7 @@
 """The picture of completed series in the README.
 
-python -m ncfast.train --dataset TwoPatterns --preset paper --stage1-epochs 250 --stage2-epochs 750 --out runs/TwoPatterns
-python docs/completions.py --run runs/TwoPatterns --dataset TwoPatterns --out docs/completions.png
+python -m ncfast.train --dataset TwoPatterns --preset paper --stage1-epochs 250 --stage2-epochs 750 --out runs/TP
+python docs/completions.py --run runs/TP --dataset TwoPatterns --out docs/completions.png
 """
 
 import argparse
@@ -11,7 +11,7 @@ import numpy as np
 
 import ncfast
 from ncfast.data.sources import load_dataset
-from ncfast.evaluation.plots import plot_completions
+from ncfast.evaluation.plots import draw_completions, write_figure
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
         for task, seen in observed.items()
     }
     title = f"{model.data.name}: observed (blue), completions (red), what really was (dotted)"
-    plot_completions(options.out, real, observed, drawn, title)
+    write_figure(draw_completions(real, observed, drawn, title), options.out)
 
 
 if __name__ == "__main__":

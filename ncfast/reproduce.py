@@ -157,7 +157,7 @@ def main(command_line: list[str] | None = None) -> None:
             datasets = {cell.dataset: load(cell.dataset, arguments)}  # cells of a data set follow each other
         begin = time.monotonic()
         try:
-            result = do(cell, datasets[cell.dataset], measures, device, arguments)
+            result = train_and_measure(cell, datasets[cell.dataset], measures, device, arguments)
         except UserError as error:
             failed.append(f"{cell.folder(arguments.out)}: {error}")
             print(
@@ -230,7 +230,9 @@ def hold_out(dataset: Dataset, part: float) -> Dataset:
     )
 
 
-def do(cell: Cell, dataset: Dataset, measures: Sequence[str], device: torch.device, arguments: Any) -> dict[str, Any]:
+def train_and_measure(
+    cell: Cell, dataset: Dataset, measures: Sequence[str], device: torch.device, arguments: Any
+) -> dict[str, Any]:
     """Trains and measures one cell, or finds that this was done."""
     folder = cell.folder(arguments.out)
     config = shortened(resolve_config(cell.config, dataset, device), arguments.budget)

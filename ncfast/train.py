@@ -15,7 +15,7 @@ from ncfast.engine.loop import batch_ends
 from ncfast.engine.processes import Processes
 from ncfast.ensemble import member_configs, train_ensemble
 from ncfast.errors import UserError
-from ncfast.evaluation.plots import plot_samples
+from ncfast.evaluation.plots import draw_samples, write_figure
 from ncfast.launch import launched, local_rank
 from ncfast.ncvqvae import NCVQVAE, build_models
 from ncfast.ops import dispatch
@@ -113,7 +113,7 @@ def train_program(processes: Processes, command_line: list[str] | None = None) -
     if not processes.is_first:
         return
     for run_folder, model in runs.items():
-        picture = draw_samples(model, dataset, run_folder)
+        picture = write_picture(model, dataset, run_folder)
         print(f"run: {run_folder}{picture}")
     print(f"next: python -m ncfast.generate --run {next(iter(runs))} --num-samples 1000 --out {dataset.name}.h5")
 
@@ -162,22 +162,18 @@ def describe(
     print(f"options    {options}", flush=True)
 
 
-def draw_samples(model: NCVQVAE, dataset: Dataset, out: Path) -> str:
+def write_picture(model: NCVQVAE, dataset: Dataset, out: Path) -> str:
     """samples.png, or the reason why there is none."""
     names = model.class_names
     per_class = 10
     x, y = model.sample(per_class * max(1, len(names)), labels="balanced" if names else "none", seed=model.config.seed)
     labels = None if y is None else np.array([names.index(name) for name in y])
     try:
-        plot_samples(
-            out / "samples.png",
-            dataset.X_train,
-            dataset.y_train,
-            x,
-            labels,
-            names,
-            f"{dataset.name}, {model.config.ssl}: {model.config.stage1_epochs} + {model.config.stage2_epochs} epochs",
+        title = (
+            f"{dataset.name}, {model.config.ssl}: {model.config.stage1_epochs} + {model.config.stage2_epochs} epochs"
         )
+        figure = draw_samples(dataset.X_train, dataset.y_train, x, labels, names, title)
+        write_figure(figure, out / "samples.png")
     except UserError as error:
         return f" (no picture: {error})"
     return f", picture: {out / 'samples.png'}"

@@ -10,20 +10,6 @@ from ncfast.errors import UserError
 MAX_CLASSES = 12
 
 
-def plot_samples(
-    path: Path,
-    real: np.ndarray,
-    real_labels: np.ndarray | None,
-    generated: np.ndarray,
-    generated_labels: np.ndarray | None,
-    class_names: tuple[str, ...],
-    title: str,
-    series_each: int = 10,
-) -> None:
-    """Writes the figure of `draw_samples` to a PNG."""
-    write_figure(draw_samples(real, real_labels, generated, generated_labels, class_names, title, series_each), path)
-
-
 def draw_samples(
     real: np.ndarray,
     real_labels: np.ndarray | None,
@@ -63,13 +49,10 @@ def draw_samples(
     return figure
 
 
-def plot_completions(
-    path: Path, real: np.ndarray, observed: dict[str, np.ndarray], drawn: dict[str, np.ndarray], title: str
-) -> None:
-    """Writes one figure: a row a series, a column a task; what was observed, what was drawn, and what really followed.
+def draw_completions(real: np.ndarray, observed: dict[str, np.ndarray], drawn: dict[str, np.ndarray], title: str):
+    """A figure: a row a series, a column a task; what was observed, what was drawn, and what really followed.
 
     Args:
-        path: the PNG.
         real: whole series in data units [m, C, L]; the first channel is drawn.
         observed: bool [L] of each task, True where the model saw the series.
         drawn: completed series of each task [k, C, L], series i completing real[i mod m].
@@ -91,7 +74,7 @@ def plot_completions(
             panel.margins(x=0)
             panel.tick_params(labelsize=8)
         column[0].set_title(task, fontsize=9)
-    write_figure(figure, path)
+    return figure
 
 
 def make_figure(width: float, height: float):
@@ -104,5 +87,6 @@ def make_figure(width: float, height: float):
 
 
 def write_figure(figure, path: Path) -> None:
+    """As a PNG."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ncfast.errors import UserError
-from ncfast.evaluation.plots import plot_completions, plot_samples
+from ncfast.evaluation.plots import draw_completions, draw_samples, write_figure
 
 
 @pytest.mark.parametrize("classes", [0, 1, 3, 40])
@@ -15,7 +15,7 @@ def test_writes_a_picture(tmp_path, classes):
     y = np.arange(60) % classes if classes else None
     names = tuple(str(c) for c in range(classes))
     path = tmp_path / "samples.png"
-    plot_samples(path, x, y, x[:7], None if y is None else y[:7], names, "title")
+    write_figure(draw_samples(x, y, x[:7], None if y is None else y[:7], names, "title"), path)
     content = path.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 10_000
     assert [p.name for p in tmp_path.iterdir()] == ["samples.png"]
@@ -27,7 +27,7 @@ def test_writes_completions(tmp_path):
     real = rng.normal(size=(2, 1, 30)).astype(np.float32)
     seen = {"forecasting": np.arange(30) < 20, "a gap": np.arange(30) % 20 < 10}
     drawn = {task: rng.normal(size=(6, 1, 30)) for task in seen}
-    plot_completions(tmp_path / "completions.png", real, seen, drawn, "title")
+    write_figure(draw_completions(real, seen, drawn, "title"), tmp_path / "completions.png")
     content = (tmp_path / "completions.png").read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 10_000
 
@@ -35,4 +35,4 @@ def test_writes_completions(tmp_path):
 def test_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"ncfast\[eval\]"):
-        plot_samples(tmp_path / "x.png", np.zeros((1, 1, 8)), None, np.zeros((1, 1, 8)), None, (), "title")
+        draw_samples(np.zeros((1, 1, 8)), None, np.zeros((1, 1, 8)), None, (), "title")
