@@ -1,5 +1,6 @@
 """Trained classifiers on disk, so that runs on one data set are measured by one and the same, trained once."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -61,11 +62,15 @@ def cached_fcn(
     key = fingerprint(x, y, num_classes, recipe, seed)
     stem = f"fcn-{''.join(c if c.isalnum() else '-' for c in name)}-seed{seed}-{key[:16]}"
     epochs = recipe.epochs_for(len(x))
+
+    def stored() -> Evaluator:
+        model, sha256 = read(folder, stem, key, FCN(x.shape[1], num_classes))
+        return Evaluator(model.to(device).eval(), sha256, seed, epochs)
+
     # The facts are written last: where they are, the weights are whole.
     if folder is not None and (folder / f"{stem}.json").exists():
         try:
-            model, sha256 = read(folder, stem, key, FCN(x.shape[1], num_classes))
-            return Evaluator(model.to(device).eval(), sha256, seed, epochs)
+            return stored()
         except UserError as error:
             warnings.warn(f"the classifier is trained again: {error}", RuntimeWarning, stacklevel=2)
     if folder is not None:
@@ -74,6 +79,10 @@ def cached_fcn(
         except OSError as error:
             raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another --cache") from error
     model = train_fcn(x, y, num_classes, recipe, seed, device, title="" if quiet else f"FCN ({name})")
+    if folder is not None and (folder / f"{stem}.json").exists():
+        # Another process was first. On a GPU the two need not be equal to the last bit, and one is to measure all.
+        with contextlib.suppress(UserError):
+            return stored()
     sha256 = weights_sha256(key, model)
     if folder is not None:
         write_tensors(folder / f"{stem}.safetensors", model.state_dict())
