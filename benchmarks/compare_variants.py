@@ -76,17 +76,20 @@ PRIORS: dict[str, dict[str, Any]] = {
     "random embeddings": {"embeddings": "random"},
     "averaged weights": {"average": 0.999},
 }
+TWENTY = {"decoding_steps": 20, "choice_temperature": 6.0}
 SAMPLING: dict[str, dict[str, Any]] = {
     **{
         f"{steps} steps, choice {choice:g}": {"decoding_steps": steps, "choice_temperature": choice}
-        for steps, choice in ((5, 4.0), (10, 1.0), (10, 8.0), (20, 4.0), (20, 6.0), (20, 8.0), (20, 12.0), (30, 10.0))
+        for steps, choices in {5: (4.0,), 10: (1.0, 8.0), 20: (4.0, 6.0, 8.0, 12.0), 30: (10.0,), 40: (10.0,)}.items()
+        for choice in choices
     },
     "40 steps, any order": {"decoding_steps": 40, "choice_temperature": 1e6},
-    "temperature 0.9": {"temperature": 0.9},
-    "temperature 1.1": {"temperature": 1.1},
-    "top 8": {"top_k": 8},
+    "20 steps, choice 6, temperature 0.9": {**TWENTY, "temperature": 0.9},
+    "20 steps, choice 6, temperature 1.1": {**TWENTY, "temperature": 1.1},
+    "20 steps, choice 6, top 8": {**TWENTY, "top_k": 8},
     "google": {"unmasking": "google"},
     "guidance 1.5": {"guidance_scale": 1.5},
+    "guidance 2": {"guidance_scale": 2.0},
 }
 MEASURES = ("reconstruction", "codebook", "knn", "fid", "is", "cas", "acd", "mdd", "nnd")
 OF_CODES = ("reconstruction", "codebook", "knn")
@@ -116,6 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only",
         nargs="+",
+        choices=[*CODES, *PRIORS, *SAMPLING],
         metavar="VARIANT",
         help=f"{'; '.join([*CODES, *PRIORS, *SAMPLING])} [all]".replace("%", "%%"),
     )
@@ -180,41 +184,40 @@ def trained(
 
     def run(stage: Stage) -> float:
         begin = time.perf_counter()
-        with RunLog(None) as log:
+        with RunLog(None) as log, computing(config.precision, device):
             train_stage(stage, seed=seed, device=device, log=log, state_path=None, state=None, quiet=True)
         return time.perf_counter() - begin
 
-    with computing(config.precision, device):
-        with seeded(seed, 1):
-            vqvae = network(config, data.channels, data.length)
-        first = stage1(config, vqvae, x, device)
-        seconds = run(first)
-        del first  # the projector
-        vqvae.eval()
+    with seeded(seed, 1):
+        vqvae = network(config, data.channels, data.length)
+    first = stage1(config, vqvae, x, device)
+    seconds = run(first)
+    del first  # the projector
+    vqvae.eval()
 
-        def with_prior(config: Config, average: float | None = None) -> tuple[NCVQVAE, float]:
-            prior = new_prior(config, vqvae, data)
-            stage = stage2(config, vqvae, prior, x, labels, device)
-            if average is None:
-                taken = run(stage)
-            else:
-                averages = MovingAverages(prior, average)
-                taken = run(averages.following(stage))
-                averages.put_in_place()
-            return NCVQVAE(config, data, vqvae, prior, device), taken
+    def with_prior(config: Config, average: float | None = None) -> tuple[NCVQVAE, float]:
+        prior = new_prior(config, vqvae, data)
+        stage = stage2(config, vqvae, prior, x, labels, device)
+        if average is None:
+            taken = run(stage)
+        else:
+            averages = MovingAverages(prior, average)
+            taken = run(averages.following(stage))
+            averages.put_in_place()
+        return NCVQVAE(config, data, vqvae, prior, device), taken
 
-        base, taken = with_prior(config)
-        yield variant, base, seconds + taken
-        if variant != "base":
-            return
-        for label in [each for each in PRIORS if each in wanted]:
-            own = dict(PRIORS[label])
-            epochs, average = own.pop("epochs", 1), own.pop("average", None)
-            changed = dataclasses.replace(config, **own, stage2_epochs=max(1, round(config.stage2_epochs * epochs)))
-            other, taken = with_prior(changed, average)
-            yield label, other, seconds + taken
-        for label in [each for each in SAMPLING if each in wanted]:
-            yield label, NCVQVAE(sampling_config(config, SAMPLING[label]), data, vqvae, base.prior, device), 0.0
+    base, taken = with_prior(config)
+    yield variant, base, seconds + taken
+    if variant != "base":
+        return
+    for label in [each for each in PRIORS if each in wanted]:
+        own = dict(PRIORS[label])
+        epochs, average = own.pop("epochs", 1), own.pop("average", None)
+        changed = dataclasses.replace(config, **own, stage2_epochs=max(1, round(config.stage2_epochs * epochs)))
+        other, taken = with_prior(changed, average)
+        yield label, other, seconds + taken
+    for label in [each for each in SAMPLING if each in wanted]:
+        yield label, NCVQVAE(sampling_config(config, SAMPLING[label]), data, vqvae, base.prior, device), 0.0
 
 
 class MovingAverages:

@@ -14,8 +14,14 @@ from ncfast.stage1 import VQVAE
 from ncfast.stage2 import Prior
 
 SMALL = {
-    **{"dim": 8, "residual_blocks": 1, "codebook_size": 5, "prior_dim": 16, "prior_layers": 2, "prior_head_dim": 8},
-    **{"decoding_steps": 10, "choice_temperature": 4.0},
+    "dim": 8,
+    "residual_blocks": 1,
+    "codebook_size": 5,
+    "prior_dim": 16,
+    "prior_layers": 2,
+    "prior_head_dim": 8,
+    "decoding_steps": 10,
+    "choice_temperature": 4.0,
 }
 SAVERS = [field.name for field in dataclasses.fields(WorkSavers)]
 n, K, C = 10, 5, 3

@@ -143,9 +143,8 @@ def nearest_distance(x: np.ndarray, train: np.ndarray, rows: int = 256) -> float
     check_series(x, train)
     x, train = (np.asarray(z, dtype=np.float64).reshape(len(z), -1) for z in (x, train))
     squares = np.square(train).sum(1)
-    nearest = np.concatenate(
-        [(squares - 2 * x[i : i + rows] @ train.T).argmin(1) for i in range(0, len(x), rows)]
-    )  # |x|² is the same for all
+    # |x - t|² without |x|², which is the same for all t.
+    nearest = np.concatenate([(squares - 2 * x[i : i + rows] @ train.T).argmin(1) for i in range(0, len(x), rows)])
     return float(np.median(np.sqrt(np.square(x - train[nearest]).mean(1))))
 
 
