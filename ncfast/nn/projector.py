@@ -1,17 +1,14 @@
 """The projector between pooled latents and the SSL loss."""
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from ncfast.nn.encoder_decoder import normalised
-from ncfast.nn.synchronised import group_of
 from ncfast.ops import iter_norm
 
 
 class IterNorm(nn.Module):
     """`ops.iter_norm` of the batch, then a learned scale and shift. No running statistics: it only ever trains."""
-
-    group: distributed.ProcessGroup | None = None  # see `synchronised`
 
     def __init__(self, dim: int, groups: int = 64) -> None:
         super().__init__()
@@ -20,7 +17,7 @@ class IterNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:  # [N, dim]
-        return iter_norm(x, groups=self.groups, group=self.group) * self.weight + self.bias
+        return iter_norm(x, groups=self.groups) * self.weight + self.bias
 
 
 class Projector(nn.Module):
@@ -45,7 +42,7 @@ class Projector(nn.Module):
         for linear, norm in zip(self.linears, self.norms, strict=False):
             x = linear(x)
             fused = x.is_cuda and b.shape == a.shape
-            if norm.training and (fused or group_of(norm) is not None):
+            if norm.training and fused:
                 x = normalised(norm, x[:, :, None, None], slope=0.0, views=2)[:, :, 0, 0]
             else:
                 x = torch.cat([norm(x[:b_rows]), norm(x[b_rows:])]).relu()

@@ -1,33 +1,30 @@
-"""Normalisations and losses of a batch that is spread over processes."""
+"""Batch norms of a batch that is spread over processes."""
 
 import contextlib
 from collections.abc import Iterator
 
 from torch import distributed, nn
 
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+
 
 @contextlib.contextmanager
 def synchronised(module: nn.Module, group: distributed.ProcessGroup | None) -> Iterator[None]:
-    """Inside the block, what layers of `module` take from a batch in training is of the rows of all processes.
+    """Inside the block, what the batch norms of `module` take from a batch in training is of the rows of all processes.
 
-    Batch norms, and layers that have an attribute `group` (`projector.IterNorm`, `stage1.SelfSupervision`), find it
-    there; it goes again with the block, since a module with a process group can be neither copied nor saved. None
-    changes nothing. VectorQuantize decides for itself: `sync_codebook`.
+    The group goes again with the block, since a module with one can be neither copied nor saved. None changes nothing.
+    VectorQuantize decides for itself: `sync_codebook`.
     """
-    layers = [] if group is None else [each for each in module.modules() if is_synchronised(each)]
-    for layer in layers:
-        layer.group = group
+    norms = [] if group is None else [each for each in module.modules() if isinstance(each, BatchNorm)]
+    for norm in norms:
+        norm.group = group
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.group
+        for norm in norms:
+            del norm.group
 
 
-def is_synchronised(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) or hasattr(layer, "group")
-
-
-def group_of(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> distributed.ProcessGroup | None:
+def group_of(norm: BatchNorm) -> distributed.ProcessGroup | None:
     """Of the block that this runs in."""
     return getattr(norm, "group", None)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ncfast.ops.collectives import gathered_views
 from ncfast.ops.gram import check_views, choose, define_operators, product_energy, resolve_convention, why_not_kernels
-from ncfast.ops.gram_distributed import barlow_twins_loss_distributed
 
 # scale None: 1 / D.
 CONVENTIONS = {
@@ -78,8 +78,8 @@ def barlow_twins_loss(
         route: "gram" (N x N), "direct" (D x D), or "auto": Gram when N <= 0.75 D. The value is the same.
         impl: "auto" (the fastest that can run the call), "reference", "cpp" or "triton".
         group: None for the loss of this process's rows; a process group (`torch.distributed.group.WORLD`) for that of
-            the rows of all its processes, za and zb being [n_r, D] with n_r >= 0 on each: see `gram_distributed`.
-            impl is then "auto" or "reference".
+            the rows of all its processes, za and zb being [n_r, D] with n_r >= 0 on each: see
+            `collectives.gathered_views`.
         gradient: with a group, what the mean over its processes is, as DistributedDataParallel takes it: "true", the
             gradient of the whole batch, or "official", 1 / processes of it, as in the code of Barlow Twins.
 
@@ -94,9 +94,9 @@ def barlow_twins_loss(
     options = resolve_convention(
         "barlow_twins_loss", convention, CONVENTIONS, lambd=lambd, ddof=ddof, eps=eps, eps_std=eps_std, scale=scale
     )
-    if group is not None:
-        return barlow_twins_loss_distributed(za, zb, group=group, gradient=gradient, route=route, impl=impl, **options)
     with torch.autocast(za.device.type, enabled=False):
+        if group is not None:
+            za, zb = gathered_views("barlow_twins_loss", za, zb, group, gradient, route)
         za, zb = check_views("barlow_twins_loss", za, zb)
         options["scale"] = 1 / za.shape[1] if options["scale"] is None else options["scale"]
         name = choose("barlow_twins_loss", impl, why_not(za.device, za.dtype), route, za)

@@ -6,8 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ncfast.ops import dispatch
-from ncfast.ops.batch_norm_distributed import batch_norm_distributed
+from ncfast.ops import batch_norm_distributed, dispatch
 
 
 def batch_norm_reference(
@@ -86,7 +85,7 @@ def batch_norm(
         impl: "auto" (the fastest that can run the call), "reference" or "triton".
         group: None for the statistics of this process's rows; a process group (`torch.distributed.group.WORLD`) for
             those of the rows of all its processes, x being [views·n_r, C, H, W] with n_r >= 0 on each: see
-            `batch_norm_distributed`, of the gradients too. impl is then "auto" or "reference".
+            `batch_norm_distributed`, of the gradients too. Every process takes the same impl.
 
     Returns:
         y as x, or padded; with `then_slope` the pair (y, LeakyReLU(y)). Differentiable once in x, residual, weight and
@@ -99,15 +98,14 @@ def batch_norm(
     # How many values a channel has on all processes together is known on none of them.
     least = 2 if group is None else 0
     check(x, weight, bias, running_mean, running_var, residual, views, slope, then_slope, pad, least)
-    if group is not None:
-        dispatch.choose("batch_norm over a process group", impl, {"reference": None})
+    name = dispatch.choose("batch_norm", impl, why_not(x.device, x.dtype))
+    if name == "reference" and group is not None:
         if residual is not None:
             x = x + residual.to(x.dtype)
-        y = batch_norm_distributed(
-            x, weight, bias, running_mean, running_var, group=group, views=views, momentum=momentum, eps=eps
+        y = batch_norm_distributed.BatchNorm.apply(
+            x, weight, bias, running_mean, running_var, views, momentum, eps, group
         )
         return finished(y, slope, then_slope, pad)
-    name = dispatch.choose("batch_norm", impl, why_not(x.device, x.dtype))
     if name == "reference":
         return batch_norm_reference(
             x,
@@ -126,20 +124,12 @@ def batch_norm(
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    y, activated = BatchNorm.apply(
-        x,
-        residual,
-        weight.contiguous(),
-        bias.contiguous(),
-        running_mean,
-        running_var,
-        views,
-        momentum,
-        eps,
-        slope,
-        then_slope,
-        pad,
-    )
+    arguments = x, residual, weight.contiguous(), bias.contiguous(), running_mean, running_var
+    options = views, momentum, eps, slope, then_slope, pad
+    if group is None:
+        y, activated = BatchNorm.apply(*arguments, *options)
+    else:
+        y, activated = batch_norm_distributed.TritonBatchNorm.apply(*arguments, *options, group)
     return y if then_slope is None else (y, activated)
 
 
@@ -286,6 +276,13 @@ def _fake(
     then_slope: float | None,
     pad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return empty_results(x, residual, views, then_slope, pad)
+
+
+def empty_results(
+    x: Tensor, residual: Tensor | None, views: int, then_slope: float | None, pad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, LeakyReLU(y), x + residual and what the backward pass needs; empty where not wanted."""
     N, C, H, W = x.shape
     y = empty(x, N, C, H + 2 * pad, W + 2 * pad)
     activated = x.new_empty(0) if then_slope is None else empty(x, N, C, H, W)

@@ -5,7 +5,8 @@ same calls in the same order, backward pass included. One message each way: forw
 deviations, so that nothing is a difference of squares (Chan, Golub and LeVeque, Updating formulae and a pairwise
 algorithm for computing sample variances, 1979), backward two sums a channel. No synchronisation with the host.
 
-PyTorch's SyncBatchNorm does the same, of one view and on a GPU only.
+PyTorch's SyncBatchNorm does the same, of one view and on a GPU only. In Triton the kernels are those of one process,
+with a third one that makes the message.
 """
 
 import torch
@@ -17,62 +18,29 @@ from ncfast.ops.collectives import gather
 OVER_ROWS = (1, 3, 4)  # of [views, n, C, H, W]: all but view and channel
 
 
-def batch_norm_distributed(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    *,
-    group: distributed.ProcessGroup,
-    views: int = 1,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """weight · (x - mean) / sqrt(var + eps) + bias, by mean and variance of the rows of all processes of a group.
-
-    Args:
-        x: this process's rows of all views [views·n_r, C, H, W], n_r >= 0, view after view; any float dtype, and a
-            channel of a view has 2 values or more on all processes together.
-        weight, bias: [C].
-        running_mean, running_var: [C] or both None; every process updates its own, to the same values.
-        group: the processes; NCCL for CUDA tensors, gloo for CPU tensors.
-        views, momentum, eps: as of `batch_norm`.
-
-    Returns:
-        y as x, computed in float32 (float64 for float64 input). Differentiable once in x, weight and bias: with l_r the
-        loss of process r, the rows get the gradient of Σ l_r. Those of weight and bias are this process's share of it,
-        to be added up over processes as those of any parameter.
-    """
-    y, mean, variance = BatchNorm.apply(x, weight, bias, views, eps, group)
-    if running_mean is not None:
-        with torch.no_grad():
-            for view in range(views):
-                running_mean.lerp_(mean[view].to(running_mean), momentum)
-                running_var.lerp_(variance[view].to(running_var), momentum)
-    return y
-
-
 class BatchNorm(torch.autograd.Function):
-    """x [views·n_r, C, H, W] -> y as x; of each view mean and unbiased variance [views, C], without a gradient."""
+    """x [views·n_r, C, H, W] -> y as x, by the statistics of all processes, and the running statistics updated. The
+    gradients of weight and bias are this process's share of them, to be added up over processes as those of any
+    parameter."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, views: int, eps: float, group: distributed.ProcessGroup
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, x, weight, bias, running_mean, running_var, views, momentum, eps, group) -> Tensor:
         rows = by_view(x, views)
         number, mean, squares = combined(*moments(rows), group)
         scale = (squares / number + eps).rsqrt()  # [views, C]
         y = normalised(rows, mean, scale) * of_channels(weight.to(rows)) + of_channels(bias.to(rows))
-        unbiased = squares / (number - 1)
+        if running_mean is not None:
+            variance = squares / (number - 1)
+            for view in range(views):
+                running_mean.lerp_(mean[view].to(running_mean), momentum)
+                running_var.lerp_(variance[view].to(running_var), momentum)
         ctx.save_for_backward(x, weight, number, mean, scale)
         ctx.views, ctx.group = views, group
-        ctx.mark_non_differentiable(mean, unbiased)
-        return y.flatten(0, 1).to(x.dtype), mean, unbiased
+        return y.flatten(0, 1).to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y: Tensor, *_):
+    def backward(ctx, grad_y: Tensor):
         x, weight, number, mean, scale = ctx.saved_tensors
         rows, grad = by_view(x, ctx.views), by_view(grad_y, ctx.views)
         x_hat = normalised(rows, mean, scale)
@@ -81,7 +49,51 @@ class BatchNorm(torch.autograd.Function):
         distributed.all_reduce(sums, group=ctx.group)
         plain, projected = (of_channels(each) for each in sums / number)
         grad_x = (grad - plain - x_hat * projected) * of_channels(scale * weight.to(scale))
-        return grad_x.flatten(0, 1).to(x.dtype), grad_weight, grad_bias, None, None, None
+        return grad_x.flatten(0, 1).to(x.dtype), grad_weight, grad_bias, *[None] * 6
+
+
+class TritonBatchNorm(torch.autograd.Function):
+    """The same with the neighbours that `ops.batch_norm` has: x and residual in channels_last -> y, and LeakyReLU(y) or
+    an empty one."""
+
+    @staticmethod
+    def forward(
+        ctx, x, residual, weight, bias, running_mean, running_var, views, momentum, eps, slope, then_slope, pad, group
+    ) -> tuple[Tensor, Tensor]:
+        from ncfast.ops.batch_norm import empty_results
+        from ncfast.ops.triton.batch_norm import batch_norm_triton
+
+        results = y, activated, h, saved = empty_results(x, residual, views, then_slope, pad)
+        batch_norm_triton(
+            *(x, residual, weight, bias, running_mean, running_var, views, momentum, eps, slope, then_slope, pad),
+            *results,
+            exchange=lambda message: gather(message[None], group),
+        )
+        ctx.save_for_backward(x if residual is None else h, saved, weight, bias)
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.options, ctx.group = (views, slope, then_slope, pad), group
+        if then_slope is None:
+            ctx.mark_non_differentiable(activated)
+        return y, activated
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y: Tensor, grad_activated: Tensor):
+        from ncfast.ops.triton.batch_norm import batch_norm_backward_triton
+
+        h, saved, weight, bias = ctx.saved_tensors
+        views, slope, then_slope, pad = ctx.options
+        grad_y = grad_y.contiguous(memory_format=torch.channels_last)
+        second = None if then_slope is None else grad_activated.contiguous(memory_format=torch.channels_last)
+        gradients = torch.empty_like(h), torch.empty_like(weight), torch.empty_like(bias)
+        batch_norm_backward_triton(
+            *(grad_y, second, h, saved, weight, bias, views, slope, then_slope, pad),
+            *gradients,
+            exchange=lambda message: gather(message[None], ctx.group),
+        )
+        grad_h, grad_weight, grad_bias = gradients
+        of_residual = None if ctx.residual_dtype is None else grad_h.to(ctx.residual_dtype)
+        return grad_h, of_residual, grad_weight, grad_bias, *[None] * 9
 
 
 def by_view(x: Tensor, views: int) -> Tensor:

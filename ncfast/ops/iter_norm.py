@@ -1,11 +1,10 @@
 """Iterative whitening of a batch (Huang et al., Iterative Normalization, arXiv 1904.03441, algorithm 1)."""
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ncfast.ops import dispatch
-from ncfast.ops.collectives import Spread, Total
 
 
 def iter_norm_reference(x: Tensor, *, groups: int = 64, iterations: int = 5, eps: float = 1e-5) -> Tensor:
@@ -34,24 +33,6 @@ def inverse_root(covariance: Tensor, iterations: int) -> Tensor:
     return P / trace.sqrt()
 
 
-def iter_norm_distributed(
-    x: Tensor, *, group: distributed.ProcessGroup, groups: int = 64, iterations: int = 5, eps: float = 1e-5
-) -> Tensor:
-    """`iter_norm_reference` of the rows of all processes of a group: x [n_r, D] -> [n_r, D], n_r >= 0.
-
-    Each sends, in both directions, D sums and the groups' d x d products. With l_r the loss of process r, x gets the
-    gradient of Σ l_r. Every process makes the same calls in the same order, backward pass included.
-    """
-    n, D = x.shape
-    d = D // groups
-    sums = Spread.apply(Total.apply(torch.cat([x.sum(0), x.new_full((1,), n)]), group), group)
-    N = sums[-1].detach()
-    x = (x - sums[:-1] / N).T.reshape(groups, d, n)
-    products = Spread.apply(Total.apply(x @ x.mT, group), group)  # [groups, d, d]
-    covariance = eps * torch.eye(d, dtype=x.dtype, device=x.device) + products / N
-    return (inverse_root(covariance, iterations) @ x).reshape(D, n).T
-
-
 def iter_norm(
     x: Tensor,
     *,
@@ -59,7 +40,6 @@ def iter_norm(
     iterations: int = 5,
     eps: float = 1e-5,
     impl: str = "auto",
-    group: distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """Whitens the batch within groups of channels by Newton-Schulz iteration.
 
@@ -72,9 +52,6 @@ def iter_norm(
         iterations: Newton-Schulz steps (T in the paper), 0 or more.
         eps: added to the diagonal of each biased covariance.
         impl: "auto" (the fastest that can run the call), "reference", "cpp" or "triton".
-        group: None for the statistics of this process's rows; a process group for those of the rows of all its
-            processes, x being [n_r, D] with n_r >= 0 on each: see `iter_norm_distributed`. impl is then "auto" or
-            "reference".
 
     Returns:
         [N, D], float32 (float64 for float64 input). Differentiable once; a second derivative is refused, except of the
@@ -84,20 +61,15 @@ def iter_norm(
         ValueError: a shape or a number of iterations that does not fit; an unknown impl.
         RuntimeError: an `impl` asked for by name that cannot run here, with the reason.
     """
-    if x.dim() != 2 or (x.shape[0] < 2 and group is None):
+    if x.dim() != 2 or x.shape[0] < 2:
         raise ValueError(f"iter_norm: x is [N, D] with N >= 2; got {list(x.shape)}")
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"iter_norm: D is a multiple of groups; got D = {x.shape[1]}, groups = {groups}")
     if iterations < 0:
         raise ValueError(f"iter_norm: iterations is 0 or more; got {iterations}")
-    if group is None:
-        name = dispatch.choose("iter_norm", impl, why_not(x.device, x.dtype, x.shape[1] // groups))
-    else:
-        dispatch.choose("iter_norm over a process group", impl, {"reference": None})
+    name = dispatch.choose("iter_norm", impl, why_not(x.device, x.dtype, x.shape[1] // groups))
     with torch.autocast(x.device.type, enabled=False):
         x = x if x.dtype == torch.float64 else x.float()
-        if group is not None:
-            return iter_norm_distributed(x, group=group, groups=groups, iterations=iterations, eps=eps)
         if name == "reference":
             return iter_norm_reference(x, groups=groups, iterations=iterations, eps=eps)
         return IterNorm.apply(x.contiguous(), groups, iterations, eps, name)

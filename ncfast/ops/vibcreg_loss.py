@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ncfast.ops.collectives import gathered_views
 from ncfast.ops.gram import check_views, choose, define_operators, product_energy, resolve_convention, why_not_kernels
-from ncfast.ops.gram_distributed import vibcreg_loss_distributed
 from ncfast.ops.vicreg_loss import VAR_REDUCTIONS, check_var_reduction, variance_hinge
 
 CONVENTIONS = {
@@ -71,8 +71,8 @@ def vibcreg_loss(
         route: "gram" (N x N), "direct" (D x D), or "auto": Gram when N <= 0.75 D. The value is the same.
         impl: "auto" (the fastest that can run the call), "reference", "cpp" or "triton".
         group: None for the loss of this process's rows; a process group (`torch.distributed.group.WORLD`) for that of
-            the rows of all its processes, za and zb being [n_r, D] with n_r >= 0 on each: see `gram_distributed`.
-            impl is then "auto" or "reference".
+            the rows of all its processes, za and zb being [n_r, D] with n_r >= 0 on each: see
+            `collectives.gathered_views`.
         gradient: with a group, what the mean over its processes is, as DistributedDataParallel takes it: "true", the
             gradient of the whole batch, or "official", 1 / processes of it, as in the code of Barlow Twins.
 
@@ -88,9 +88,9 @@ def vibcreg_loss(
         "vibcreg_loss", convention, CONVENTIONS, sim=sim, var=var, cov=cov, eps=eps, var_reduction=var_reduction
     )
     check_var_reduction("vibcreg_loss", options["var_reduction"])
-    if group is not None:
-        return vibcreg_loss_distributed(za, zb, group=group, gradient=gradient, route=route, impl=impl, **options)
     with torch.autocast(za.device.type, enabled=False):
+        if group is not None:
+            za, zb = gathered_views("vibcreg_loss", za, zb, group, gradient, route)
         za, zb = check_views("vibcreg_loss", za, zb)
         name = choose("vibcreg_loss", impl, why_not(za.device, za.dtype), route, za)
         if name == "reference":

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ncfast.ops.collectives import gathered_views
 from ncfast.ops.gram import (
     VAR_REDUCTIONS,
     check_views,
@@ -13,7 +14,6 @@ from ncfast.ops.gram import (
     resolve_convention,
     why_not_kernels,
 )
-from ncfast.ops.gram_distributed import vicreg_loss_distributed
 
 CONVENTIONS = {
     "ncvqvae": {"sim": 25.0, "var": 25.0, "cov": 1.0, "eps": 1e-4, "var_reduction": "sum"},
@@ -86,8 +86,8 @@ def vicreg_loss(
         route: "gram" (N x N), "direct" (D x D), or "auto": Gram when N <= 0.75 D. The value is the same.
         impl: "auto" (the fastest that can run the call), "reference", "cpp" or "triton".
         group: None for the loss of this process's rows; a process group (`torch.distributed.group.WORLD`) for that of
-            the rows of all its processes, za and zb being [n_r, D] with n_r >= 0 on each: see `gram_distributed`.
-            impl is then "auto" or "reference".
+            the rows of all its processes, za and zb being [n_r, D] with n_r >= 0 on each: see
+            `collectives.gathered_views`.
         gradient: with a group, what the mean over its processes is, as DistributedDataParallel takes it: "true", the
             gradient of the whole batch, or "official", 1 / processes of it, as in the code of Barlow Twins.
 
@@ -103,9 +103,9 @@ def vicreg_loss(
         "vicreg_loss", convention, CONVENTIONS, sim=sim, var=var, cov=cov, eps=eps, var_reduction=var_reduction
     )
     check_var_reduction("vicreg_loss", options["var_reduction"])
-    if group is not None:
-        return vicreg_loss_distributed(za, zb, group=group, gradient=gradient, route=route, impl=impl, **options)
     with torch.autocast(za.device.type, enabled=False):
+        if group is not None:
+            za, zb = gathered_views("vicreg_loss", za, zb, group, gradient, route)
         za, zb = check_views("vicreg_loss", za, zb)
         name = choose("vicreg_loss", impl, why_not(za.device, za.dtype), route, za)
         if name == "reference":

@@ -391,7 +391,7 @@ def test_triton_kernels_compile_offline(tmp_path):
     plan = Plan(9600, 2, 64)
     types = dict.fromkeys(("x", "residual", "h", "y", "activated", "grad_y", "grad_activated", "grad_h"), "*bf16")
     types |= dict.fromkeys(("partials", "weight", "bias", "running_mean", "running_var", "saved"), "*fp32")
-    types |= dict.fromkeys(("grad_weight", "grad_bias"), "*fp32")
+    types |= dict.fromkeys(("grad_weight", "grad_bias", "parts", "message"), "*fp32")
     types |= dict.fromkeys(("momentum", "eps", "slope", "then_slope"), "fp32")
     jobs = []
     for pad in (False, True):
@@ -399,10 +399,15 @@ def test_triton_kernels_compile_offline(tmp_path):
         copies = {"COPIES_H": 2, "COPIES_W": 2}
         jobs += [
             ("statistics_kernel", types, {**plan.blocks, "RESIDUAL": not pad}),
-            ("apply_kernel", types, {**plan.blocks, **flags, "RUNNING": True, "BLOCK_S": plan.block_s}),
             ("backward_sums_kernel", types, {**plan.blocks, **flags, **copies}),
-            ("backward_apply_kernel", types, {**plan.blocks, **flags, **copies, "BLOCK_S": plan.block_s}),
+            ("merge_kernel", types, {"SUMS": pad, "BLOCK_S": plan.block_s, "BLOCK_C": 16, "num_warps": 4}),
         ]
+        for processes, parts in ((0, plan.block_s), (2, 2)):
+            merged = {**plan.blocks, **flags, "PROCESSES": processes, "BLOCK_S": parts}
+            jobs += [
+                ("apply_kernel", types, {**merged, "RUNNING": True}),
+                ("backward_apply_kernel", types, {**merged, **copies}),
+            ]
     used = compile_offline("ncfast.ops.triton.batch_norm", jobs, tmp_path)
     assert all(each["stack"] == 0 for each in used)  # all in registers
 

@@ -1,4 +1,4 @@
-"""Batch norm and whitening over processes: against one process that has all rows. One gloo process a rank."""
+"""Batch norm over processes: against one process that has all rows. One gloo process a rank."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from processes import on_processes
 
-from ncfast.ops import batch_norm, iter_norm
+from ncfast.ops import batch_norm
 from ncfast.ops.batch_norm import batch_norm_reference
 
 SHARDS = {"even": (4, 4), "uneven": (7, 2), "one_row_each": (1, 1), "empty": (0, 5), "three": (3, 0, 4)}
@@ -19,7 +19,6 @@ OPTIONS = (  # views, with a residual, options
     (2, True, {"slope": 0.0, "then_slope": 0.1}),
     (1, True, {"pad": True, "momentum": 0.3, "eps": 1e-3}),
 )
-GROUPS, ITERATIONS = 2, 4
 
 
 def drawn(*shape, dtype=torch.float64):
@@ -38,17 +37,18 @@ def own(x, counts, views, rank):
     return torch.cat([view.split(counts)[rank] for view in x.chunk(views)])
 
 
-def batch_norm_case(counts, views, with_residual, options, rank=None, group=None):
+def batch_norm_case(counts, views, with_residual, options, rank=None, group=None, dtype=torch.float64, impl="auto"):
     """Results, gradients and running statistics; of one process's rows with a group."""
     x, residual = maps(views * sum(counts)), drawn(views * sum(counts), CHANNELS, HEIGHT, WIDTH)
     if rank is not None:
         x, residual = (own(each, counts, views, rank) for each in (x, residual))
     weight, bias = drawn(CHANNELS) + 1, drawn(CHANNELS + 1)[:CHANNELS]
-    inputs = [each.clone().requires_grad_() for each in (x, weight, bias, *([residual] if with_residual else []))]
+    inputs = [x, weight, bias, *([residual] if with_residual else [])]
+    inputs = [each.to(dtype, copy=True).requires_grad_() for each in inputs]
     x, weight, bias, *residual = inputs
-    running = [torch.linspace(0, 1, CHANNELS, dtype=torch.float64), torch.ones(CHANNELS, dtype=torch.float64)]
+    running = [torch.linspace(0, 1, CHANNELS, dtype=dtype), torch.ones(CHANNELS, dtype=dtype)]
     call = batch_norm_reference if group is None else batch_norm
-    more = {} if group is None else {"group": group}
+    more = {} if group is None else {"group": group, "impl": impl}
     results = call(x, weight, bias, *running, *residual, views=views, **options, **more)
     results = results if isinstance(results, tuple) else (results,)
     total = sum((result * row_weights(result, counts, views, rank)).sum() for result in results)
@@ -62,23 +62,15 @@ def row_weights(y, counts, views, rank):
     return weights if rank is None else own(weights, counts, views, rank)
 
 
-def iter_norm_case(counts, rank=None, group=None):
-    x, upstream = drawn(sum(counts), 6) * torch.linspace(0.5, 2, 6) + 1, drawn(sum(counts) + 1, 6)[1:]
-    if rank is not None:
-        x, upstream = (own(each, counts, 1, rank) for each in (x, upstream))
-    x.requires_grad_()
-    y = iter_norm(x, groups=GROUPS, iterations=ITERATIONS, impl="auto" if group else "reference", group=group)
-    return y.detach(), torch.autograd.grad((y * upstream).sum(), x)[0]
-
-
 def rank_results(shard_names):
     rank, group = dist.get_rank(), dist.group.WORLD
     results = {}
     for name in shard_names:
         counts = SHARDS[name]
         for i, (views, with_residual, options) in enumerate(OPTIONS):
-            results["batch_norm", name, i] = batch_norm_case(counts, views, with_residual, options, rank, group)
-        results["iter_norm", name] = iter_norm_case(counts, rank, group)
+            case = counts, views, with_residual, options, rank, group
+            results["reference", name, i] = batch_norm_case(*case)
+            results["triton", name, i] = batch_norm_case(*case, torch.float32, "triton")
         # Far from zero a difference of squares in float32 would have no correct digit.
         x = own(maps(sum(counts)) + 1e4, counts, 1, rank).float()
         variance = torch.zeros(CHANNELS)
@@ -88,10 +80,6 @@ def rank_results(shard_names):
         rounded = batch_norm(x.bfloat16(), torch.ones(CHANNELS), torch.zeros(CHANNELS), group=group)
         full = batch_norm(x.bfloat16().float(), torch.ones(CHANNELS), torch.zeros(CHANNELS), group=group)
         results["bfloat16", name] = rounded, full.bfloat16()
-    with pytest.raises(ValueError, match="has the implementations reference"):
-        batch_norm(x, torch.ones(CHANNELS), torch.zeros(CHANNELS), group=group, impl="triton")
-    with pytest.raises(ValueError, match="has the implementations reference"):
-        iter_norm(torch.ones(2, 4), groups=2, group=group, impl="cpp")
     return results
 
 
@@ -115,11 +103,13 @@ def joined(parts, views):
 
 
 @pytest.mark.parametrize(("name", "i"), [*itertools.product(SHARDS, range(len(OPTIONS)))])
-def test_batch_norm_is_that_of_all_rows(ranks, name, i):
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_batch_norm_is_that_of_all_rows(ranks, impl, name, i):
     views, with_residual, options = OPTIONS[i]
     results, gradients, running = batch_norm_case(SHARDS[name], views, with_residual, options)
-    found = [each["batch_norm", name, i] for each in ranks[name]]
-    close = {"rtol": 1e-11, "atol": 1e-12}
+    found = [each[impl, name, i] for each in ranks[name]]
+    close = {"rtol": 1e-11, "atol": 1e-12} if impl == "reference" else {"rtol": 1e-5, "atol": 2e-5}
+    results, gradients, running = ([e.to(found[0][0][0].dtype) for e in each] for each in (results, gradients, running))
     for k, expected in enumerate(results):
         torch.testing.assert_close(joined([each[0][k] for each in found], views), expected, **close)
     for k, expected in enumerate(gradients):
@@ -130,13 +120,6 @@ def test_batch_norm_is_that_of_all_rows(ranks, name, i):
         for each in found:
             assert torch.equal(each[2][k], found[0][2][k])
             torch.testing.assert_close(each[2][k], expected, **close)
-
-
-@pytest.mark.parametrize("name", SHARDS)
-def test_whitening_is_that_of_all_rows(ranks, name):
-    found = [each["iter_norm", name] for each in ranks[name]]
-    for k, expected in enumerate(iter_norm_case(SHARDS[name])):
-        torch.testing.assert_close(torch.cat([each[k] for each in found]), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", SHARDS)

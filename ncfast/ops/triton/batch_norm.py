@@ -3,8 +3,13 @@
 A tensor is a matrix of rows (n, i, j) by channels, as torch.channels_last has it in memory; a view is a block of rows.
 No launch stands between to merge the parts: every program of the second launch merges those of its own channels, which
 takes it less time than a launch does, and adds in the same order as all the others.
+
+Of a batch that is spread over processes there is a launch between, which merges the parts into this process's message;
+the second launch then merges the messages of all processes. A message is [1 + views · 2 · C] float32: the number of a
+view's rows, as the bits of an int32, and of each view two sums a channel as the parts have them.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,6 +34,8 @@ class Blocks(NamedTuple):
 SMALL, LARGE = Blocks(2048, 4, 256, 64), Blocks(4096, 8, 512, 128)
 LEAST_LARGE = 2**21  # elements of x
 LARGEST_BLOCK_C = 64  # channels of a tile
+MERGED_CHANNELS = 16  # of a program of the launch between
+Exchange = Callable[[Tensor], Tensor]
 
 
 def blocks_for(elements: int) -> Blocks:
@@ -52,30 +59,29 @@ def batch_norm_triton(
     activated: Tensor,
     h: Tensor,
     saved: Tensor,  # [views, 2, C]
-) -> None:
-    """Fills y, activated, h and saved, and updates the running statistics; all but vectors in channels_last."""
+    exchange: Exchange | None = None,
+) -> Tensor | None:
+    """Fills y, activated, h and saved, and updates the running statistics; all but vectors in channels_last.
+
+    exchange: this process's message [1 + views · 2 · C] -> those of all processes [processes, 1 + views · 2 · C], which
+        are returned; None where this process has the whole batch.
+    """
     N, C, H, W = x.shape
     rows, out_rows = N // views * H * W, N // views * y.shape[2] * y.shape[3]
     plan = Plan(rows, views, C)
     partials = torch.empty(views, 2, plan.splits, C, dtype=torch.float32, device=x.device)
     tiles = plan.tiles_per_program(out_rows)
     if C == 0:
-        return
+        return None
+    messages = None
     with torch.cuda.device_of(x):
-        statistics_kernel[plan.reduce_grid](
-            x,
-            x if residual is None else residual,
-            x if residual is None else h,
-            partials,
-            rows,
-            C,
-            plan.split,
-            residual is not None,
-            **plan.blocks,
-        )
+        if rows > 0:
+            launch_statistics(plan, x, residual, h, partials, rows)
+        if exchange is not None:
+            messages = exchange(message_of(plan, partials, views, rows, C))
         apply_kernel[plan.apply_grid(out_rows)](
             x if residual is None else h,
-            partials,
+            partials if messages is None else messages,
             weight,
             bias,
             weight if running_mean is None else running_mean,
@@ -98,9 +104,59 @@ def batch_norm_triton(
             running_mean is not None,
             then_slope is not None,
             pad,
-            BLOCK_S=plan.block_s,
+            0 if messages is None else len(messages),
+            BLOCK_S=plan.block_s if messages is None else triton.next_power_of_2(len(messages)),
             **plan.blocks,
         )
+    return messages
+
+
+def launch_statistics(plan: "Plan", x: Tensor, residual: Tensor | None, h: Tensor, partials: Tensor, rows: int) -> None:
+    """Fills partials, and h if there is a residual. To be called within torch.cuda.device_of(x)."""
+    statistics_kernel[plan.reduce_grid](
+        x,
+        x if residual is None else residual,
+        x if residual is None else h,
+        partials,
+        rows,
+        x.shape[1],
+        plan.split,
+        residual is not None,
+        **plan.blocks,
+    )
+
+
+def message_of(
+    plan: "Plan",
+    partials: Tensor,  # [views, 2, splits, C]
+    views: int,
+    rows: int,
+    C: int,
+    gradients: tuple[Tensor, Tensor] | None = None,  # of weight and bias, [C] each, filled
+) -> Tensor:
+    """This process's message [1 + views · 2 · C]. To be called within torch.cuda.device_of(partials)."""
+    if rows == 0:
+        for gradient in gradients or ():
+            gradient.zero_()
+        return torch.zeros(1 + views * 2 * C, dtype=torch.float32, device=partials.device)
+    message = torch.empty(1 + views * 2 * C, dtype=torch.float32, device=partials.device)
+    grad_weight, grad_bias = gradients or (message, message)
+    merge_kernel[(triton.cdiv(C, MERGED_CHANNELS),)](
+        partials,
+        message,
+        grad_weight,
+        grad_bias,
+        views,
+        rows,
+        C,
+        plan.split,
+        gradients is not None,
+        plan.block_s,
+        MERGED_CHANNELS,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return message
 
 
 def batch_norm_backward_triton(
@@ -117,8 +173,12 @@ def batch_norm_backward_triton(
     grad_h: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor,
+    exchange: Exchange | None = None,
 ) -> None:
-    """Fills grad_h, grad_weight and grad_bias; all but vectors in channels_last."""
+    """Fills grad_h, grad_weight and grad_bias; all but vectors in channels_last.
+
+    exchange: as of `batch_norm_triton`; the gradients of weight and bias are then this process's share of them.
+    """
     N, C, H, W = h.shape
     rows = N // views * H * W
     plan = Plan(rows, views, C)
@@ -128,13 +188,19 @@ def batch_norm_backward_triton(
     inputs = (grad_y, grad_y if grad_activated is None else grad_activated, h, saved, weight, bias)
     slopes = (slope, 1.0 if then_slope is None else then_slope)
     flags = (grad_activated is not None, pad, 3 if H == 1 else 2, 3 if W == 1 else 2)
+    messages = None
     with torch.cuda.device_of(h):
-        backward_sums_kernel[plan.reduce_grid](
-            *inputs, partials, rows, H, W, C, plan.split, *slopes, *flags, **plan.blocks
-        )
+        if rows > 0:
+            backward_sums_kernel[plan.reduce_grid](
+                *inputs, partials, rows, H, W, C, plan.split, *slopes, *flags, **plan.blocks
+            )
+        if exchange is not None:
+            messages = exchange(message_of(plan, partials, views, rows, C, (grad_weight, grad_bias)))
+            if rows == 0:
+                return
         backward_apply_kernel[plan.apply_grid(rows)](
             *inputs,
-            partials,
+            partials if messages is None else messages,
             grad_h,
             grad_weight,
             grad_bias,
@@ -147,7 +213,8 @@ def batch_norm_backward_triton(
             plan.tiles_per_program(rows),
             *slopes,
             *flags,
-            BLOCK_S=plan.block_s,
+            0 if messages is None else len(messages),
+            BLOCK_S=plan.block_s if messages is None else triton.next_power_of_2(len(messages)),
             **plan.blocks,
         )
 
@@ -156,6 +223,7 @@ class Plan:
     """Which program takes what: `rows` of each view in `splits` parts of `split` rows, channels in blocks."""
 
     def __init__(self, rows: int, views: int, C: int) -> None:
+        rows = max(1, rows)
         blocks = blocks_for(rows * views * C)
         block_c = max(1, min(triton.next_power_of_2(C), LARGEST_BLOCK_C))
         self.block_m = blocks.tile // block_c
@@ -172,10 +240,11 @@ class Plan:
         self.reduce_grid = (self.splits, *self.others)
 
     def tiles_per_program(self, rows: int) -> int:
-        return triton.cdiv(triton.cdiv(rows, self.block_m), self.apply_programs)
+        return max(1, triton.cdiv(triton.cdiv(rows, self.block_m), self.apply_programs))
 
     def apply_grid(self, rows: int) -> tuple[int, int, int]:
-        return (triton.cdiv(rows, self.tiles_per_program(rows) * self.block_m), *self.others)
+        # One program at least: it updates the running statistics, of a process without rows too.
+        return (max(1, triton.cdiv(rows, self.tiles_per_program(rows) * self.block_m)), *self.others)
 
 
 @triton.jit(do_not_specialize=["rows", "split"])
@@ -246,6 +315,79 @@ def view_statistics(partials, view, rows, split, c, C, BLOCK_S: tl.constexpr):
     return merge(counts[:, None], means, squares, rows)
 
 
+@triton.jit(do_not_specialize=["views", "rows", "split"])
+def merge_kernel(
+    partials,  # [views, 2, splits, C]
+    message,  # [1 + views * 2 * C]
+    grad_weight,  # [C]
+    grad_bias,  # [C]
+    views,
+    rows,
+    C,
+    split,
+    SUMS: tl.constexpr,  # of the backward pass; else means and squares
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if tl.program_id(0) == 0:
+        tl.store(message.to(tl.pointer_type(tl.int32), bitcast=True), rows)
+    all_first = tl.zeros([BLOCK_C], tl.float32)
+    all_second = tl.zeros([BLOCK_C], tl.float32)
+    for view in range(0, views):
+        if SUMS:
+            first, second = view_sums(partials, view, rows, split, c, C, BLOCK_S)
+            all_first += first
+            all_second += second
+        else:
+            first, second = view_statistics(partials, view, rows, split, c, C, BLOCK_S)
+        tl.store(message + 1 + view * 2 * C + c, first, mask=c < C)
+        tl.store(message + 1 + (view * 2 + 1) * C + c, second, mask=c < C)
+    if SUMS:
+        tl.store(grad_bias + c, all_first, mask=c < C)
+        tl.store(grad_weight + c, all_second, mask=c < C)
+
+
+@triton.jit
+def load_messages(messages, processes, view, views, c, C, BLOCK_S: tl.constexpr):  # [processes, 1 + views * 2 * C]
+    """Rows of each process [BLOCK_S, 1], and its two vectors [BLOCK_S, BLOCK_C] each."""
+    p = tl.arange(0, BLOCK_S)
+    start = p * (1 + views * 2 * C)
+    counts = tl.load(messages.to(tl.pointer_type(tl.int32), bitcast=True) + start, mask=p < processes, other=0)
+    inside = (p < processes)[:, None] & (c < C)[None, :]
+    at = (start + 1 + view * 2 * C)[:, None] + c[None, :]
+    first = tl.load(messages + at, mask=inside, other=0.0)
+    return counts.to(tl.float32)[:, None], first, tl.load(messages + at + C, mask=inside, other=0.0)
+
+
+@triton.jit
+def batch_statistics(
+    parts, processes: tl.constexpr, view, views, rows, split, c, C, BLOCK_S: tl.constexpr
+):  # partials, or the messages of so many processes
+    """Rows of a view, their mean and sum of squared deviations [BLOCK_C] each, over all processes."""
+    if processes == 0:
+        number = rows.to(tl.float32)
+        mean, squares = view_statistics(parts, view, rows, split, c, C, BLOCK_S)
+    else:
+        counts, means, each = load_messages(parts, processes, view, views, c, C, BLOCK_S)
+        number = tl.sum(counts)
+        mean, squares = merge(counts, means, each, number)
+    return number, mean, squares
+
+
+@triton.jit
+def batch_sums(parts, processes: tl.constexpr, view, views, rows, split, c, C, BLOCK_S: tl.constexpr):
+    """Rows of a view and its two sums, over all processes."""
+    if processes == 0:
+        number = rows.to(tl.float32)
+        total, products = view_sums(parts, view, rows, split, c, C, BLOCK_S)
+    else:
+        counts, totals, each = load_messages(parts, processes, view, views, c, C, BLOCK_S)
+        number = tl.sum(counts)
+        total, products = tl.sum(totals, axis=0), tl.sum(each, axis=0)
+    return number, total, products
+
+
 @triton.jit
 def leaky(value, slope):
     return tl.where(value > 0, value, value * slope)
@@ -254,7 +396,7 @@ def leaky(value, slope):
 @triton.jit(do_not_specialize=["views", "rows", "out_rows", "H", "W", "split", "tiles"])
 def apply_kernel(
     h,  # [views * rows, C]
-    partials,  # [views, 2, splits, C]
+    parts,  # partials [views, 2, splits, C], or messages [processes, 1 + views * 2 * C]
     weight,  # [C]
     bias,  # [C]
     running_mean,  # [C]
@@ -277,14 +419,15 @@ def apply_kernel(
     RUNNING: tl.constexpr,
     THEN: tl.constexpr,
     PAD: tl.constexpr,
+    PROCESSES: tl.constexpr,  # 0: this one has the whole batch
     BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     program, view = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean, squares = view_statistics(partials, view, rows, split, c, C, BLOCK_S)
-    inverse = 1.0 / tl.sqrt_rn(squares / rows + eps)
+    number, mean, squares = batch_statistics(parts, PROCESSES, view, views, rows, split, c, C, BLOCK_S)
+    inverse = 1.0 / tl.sqrt_rn(squares / number + eps)
     if program == 0:
         tl.store(saved + view * 2 * C + c, mean, mask=c < C)
         tl.store(saved + (view * 2 + 1) * C + c, inverse, mask=c < C)
@@ -293,9 +436,9 @@ def apply_kernel(
             new_mean = tl.load(running_mean + c, mask=c < C, other=0.0).to(tl.float32)
             new_var = tl.load(running_var + c, mask=c < C, other=0.0).to(tl.float32)
             for v in range(0, views):
-                of_view, its_squares = view_statistics(partials, v, rows, split, c, C, BLOCK_S)
+                _, of_view, its_squares = batch_statistics(parts, PROCESSES, v, views, rows, split, c, C, BLOCK_S)
                 new_mean += momentum * (of_view - new_mean)
-                new_var += momentum * (its_squares / (rows - 1) - new_var)
+                new_var += momentum * (its_squares / (number - 1) - new_var)
             tl.store(running_mean + c, new_mean, mask=c < C)
             tl.store(running_var + c, new_var, mask=c < C)
 
@@ -469,7 +612,7 @@ def backward_apply_kernel(
     saved,  # [views, 2, C]
     weight,  # [C], as bias and their gradients
     bias,
-    partials,  # [views, 2, splits, C]
+    parts,  # as of apply_kernel
     grad_h,
     grad_weight,
     grad_bias,
@@ -486,25 +629,27 @@ def backward_apply_kernel(
     PAD: tl.constexpr,
     COPIES_H: tl.constexpr,
     COPIES_W: tl.constexpr,
+    PROCESSES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     program, view = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total, products = view_sums(partials, view, rows, split, c, C, BLOCK_S)
-    if (program == 0) & (view == 0):
-        all_total = tl.zeros([BLOCK_C], tl.float32)
-        all_products = tl.zeros([BLOCK_C], tl.float32)
-        for v in range(0, views):
-            of_view, its_products = view_sums(partials, v, rows, split, c, C, BLOCK_S)
-            all_total += of_view
-            all_products += its_products
-        tl.store(grad_bias + c, all_total, mask=c < C)
-        tl.store(grad_weight + c, all_products, mask=c < C)
+    number, total, products = batch_sums(parts, PROCESSES, view, views, rows, split, c, C, BLOCK_S)
+    if PROCESSES == 0:  # noqa: SIM102  of several, each has stored its own share
+        if (program == 0) & (view == 0):
+            all_total = tl.zeros([BLOCK_C], tl.float32)
+            all_products = tl.zeros([BLOCK_C], tl.float32)
+            for v in range(0, views):
+                _, of_view, its_products = batch_sums(parts, PROCESSES, v, views, rows, split, c, C, BLOCK_S)
+                all_total += of_view
+                all_products += its_products
+            tl.store(grad_bias + c, all_total, mask=c < C)
+            tl.store(grad_weight + c, all_products, mask=c < C)
 
     mean, inverse, w, b = load_vectors(saved, weight, bias, view, c, C)
-    mean_gradient, mean_product = (total / rows)[None, :], (products / rows)[None, :]
+    mean_gradient, mean_product = (total / number)[None, :], (products / number)[None, :]
     for tile in range(0, tiles):
         row = (program * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = (row < rows)[:, None] & (c < C)[None, :]
