@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncfast.config import Config
@@ -94,7 +94,6 @@ class SelfSupervision(nn.Module):
     """weight · L(P(pool(z_a)), P(pool(z_b))): the projector P trains with stage 1 and is then thrown away."""
 
     members: int | None = None  # as of VQVAE
-    group: distributed.ProcessGroup | None = None  # see `nn.synchronised`
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -102,10 +101,18 @@ class SelfSupervision(nn.Module):
         self.loss = SSL_LOSSES[config.ssl]
         self.weight = SSL_WEIGHTS[config.ssl] if config.ssl_weight is None else config.ssl_weight
 
-    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        """Latent grids of the two views, [B, D, H, W'] each -> scalar; [B, E·D, H, W'] -> [E]."""
+    def forward(self, z_a: Tensor, z_b: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Latent grids of the two views, [B, D, H, W'] each -> scalar; [B, E·D, H, W'] -> [E].
+
+        gather: of a batch over several processes, own rows [n_r, ...] -> those of all [B, ...], with a gradient. What
+            comes after pooling, projector and loss, each process computes from all rows: the projector is too small to
+            be worth sharing out, and its gradients, 138 MB at the paper's width, too large to be worth sending.
+        """
         if self.members is None:
-            return self.weight * self.loss(*self.projector(pool(z_a), pool(z_b)), group=self.group)
+            a, b = pool(z_a), pool(z_b)
+            if gather is not None:
+                a, b = gather(torch.cat([a, b], 1)).chunk(2, 1)
+            return self.weight * self.loss(*self.projector(a, b))
         views = self.projector(pool(z_a, self.members), pool(z_b, self.members))  # [B, E·dim] each
         pairs = zip(*(view.chunk(self.members, 1) for view in views), strict=True)
         return self.weight * torch.stack([self.loss(a, b) for a, b in pairs])
@@ -128,6 +135,7 @@ def stage1_losses(
     view: Tensor | None,
     view_weight: float,
     share: float = 1.0,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The losses of one batch, "loss" being what is minimised.
 
@@ -140,6 +148,7 @@ def stage1_losses(
         ssl: None leaves its term out.
         view: augmented series, as x; None, and without `ssl`, for a plain VQVAE.
         share: of the rows of a batch over several processes (`engine.processes`), whose mean the losses are then.
+        gather: see `SelfSupervision`.
 
     Encoder and decoder have both views in one batch, but each view has batch statistics of its own.
     """
@@ -166,7 +175,7 @@ def stage1_losses(
     if view is not None:
         loss = loss + view_weight * losses["reconstruction_view"]
     if ssl is not None:
-        losses["ssl"] = ssl(model.as_grid(z_q), model.as_grid(z_view[0]))
+        losses["ssl"] = ssl(model.as_grid(z_q), model.as_grid(z_view[0]), gather)
         loss = loss + losses["ssl"]
     return {"loss": loss, **losses, "perplexity": model.vq.perplexity}
 

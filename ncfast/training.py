@@ -18,7 +18,7 @@ from ncfast.data.augment import MIN_LENGTH, Augment
 from ncfast.data.facts import MAX_LENGTH, DataFacts
 from ncfast.data.sources import Dataset, from_arrays
 from ncfast.engine.checkpoint import make_folder, read_json, read_state, write_json, write_tensors
-from ncfast.engine.device import usable_device
+from ncfast.engine.device import kind, usable_device
 from ncfast.engine.lock import sole_writer
 from ncfast.engine.logging import RunLog
 from ncfast.engine.loop import Progress, Stage, batch_ends, derived_seed, train_stage
@@ -28,6 +28,7 @@ from ncfast.engine.processes import ALONE, Processes, current_processes
 from ncfast.engine.step import Losses
 from ncfast.errors import UserError
 from ncfast.ncvqvae import NCVQVAE, build_models, load_weights, on_meta, read_config, size_of, write_config
+from ncfast.nn.meta import without_memory
 from ncfast.nn.synchronised import synchronised
 from ncfast.stage1 import VQVAE, WITHOUT_LOSS, SelfSupervision, stage1_losses
 from ncfast.stage2 import Prior, TokenDistribution, stage2_losses
@@ -114,7 +115,7 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
 def check_memory(config: Config, dataset: Dataset, device: torch.device) -> None:
     """Refuses what cannot fit, by what it takes at least: each counts only its largest tensors."""
     vqvae, prior = on_meta(config, dataset.n_channels, dataset.length, dataset.n_classes)
-    with torch.device("meta"):
+    with without_memory():
         ssl = [] if config.ssl in WITHOUT_LOSS else [SelfSupervision(config)]
     n, dim = len(dataset.X_train), config.dim
     rows1, rows2 = min(n, config.batch_size), min(n, config.stage2_batch_size)
@@ -197,7 +198,7 @@ def train_stages(
             vqvae = vqvae.to(device).eval()
         else:
             first = stage1(config, vqvae, x, device, processes)
-            with synchronised(first.modules, processes.group):
+            with synchronised(vqvae, processes.group):
                 progress = train_stage(first, log=log, state=state, **loop)
             state = None
             del first  # the projector
@@ -238,10 +239,16 @@ def stage1(config: Config, vqvae: VQVAE, x: Tensor, device: torch.device, proces
     def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         batch = x[rows]
         view = None if augment is None else augment(batch, generator)
-        own, share = processes.own(len(rows)), processes.share(len(rows))
-        return stage1_losses(vqvae, ssl, batch[own], None if view is None else view[own], config.view_weight, share)
+        view_weight, B = config.view_weight, len(rows)
+        if processes.is_alone:
+            return stage1_losses(vqvae, ssl, batch, view, view_weight)
+        own, share = processes.own(B), processes.share(B)
+        view = None if view is None else view[own]
+        return stage1_losses(vqvae, ssl, batch[own], view, view_weight, share, lambda own: processes.all_rows(own, B))
 
-    return stage(1, config, modules, losses, len(x))
+    # Processes that round alike keep the same projector without a word; others have to agree on its gradients.
+    whole = ssl if processes.is_alone or len(set(processes.gathered(kind(device)))) == 1 else None
+    return dataclasses.replace(stage(1, config, modules, losses, len(x)), whole=whole)
 
 
 def on_device(modules: nn.Module, device: torch.device) -> nn.Module:

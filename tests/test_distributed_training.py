@@ -17,12 +17,13 @@ from processes import on_processes
 from test_training import SMALL, train_arguments, waves
 
 import ncfast
-from ncfast import cli, training
+from ncfast import cli, train, training
 from ncfast.config import make_config
 from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
 from ncfast.engine.logging import RunLog
 from ncfast.engine.loop import batch_ends, train_stage
+from ncfast.engine.precision import computing
 from ncfast.engine.processes import ALONE, Processes, current_processes
 from ncfast.errors import UserError
 from ncfast.nn.synchronised import synchronised
@@ -51,8 +52,10 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     for name in ("auto", "cuda"):
-        assert cli.choose_device(name, 1)[0] == torch.device("cuda:1")
+        assert cli.choose_device(name, 1)[0] == torch.device("cuda:1") == current[-1]
     assert cli.choose_device("cpu", 1)[0] == CPU
     with pytest.raises(UserError, match="torch sees 2 GPUs for 3 processes or more"):
         cli.choose_device("auto", 2)
@@ -60,29 +63,35 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
         cli.choose_device("cuda:0", 1)
 
 
-def trained(ssl, num_series, dtype):
-    """Weights, buffers and mean losses of STEPS steps of each stage; over the processes there are."""
+def trained(ssl, num_series, dtype, device=CPU, steps=STEPS, graph=True):
+    """Weights, buffers and mean losses of so many steps of each stage; over the processes there are."""
     processes = current_processes()
     dataset = from_arrays(*waves(num_series))
-    epochs = -(-STEPS // len(batch_ends(num_series, SMALL["batch_size"])))
-    config = make_config(ssl=ssl, stage1_epochs=epochs, stage2_epochs=epochs, **SMALL)
-    config, data = training.resolve_config(config, dataset, CPU), DataFacts.of(dataset)
-    x, labels = data.normalise(dataset.X_train, CPU).to(dtype), torch.from_numpy(dataset.y_train)
-    loop = {"seed": 0, "device": CPU, "state_path": None, "state": None, "quiet": True, "processes": processes}
+    epochs = -(-steps // len(batch_ends(num_series, SMALL["batch_size"])))
+    config = make_config(ssl=ssl, stage1_epochs=epochs, stage2_epochs=epochs, precision="fp32", **SMALL)
+    config, data = training.resolve_config(config, dataset, device), DataFacts.of(dataset)
+    x, labels = data.normalise(dataset.X_train, device).to(dtype), torch.from_numpy(dataset.y_train).to(device)
+    loop = {"seed": 0, "device": device, "state_path": None, "state": None, "quiet": True, "processes": processes}
+    loop |= {"graph": graph, "log": RunLog(None)}
 
-    first = training.stage1(config, training.new_vqvae(config, data), x, CPU, processes)
-    first.modules.to(dtype)
-    with synchronised(first.modules, processes.group):
-        losses1 = train_stage(first, log=RunLog(None), **loop).losses
-    # Another VQVAE, the same for all, as the tokens that are drawn are discontinuous in its weights.
-    vqvae = training.new_vqvae(config, data).to(dtype).eval()
-    second = training.stage2(config, vqvae, training.new_prior(config, vqvae, data), x, labels, CPU, processes)
-    second.modules.to(dtype)
-    losses2 = train_stage(second, log=RunLog(None), **loop).losses
+    with computing("fp32", device):
+        first = training.stage1(config, training.new_vqvae(config, data), x, device, processes)
+        first.modules.to(dtype)
+        with synchronised(first.modules["vqvae"], processes.group):
+            losses1 = train_stage(first, **loop).losses
+        # Another VQVAE, the same for all, as the tokens that are drawn are discontinuous in its weights.
+        vqvae = training.new_vqvae(config, data).to(device, dtype).eval()
+        second = training.stage2(config, vqvae, training.new_prior(config, vqvae, data), x, labels, device, processes)
+        second.modules.to(dtype)
+        losses2 = train_stage(second, **loop).losses
     return {
-        1: {**first.modules.state_dict(), **tensors(losses1)},
-        2: {**second.modules.state_dict(), **tensors(losses2)},
+        1: {**on_cpu(first.modules.state_dict()), **tensors(losses1)},
+        2: {**on_cpu(second.modules.state_dict()), **tensors(losses2)},
     }
+
+
+def on_cpu(state):
+    return {name: value.cpu() for name, value in state.items()}
 
 
 def tensors(losses):
@@ -271,13 +280,14 @@ def assert_one_error(result, message):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes by /proc")
-def test_a_killed_process_ends_the_others(data_file, tmp_path):
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others_and_one_continues(data_file, tmp_path, killed):
     out = tmp_path / "run"
-    command = torchrun(*train_arguments(data_file, out, "--stage1-epochs", 100_000))
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = train_arguments(data_file, out, "--stage1-epochs", 300, "--checkpoint-every", 1)
+    running = subprocess.Popen(torchrun(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text()):
+        while not ((out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) > 1):
             assert running.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         workers = [
@@ -286,9 +296,41 @@ def test_a_killed_process_ends_the_others(data_file, tmp_path):
             if b"ncfast.train" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
         assert len(workers) == 2
-        os.kill(workers[1], signal.SIGKILL)
-        assert running.wait(timeout=90) != 0
+        os.kill(workers[killed], signal.SIGKILL)
+        _, errors = running.communicate(timeout=90)
+        assert running.returncode != 0
         assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     finally:
         running.kill()
         running.wait()
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "another of the processes has ended" in lines[0] and "--resume" in lines[0], errors
+    assert str(Path(ncfast.__file__).parent) not in errors  # no traceback of ours
+    done = len((out / "log.jsonl").read_text().splitlines())
+    train.main([*map(str, arguments), "--resume"])
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert 1 < done < 300 and [line["epoch"] for line in log if line["stage"] == 1] == list(range(1, 301))
+
+
+def test_processes_that_one_has_left_end_though_they_wait():
+    """As in NCCL, of which the interpreter sees nothing: SIGTERM comes while the main thread waits inside a call."""
+    code = """
+import os, sys, threading, time
+from torch import distributed
+from ncfast.launch import end_when_told
+store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+end_when_told(store)
+print("ready", flush=True)
+store.wait(["never"])  # in C++
+"""
+    running = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert running.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        running.send_signal(signal.SIGTERM)
+        _, errors = running.communicate(timeout=10)
+    finally:
+        running.kill()
+    assert running.returncode == 128 + signal.SIGTERM and errors.startswith(
+        "\nerror: another of the processes has ended"
+    )

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ncfast.engine.device import current
+
 
 class CudaGraph:
     """Captures a function once and replays it: one launch for all its kernels.
@@ -23,7 +25,7 @@ class CudaGraph:
     ) -> None:
         """
         Args:
-            inputs: examples on the GPU; later ones have the same shapes and types.
+            inputs: examples on one GPU, which need not be the current one; later ones have the same shapes and types.
             warm_ups: calls before the capture, which itself computes nothing. 0 for a function that changes its
                 surroundings, and that the caller has called on `capture_stream` before.
             generators: a replay draws from them what a call would.
@@ -32,16 +34,19 @@ class CudaGraph:
             RuntimeError: the function cannot be captured. A generator cannot be used after that.
         """
         self.inputs = [value.clone() for value in inputs]
-        stream = capture_stream()
-        # Lazily made handles, workspaces and compiled kernels must be there before the capture.
-        with on_stream(stream):
-            for _ in range(warm_ups):
-                function(*self.inputs)
-        self.graph = torch.cuda.CUDAGraph()
-        for generator in generators:
-            self.graph.register_generator_state(generator)
-        with torch.cuda.graph(self.graph, stream=stream):
-            self.outputs = function(*self.inputs)
+        device = inputs[0].device
+        stream = capture_stream(device)
+        with current(device):
+            # Lazily made handles, workspaces and compiled kernels must be there before the capture.
+            with on_stream(stream):
+                for _ in range(warm_ups):
+                    function(*self.inputs)
+            self.graph = torch.cuda.CUDAGraph()
+            for generator in generators:
+                self.graph.register_generator_state(generator)
+            # Other threads, such as the one that watches over NCCL, may go on with what a capture forbids.
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
         for own, value in zip(self.inputs, inputs, strict=True):
@@ -70,10 +75,9 @@ class on_stream:
 STREAMS: dict[int, torch.cuda.Stream] = {}
 
 
-def capture_stream() -> torch.cuda.Stream:
-    """The stream of warm-ups and captures on the current device. One for all: gradients of a tensor stay on the stream
-    of the first."""
-    index = torch.cuda.current_device()
-    if index not in STREAMS:
-        STREAMS[index] = torch.cuda.Stream(index)
-    return STREAMS[index]
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of warm-ups and captures on a GPU. One for all: gradients of a tensor stay on the stream of the
+    first."""
+    if device.index not in STREAMS:
+        STREAMS[device.index] = torch.cuda.Stream(device)
+    return STREAMS[device.index]

@@ -53,6 +53,7 @@ class Stage:
         losses: rows of the train set [B], generator -> losses of that batch; "loss" is minimised. For E models trained
             at once: rows [E, B], E generators -> losses [E] each.
         precision: of its products and convolutions (`engine.precision`).
+        whole: of `modules` those that each of several processes computes from all rows (`engine.step`).
     """
 
     number: int
@@ -65,6 +66,7 @@ class Stage:
     learning_rate: float
     weight_decay: float
     precision: str = "fp32"
+    whole: nn.Module | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -131,6 +133,7 @@ def train_stage(
         device=device,
         graph=graph,
         processes=processes,
+        whole=stage.whole,
     )
     epoch, seconds, losses = 0, 0.0, {}
     if state is not None:
@@ -159,7 +162,7 @@ def train_stage(
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         while epoch < stage.epochs:
-            torch.manual_seed(derived_seed(seeds[0], stage.number, epoch, 1))
+            seed_default_generators(device, derived_seed(seeds[0], stage.number, epoch, 1))
             for each, generator in zip(seeds, generators, strict=True):
                 generator.manual_seed(derived_seed(each, stage.number, epoch))
             orders = [batches(stage.num_series, stage.batch_size, generator, device) for generator in generators]
@@ -195,6 +198,13 @@ def train_stage(
     if state_path is not None:
         drop_spare_state(state_path)
     return Progress(epoch, seconds, losses)
+
+
+def seed_default_generators(device: torch.device, seed: int) -> None:
+    """The CPU's and the device's, where torch.manual_seed would seed those of all GPUs."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 def check_finite(stage: Stage, epoch: int, losses: dict[str, float | list[float]], seeds: Sequence[int] | None) -> None:

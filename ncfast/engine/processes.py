@@ -2,8 +2,11 @@
 
 The batch is that of one process, and so is what comes of it, up to rounding: every process draws the random numbers of
 the whole batch, statistics are of all its rows (`nn.synchronised`), and the loss is the mean of the processes' losses,
-each of which counts its rows by their `share`. All hold the same weights and take the same steps; the first one writes
-and shows.
+each of which counts its rows by their `share`. What is cheaper to compute than to send, each process computes from all
+rows (`all_rows`). All hold the same weights and take the same steps; the first one writes and shows.
+
+Tensors travel by the default group: NCCL between GPUs, so that a step with its messages can be one CUDA graph, gloo
+between CPUs. Other values travel by gloo.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, distributed
 
 from ncfast.errors import UserError
+from ncfast.ops.collectives import GatheredRows
 
 T = TypeVar("T")
 
@@ -26,11 +30,13 @@ class Processes:
         rank: its number, counted from 0.
         size: how many there are.
         group: of them; None of one process alone, for which nothing below sends anything.
+        values: the group by which `gathered` sends.
     """
 
     rank: int = 0
     size: int = 1
     group: distributed.ProcessGroup | None = None
+    values: distributed.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -56,13 +62,27 @@ class Processes:
         """Overwrites each by its mean over the processes, in one message.
 
         For gradients DistributedDataParallel would do the same during the backward pass, but only of a module whose
-        `forward` makes the loss, where here encoder, decoder, codebook and projector are called apart.
+        `forward` makes the loss, where here encoder, decoder and codebook are called apart; and of what is averaged
+        here, 2 to 8 MB, there is nothing to hide behind the backward pass.
         """
         packed = torch.cat([tensor.flatten() for tensor in tensors])
         distributed.all_reduce(packed, group=self.group)
         packed /= self.size
-        for tensor, mean in zip(tensors, packed.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(mean.view(tensor.shape))
+        parts = packed.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [part.view_as(like) for part, like in zip(parts, tensors, strict=True)])
+
+    def all_rows(self, own: Tensor, rows: int) -> Tensor:
+        """Of a batch of that many rows this process's own [n_r, D] -> all [rows, D], the same on each process.
+
+        With the gradient that `average_` takes: the mean over the processes is that of the whole batch, for what is
+        computed alike on all of them from here on.
+        """
+        slices = (Processes(rank, self.size).own(rows) for rank in range(self.size))
+        return GatheredRows.apply(own, [part.stop - part.start for part in slices], self.group, self.size)
+
+    def can_be_captured(self, device: torch.device) -> bool:
+        """Whether messages between these devices may be part of a CUDA graph."""
+        return self.is_alone or self.group._get_backend(device).name() == "nccl"
 
     def on_all(self, function: Callable[[], T]) -> T:
         """function() on every process; a UserError on any of them is raised on all, since nobody waits for the others
@@ -91,15 +111,21 @@ class Processes:
     def gathered(self, value: Any) -> list[Any]:
         """The values of all processes, in order of rank. They are pickled: small ones."""
         values = [None] * self.size
-        distributed.all_gather_object(values, value, group=self.group)
+        distributed.all_gather_object(values, value, group=self.values)
         return values
 
 
 ALONE = Processes()
+_values: tuple[distributed.ProcessGroup, distributed.ProcessGroup] | None = None  # the default group, and its twin
 
 
 def current_processes() -> Processes:
-    """Those of the default process group, where there is one of several."""
+    """Those of the default process group, where there is one of several. All of them make the first call together."""
+    global _values
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return ALONE
-    return Processes(distributed.get_rank(), distributed.get_world_size(), distributed.group.WORLD)
+    world = distributed.group.WORLD
+    if _values is None or _values[0] is not world:
+        # Pickled values in tensors of a GPU would depend on the current one, and on NCCL being there.
+        _values = world, world if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")
+    return Processes(distributed.get_rank(), distributed.get_world_size(), world, _values[1])

@@ -1,12 +1,15 @@
 """One step of an optimiser, from the rows of a batch to new weights; on a GPU one CUDA graph for each batch size."""
 
+import contextlib
+import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ncfast.engine.compile_ahead import compile_ahead
 from ncfast.engine.cuda_graph import CudaGraph, capture_stream, on_stream
 from ncfast.engine.precision import autocast
 from ncfast.engine.processes import ALONE, Processes
@@ -41,6 +44,7 @@ class TrainingStep:
         device: torch.device,
         graph: bool = True,
         processes: Processes = ALONE,
+        whole: nn.Module | None = None,
     ) -> None:
         """
         Args:
@@ -51,16 +55,17 @@ class TrainingStep:
             rates: learning rate of every step.
             graph: capture; without a GPU it has no effect.
             processes: those that take the step together; `losses` then are this one's, whose mean is the batch's.
+            whole: of `modules` those that every process computes from all rows: their gradients are the same everywhere
+                and not sent.
         """
         self.compute_losses = losses
+        self.modules = modules
         self.num_series = num_series
         self.rates = list(rates)
         self.precision = precision
         self.device = device
         self.processes = processes
-        # Of several processes, one that could not capture would leave the others waiting; and the SSL losses read on
-        # the host how many rows each has.
-        self.wants_graph = graph and device.type == "cuda" and processes.is_alone
+        self.wants_graph = graph and device.type == "cuda" and processes.can_be_captured(device)
         # The rate of a captured step is read from memory; anywhere else a number is as good.
         self.rate: Tensor | float = self.rates[0]
         if device.type == "cuda":
@@ -72,8 +77,12 @@ class TrainingStep:
             "fused": device.type in ("cpu", "cuda"),
             "capturable": device.type == "cuda",
         }
-        self.parameters = list(modules.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, **self.hyperparameters)
+        whole = set() if whole is None else set(whole.parameters())
+        self.averaged = [parameter for parameter in modules.parameters() if parameter not in whole]
+        self.optimizer = torch.optim.AdamW(modules.parameters(), **self.hyperparameters)
+        # Without what PyTorch wraps around it: hooks, of which there are none, and words to its compiler, which would
+        # be imported to hear them.
+        self.optimize = inspect.unwrap(torch.optim.AdamW.step)
         self.totals: dict[str, Tensor] = {}
         self.losses: dict[str, Tensor] = {}
         self.taken: dict[int, int] = {}  # steps of each batch size
@@ -114,16 +123,29 @@ class TrainingStep:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rates[step]
         B = rows.shape[-1]
+        if B not in self.taken:
+            self.compile_kernels(rows, generators)
         if self.wants_graph and B not in self.graphs and self.worth_a_graph(step, B):
             self.capture(rows, generators)
         self.taken[B] = self.taken.get(B, 0) + 1
         if B in self.graphs:
             self.losses = self.graphs[B](rows)
         elif self.wants_graph:
-            with on_stream(capture_stream()):
+            with on_stream(capture_stream(self.device)):
                 self.losses = self.step(rows, generators)
         else:
             self.losses = self.step(rows, generators)
+
+    def compile_kernels(self, rows: Tensor, generators: list[torch.Generator]) -> None:
+        """`compile_ahead` for a step, after which everything is as before it."""
+        if self.device.type != "cuda":
+            return
+        before = [generator.get_state() for generator in generators]
+        with as_before(self.modules), torch.random.fork_rng([self.device]), on_stream(capture_stream(self.device)):
+            compile_ahead(lambda: self.gradients(rows, generators), self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
 
     def worth_a_graph(self, step: int, B: int) -> bool:
         """Whether the eager steps of this batch size are done and enough others follow, going by those up to now."""
@@ -135,37 +157,62 @@ class TrainingStep:
     def capture(self, rows: Tensor, generators: list[torch.Generator]) -> None:
         before = [generator.get_state() for generator in generators]
         self.optimizer.zero_grad(set_to_none=True)  # the graph's own gradients lie in its own memory
+        reason = None
         try:
             self.graphs[rows.shape[-1]] = CudaGraph(
                 lambda rows: self.step(rows, generators), rows, warm_ups=0, generators=generators
             )
         except RuntimeError as error:
-            self.wants_graph = False
-            self.graphs.clear()  # their generators are replaced too
-            self.optimizer.zero_grad(set_to_none=True)
-            for i, state in enumerate(before):
-                generators[i] = torch.Generator(self.device)
-                generators[i].set_state(state)
             reason = " ".join(str(error).split())
-            warnings.warn(
-                f"training without a CUDA graph, since the step could not be captured: {reason}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        if not self.processes.is_alone:
+            # One that could not capture would wait for the others, whose messages are in their graphs, for ever.
+            reason = next((each for each in self.processes.gathered(reason) if each is not None), None)
+        if reason is None:
+            return
+        self.wants_graph = False
+        self.graphs.clear()  # their generators are replaced too
+        self.optimizer.zero_grad(set_to_none=True)
+        for i, state in enumerate(before):
+            generators[i] = torch.Generator(self.device)
+            generators[i].set_state(state)
+        warnings.warn(
+            f"training without a CUDA graph, since the step could not be captured: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
-    def step(self, rows: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
+    def gradients(self, rows: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.precision, self.device):
             losses = self.compute_losses(rows, generators if rows.dim() == 2 else generators[0])
         losses["loss"].sum().backward()  # members share no parameter: each gets its own gradient
-        losses = {name: value.detach() for name, value in losses.items()}
+        return {name: value.detach() for name, value in losses.items()}
+
+    def step(self, rows: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
+        losses = self.gradients(rows, generators)
         if not self.processes.is_alone:
-            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in self.averaged if parameter.grad is not None]
             self.processes.average_([*gradients, *losses.values()])
-        self.optimizer.step()
+        with torch.no_grad():
+            self.optimize(self.optimizer)
         share = rows.shape[-1] / self.num_series
         for name, value in losses.items():
             if name not in self.totals:
                 self.totals[name] = torch.zeros_like(value)
             self.totals[name].add_(value, alpha=share)
         return losses
+
+
+@contextlib.contextmanager
+def as_before(modules: nn.Module) -> Iterator[None]:
+    """What a forward pass changes of modules, their buffers and attributes, is put back after the block."""
+    kept = [(module, dict(module.__dict__), dict(module._buffers)) for module in modules.modules()]
+    values = [(buffer, buffer.clone()) for buffer in modules.buffers()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in kept:
+            module.__dict__.update(attributes)
+            module._buffers.update(buffers)
+        for buffer, value in values:
+            buffer.copy_(value)

@@ -107,7 +107,7 @@ class Replay:
 
 @pytest.fixture
 def no_streams(monkeypatch):
-    monkeypatch.setattr(step_module, "capture_stream", lambda: None)
+    monkeypatch.setattr(step_module, "capture_stream", lambda device: None)
     monkeypatch.setattr(step_module, "on_stream", lambda stream: contextlib.nullcontext())
 
 
