@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ncfast.config import Config, sampling_config
 from ncfast.context import Context
+from ncfast.engine.device import current
 from ncfast.engine.precision import computing
 from ncfast.errors import UserError
 from ncfast.labels import NONE, TRAIN, LabelPlan
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ncfast.ncvqvae import NCVQVAE
 
 
+WORTH_A_GRAPH = 24  # chunks: a capture takes half a second or so, and a chunk some 25 ms less with it
 # Of a data set no series has this index or a higher one: contexts are filled with these.
 LARGEST_INDEX = 2**62
 
@@ -97,8 +99,7 @@ class Drawing:
     def chunks(self, n: int, start: int) -> Iterator[Batch]:
         # Whole chunks, aligned to the sample index: a series always sits in the same row of the same product.
         firsts = range(start // self.size * self.size, start + n, self.size)
-        # A capture costs as much as a few chunks.
-        self.prepare(graph=len(firsts) > 4)
+        self.prepare(graph=len(firsts) >= WORTH_A_GRAPH)
         ahead: Chunk | None = None
         for first in firsts:
             chunk = self.launch(first, slice(max(start - first, 0), min(start + n - first, self.size)))
@@ -107,6 +108,17 @@ class Drawing:
             ahead = chunk  # a GPU is at work on it while the caller has the one before
         if ahead is not None:
             yield self.arrived(ahead)
+
+    @torch.no_grad()
+    def again(self, index: np.ndarray) -> Batch:
+        """These series, int64 [B] in ascending order: drawn each in its own chunk, which is waited for."""
+        self.prepare(graph=False)
+        parts = []
+        for number in np.unique(index // self.size):
+            whole = self.arrived(self.launch(int(number) * self.size, slice(0, self.size)))
+            rows = index[index // self.size == number] % self.size
+            parts.append(Batch(*(None if part is None else part[rows] for part in whole)))
+        return join(parts)
 
     def prepare(self, *, graph: bool) -> None:
         if self.decoder is not None:
@@ -124,20 +136,34 @@ class Drawing:
                 self.context.find_known_tokens(model.vqvae, fills[: Context.NUM_FILLS], self.size)
 
     def launch(self, first: int, rows: slice) -> "Chunk":
-        sample = torch.arange(first, first + self.size, device=self.model.device)
-        labels = self.plan(sample, self.seed)
-        known = None if self.context is None else self.context.known_tokens(sample)
-        tokens, x = self.decoder(labels, sample, self.seed, known)
-        if x is not None:
-            x = (x.double() * self.std + self.mean).float()
-        return Chunk(first, rows, labels, tokens, x)
+        with current(self.model.device):
+            sample = torch.arange(first, first + self.size, device=self.model.device)
+            labels = self.plan(sample, self.seed)
+            known = None if self.context is None else self.context.known_tokens(sample)
+            tokens, x = self.decoder(labels, sample, self.seed, known)
+            if x is not None:
+                x = (x.double() * self.std + self.mean).float()
+            return Chunk(first, rows, labels, tokens, x)
 
     def arrived(self, chunk: "Chunk") -> Batch:
         labels, tokens, x = chunk.arrays()
         index = np.arange(chunk.first + chunk.rows.start, chunk.first + chunk.rows.stop)
+        self.check(index, "token", tokens, self.model.prior.num_codes)
+        self.check(index, "class", labels, self.plan.no_class + 1)
         if x is not None and self.context is not None:
             x = self.context.keep_observed(x, index)
         return Batch(index, x, labels if self.plan.names_classes else None, tokens.astype(np.uint16))
+
+    def check(self, index: np.ndarray, what: str, values: np.ndarray, end: int) -> None:
+        """That all values [B] or [B, n] are below `end`: the host's copy of what was not computed has none of these."""
+        if len(index) == 0 or 0 <= values.min() <= values.max() < end:
+            return
+        wrong = ((values < 0) | (values >= end)).reshape(len(values), -1).any(1)
+        raise UserError(
+            f"series {index[np.argmax(wrong)]} has a {what} that does not exist ({values.min()} to {values.max()}, and "
+            f"there are 0 to {end - 1}): {self.model.device} has not computed it; run the same again, and if that "
+            "repeats, on another device"
+        )
 
 
 class Chunk:
@@ -148,9 +174,10 @@ class Chunk:
         self.rows = rows
         self.results = [None if result is None else to_host(result) for result in results]
         self.there = None
-        if results[0].device.type == "cuda":
+        device = results[0].device
+        if device.type == "cuda":
             self.there = torch.cuda.Event()
-            self.there.record()
+            self.there.record(torch.cuda.current_stream(device))  # on which the copies are made
 
     def arrays(self) -> list[np.ndarray | None]:
         if self.there is not None:
@@ -173,7 +200,10 @@ def to_host(x: Tensor) -> Tensor:
     """A copy that the device makes when it comes to it; on a CPU one that is made now."""
     if x.device.type != "cuda":
         return x.clone()
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    # What no series has: a read that came before the copy would show.
+    host.fill_(torch.nan if x.is_floating_point() else -1)
+    return host.copy_(x, non_blocking=True)
 
 
 def rebatch(batches: Iterator[Batch], size: int) -> Iterator[Batch]:

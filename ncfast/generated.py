@@ -1,16 +1,21 @@
 """Reading what `python -m ncfast.generate` wrote."""
 
+import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 import torch
 
 from ncfast.engine.checkpoint import reason
+from ncfast.engine.device import kind
 from ncfast.errors import UserError
-from ncfast.shards import changed_column, manifest_path, read_manifest, shard_path
+from ncfast.shards import changed_column, first_difference_of, manifest_path, read_manifest, runs, shard_path
+
+if TYPE_CHECKING:
+    from ncfast.drawing import Drawing
 
 
 class Column:
@@ -98,13 +103,58 @@ class Generated(torch.utils.data.Dataset):
         if rows != len(self.tokens):
             raise UserError(f"{self.path} has {len(self.tokens)} series and its shards {rows}; generate it again")
 
-    def verify(self) -> None:
-        """Reads everything and compares the checksums.
+    def verify(self, redraw: int = 0, run: str | Path | None = None) -> None:
+        """Reads everything and compares the checksums; with `redraw`, draws some series again and compares the bits.
+
+        Args:
+            redraw: how many series of each shard, spread over it. Each takes a forward pass of a whole chunk.
+            run: folder of the run; None is where it was when the series were drawn.
 
         Raises:
-            UserError: a file has changed; it says which.
+            UserError: a file has changed, or a series is another one when drawn again; it says which. With `redraw`:
+                the run is not there or another one, or this machine has no such device as drew the series.
         """
         self.check_shards(contents=True)
+        if redraw < 0:
+            raise UserError(f"redraw is 0 or more series of each shard; got {redraw}")
+        if redraw and len(self):
+            self.redraw(redraw, run)
+
+    def redraw(self, count: int, run: str | Path | None) -> None:
+        drawing = self.drawing(run)
+        for path in self.shards or [self.path]:
+            with h5py.File(path) as file:
+                rows = len(file["tokens"])
+                if rows == 0:
+                    continue
+                first = int(file.attrs["first"])
+                index = np.unique(np.linspace(first, first + rows - 1, min(count, rows)).astype(np.int64))
+                different = first_difference_of(drawing.again(index), file, first, self.columns)
+            if different is not None:
+                then = ", ".join(str(self.attributes.get(name)) for name in ("device_name", "torch"))
+                raise UserError(
+                    f"{path}: {different} is another one when drawn again (then on {then}; now on "
+                    f"{kind(drawing.model.device)}, {torch.__version__}): another kind of device or version of torch "
+                    "may round otherwise; on the same, generate the file again"
+                )
+
+    def drawing(self, run: str | Path | None) -> "Drawing":
+        """How the series were drawn."""
+        from ncfast.config import make_config, sampling_values
+        from ncfast.drawing import Drawing
+        from ncfast.ncvqvae import load, weights_sha256
+
+        facts = self.attributes
+        run = Path(facts.get("run", "") if run is None else run)
+        if not (run / "config.json").exists():
+            raise UserError(f"the run that drew {self.path} is not in {run}; say where: verify(redraw=..., run=DIR)")
+        if weights_sha256(run) != facts["weights_sha256"]:
+            raise UserError(f"{run} is not the run that drew {self.path}: its weights are others")
+        model = load(run, str(facts["device"]), str(facts["precision"]))
+        labels = str(facts["labels"])
+        labels = json.loads(labels) if labels[:1] in ("[", "{") else labels
+        config = make_config(**json.loads(facts["config"]))
+        return Drawing(model, labels, int(facts["seed"]), decode=self.x is not None, **sampling_values(config))
 
     def file(self) -> h5py.File:
         """Of this process: HDF5 handles do not survive a fork, and cannot be pickled."""
@@ -162,11 +212,8 @@ class Generated(torch.utils.data.Dataset):
 
 
 def read_rows(column: Column, rows: np.ndarray) -> np.ndarray:
-    """Rows in ascending order, a run of neighbours at a time: HDF5 takes long over a list."""
-    if len(rows) == 0:
-        return column[0:0]
-    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
-    return np.concatenate([column[int(run[0]) : int(run[-1]) + 1] for run in runs])
+    """Rows in ascending order."""
+    return np.concatenate([column[0:0], *(column[run] for run in runs(rows))])
 
 
 def unfinished(path: Path) -> str:

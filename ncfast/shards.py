@@ -40,8 +40,6 @@ FORMAT = 2
 CHUNK_BYTES = 2**20
 READ_BYTES = 2**26
 FLUSH_BYTES = 2**25
-DTYPES = ("float32", "float16")
-COMPRESSIONS = ("none", "lzf", "gzip", "zstd")
 # Of a data set that no shard is there for; a reader other than ours sees these.
 FILL = {"x": np.nan, "tokens": 2**16 - 1, "index": -1, "y": -1}
 
@@ -271,6 +269,16 @@ class ShardWriter:
                 )
             raise UserError(f"series {batch.index[row]} is not finite: the model of this run has diverged")
 
+    def compare(self, again: Batch) -> None:
+        """Reads series that were drawn again. Raises UserError when they are not what was written, bit for bit."""
+        with self.explained():
+            different = first_difference_of(again, self.file, self.shard.first, self.columns)
+        if different is not None:
+            raise UserError(
+                f"{different} when drawn again is not what was written: the device, its driver or the disk is faulty; "
+                "run the same command again, and if that repeats, on another device"
+            )
+
     def close(self) -> None:
         """Completes the file. Raises UserError when the disk does not take it, or when another job has the name."""
         path = self.shard.path
@@ -317,6 +325,26 @@ class ShardWriter:
                 f"cannot write {self.shard.path}: {reason(error)}; free space or choose another folder, then run the "
                 "same command again: shards that are complete are kept"
             ) from error
+
+
+def first_difference_of(batch: Batch, file: h5py.File, first: int, columns: Any) -> str | None:
+    """Which of the series in `batch` the file, whose first series is number `first`, has otherwise; None: none."""
+    rows = batch.index - first
+    for name in columns:
+        data = file[name]
+        kept = np.concatenate([data[run] for run in runs(rows)])
+        equal = kept.view(np.uint8).reshape(len(rows), -1) == stored(getattr(batch, name), data.dtype).view(
+            np.uint8
+        ).reshape(len(rows), -1)
+        if not equal.all():
+            return f"{name} of series {batch.index[np.argmin(equal.all(1))]}"
+    return None
+
+
+def runs(rows: np.ndarray) -> list[slice]:
+    """Rows in ascending order, a run of neighbours at a time: HDF5 takes long over a list."""
+    parts = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+    return [slice(int(part[0]), int(part[-1]) + 1) for part in parts if len(part)]
 
 
 def stored(array: np.ndarray, kind: str) -> np.ndarray:

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from ncfast import ops
 
-GENERATOR = torch.Generator("cuda").manual_seed(0)
+GENERATOR = torch.Generator()
+DEVICE = torch.device("cuda")
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=GENERATOR, device="cuda").to(dtype)
+    return torch.randn(*shape, generator=GENERATOR).to(DEVICE, dtype)
 
 
 def randint(high: int, *shape: int) -> Tensor:
-    return torch.randint(high, shape, generator=GENERATOR, device="cuda")
+    return torch.randint(high, shape, generator=GENERATOR).to(DEVICE)
 
 
 Call = Callable[[str], tuple[Tensor, ...]]
@@ -38,8 +39,11 @@ def with_gradients(function: Callable[..., Tensor], *inputs: Tensor, **options: 
     return call
 
 
-def calls() -> Iterator[tuple[str, str, Call, float]]:
-    """Name, implementation, call and relative tolerance."""
+def calls(device: str = "cuda") -> Iterator[tuple[str, str, Call, float]]:
+    """Name, implementation, call and relative tolerance; the same inputs on every device."""
+    global DEVICE
+    DEVICE = torch.device(device)
+    GENERATOR.manual_seed(0)
     for M, K, D in ((333, 70, 64), (1000, 1031, 100), (129, 4097, 16), (257, 300, 513)):
         z, codebook = randn(M, D), randn(K, D)
         codebook[K // 2] = codebook[1]
@@ -93,7 +97,7 @@ def calls() -> Iterator[tuple[str, str, Call, float]]:
     thin = randn(3, 6, 5, 9), randn(6, 2, 3, 4), randn(6)
     yield "thin_conv_transpose", "triton", with_gradients(ops.thin_conv_transpose, *thin, groups=3), 1e-4
     for n, K in ((33, 30), (20, 300)):
-        logits, sample = randn(5, n, K), torch.arange(5, device="cuda")
+        logits, sample = randn(5, n, K), torch.arange(5, device=DEVICE)
         tokens = torch.where(randint(3, 5, n) > 0, K, randint(K, 5, n))
 
         def unmask(impl: str, logits: Tensor = logits, tokens: Tensor = tokens, n: int = n) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import ncfast
-from ncfast import generate, shards
+from ncfast import drawing, generate, generation, shards
 from ncfast.config import make_config
 from ncfast.data.facts import DataFacts
 from ncfast.ncvqvae import build_models
@@ -234,11 +234,11 @@ def test_a_dry_run_writes_nothing(job, tmp_path):
     assert "x [10000000, 1, 21] f4" in printed and not files(tmp_path)
     row = 21 * 4 + 33 * 2 + 8 + 8
     assert f"shards     {max(32, -(-(10**7) * row // 2**28))}, of which part 3 of 8" in printed
-    assert generate.human(10**7 * row) in printed
+    assert generation.human(10**7 * row) in printed
 
 
 def test_a_disk_too_small_is_noticed_before_anything_is_drawn(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "free_space", lambda job: 10_000)
+    monkeypatch.setattr(generation, "free_space", lambda job: 10_000)
     with pytest.raises(ncfast.UserError, match=r"9.8 KiB free, and the job needs 16.2 KiB more; free space"):
         job("--num-samples", 100)
     assert not files(tmp_path)
@@ -272,7 +272,7 @@ def test_torchrun_shares_a_job(run, job, tmp_path):
     line += ["--out", str(tmp_path / "out.h5"), "--num-samples", "3000"]
     done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote") == 1 and done.stdout.count("shards     3, of which part 0 of 2") == 1
+    assert done.stdout.count("wrote") == 1 and done.stdout.count("shards     2, of which part 0 of 2") == 1
     assert "3000/3000" in done.stderr
     job("--num-samples", 3000, out="alone.h5")
     assert_same(contents(tmp_path / "out.h5"), contents(tmp_path / "alone.h5"))
@@ -430,3 +430,71 @@ def test_what_is_missing_or_damaged_is_refused(job, tmp_path):
         file["x"] = np.zeros(3)
     with pytest.raises(ncfast.UserError, match="not a file of `ncfast.generate`"):
         ncfast.open_generated(tmp_path / "foreign.h5")
+
+
+def test_shards_are_large_enough_to_draw_a_part_of_each_again(run, job):
+    out = job("--num-samples", 10**9, "--dry-run", "--num-shards", 7)
+    assert "shards     7" in out
+    row = 4 * 21 + 2 * ncfast.load(run).prior.num_tokens + 16
+    assert f"shards     {-(-(10**9) * row // 2**28)}" in job("--num-samples", 10**9, "--dry-run")
+
+
+@pytest.mark.parametrize(("rows", "parts", "shards"), [(3000, 2, 2), (20_000, 2, 3), (10**6, 2, 8), (500, 4, 1)])
+def test_processes_share_shards_of_a_hundred_forward_passes(run, rows, parts, shards):
+    arguments = generate.make_parser().parse_args(["--run", str(run), "--out", "x.h5", f"--num-samples={rows}"])
+    model = ncfast.load(run)
+    assert generation.make_job(arguments, drawing.Drawing(model), "train", parts).shards == shards
+
+
+def test_series_drawn_again_are_compared_with_the_file(run, job, tmp_path):
+    for more in ([], ["--dtype", "float16", "--labels", "fast:300,slow:200"], ["--tokens-only", "--labels", "none"]):
+        job("--num-samples", 500, "--num-shards", 3, "--seed", 5, "--decoding-steps", 2, *more, "--overwrite")
+        with ncfast.open_generated(tmp_path / "out.h5") as generated:
+            generated.verify(redraw=4)
+            assert generated.attributes["run"] == str(run.resolve())
+
+
+def test_series_that_are_others_when_drawn_again_are_named(run, job, tmp_path):
+    job("--num-samples", 500, "--num-shards", 3)
+    path = sorted(tmp_path.glob("out-*.h5"))[1]
+    with h5py.File(path, "a") as file:  # as if the device had written zeros: its checksum fits
+        file["x"][-1] = 0
+        file.attrs["sha256_x"] = hashlib.sha256(file["x"][:].tobytes()).hexdigest()
+        last = file["index"][-1]
+    with ncfast.open_generated(tmp_path / "out.h5") as generated:
+        generated.verify()
+        with pytest.raises(ncfast.UserError, match=f"{path.name}: x of series {last} is another one when drawn again"):
+            generated.verify(redraw=2)
+        with pytest.raises(ncfast.UserError, match="redraw is 0 or more"):
+            generated.verify(redraw=-1)
+
+
+def test_the_run_that_drew_them_has_to_be_there(run, job, tmp_path):
+    other = save_run(tmp_path / "other", seed=1)
+    moved = tmp_path / "moved"
+    first = save_run(tmp_path / "first")
+    job("--num-samples", 20, run=first)
+    first.rename(moved)
+    with ncfast.open_generated(tmp_path / "out.h5") as generated:
+        with pytest.raises(ncfast.UserError, match=r"is not in .*first; say where: verify\(redraw=..., run=DIR\)"):
+            generated.verify(redraw=1)
+        with pytest.raises(ncfast.UserError, match="its weights are others"):
+            generated.verify(redraw=1, run=other)
+        generated.verify(redraw=1, run=moved)
+
+
+def test_a_shard_with_what_was_never_computed_gets_no_name(run, job, tmp_path, monkeypatch):
+    """A device that leaves a chunk out once, as one that is read too early does."""
+    arrived, calls = drawing.Drawing.arrived, []
+
+    def faulty(self, chunk):
+        batch = arrived(self, chunk)
+        calls.append(chunk)
+        return batch._replace(x=np.zeros_like(batch.x)) if len(calls) == 1 else batch
+
+    monkeypatch.setattr(drawing.Drawing, "arrived", faulty)
+    with pytest.raises(ncfast.UserError, match="x of series 0 when drawn again is not what was written"):
+        job("--num-samples", 50)
+    assert not list(tmp_path.iterdir())
+    job("--num-samples", 50)
+    ncfast.open_generated(tmp_path / "out.h5").verify(redraw=50)

@@ -139,7 +139,7 @@ def _cuda(z: Tensor, codebook: Tensor, exact: bool = True) -> Tensor:
             K,
             D,
             exact,
-            torch.cuda.current_stream().cuda_stream,
+            torch.cuda.current_stream(z.device).cuda_stream,
             workspace.data_ptr(),
             indices.data_ptr(),
         )
