@@ -1,12 +1,17 @@
 """NC-VQVAE time-series generation (arXiv 2408.16613)."""
 
-from ncfast.errors import UserError
-from ncfast.generated import Generated, open_generated
-from ncfast.ncvqvae import NCVQVAE, load
-from ncfast.nn.vector_quantize import VectorQuantize
-from ncfast.ops import nearest_code
-from ncfast.training import fit
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ncfast.version import __version__
+
+if TYPE_CHECKING:
+    from ncfast.errors import UserError
+    from ncfast.generated import Generated, open_generated
+    from ncfast.ncvqvae import NCVQVAE, load
+    from ncfast.nn.vector_quantize import VectorQuantize
+    from ncfast.ops import nearest_code
+    from ncfast.training import fit
 
 __all__ = [
     "NCVQVAE",
@@ -19,3 +24,26 @@ __all__ = [
     "nearest_code",
     "open_generated",
 ]
+
+# Imported when they are asked for: torch alone takes seconds, which `--help` need not.
+_MODULES = {
+    "NCVQVAE": "ncfast.ncvqvae",
+    "Generated": "ncfast.generated",
+    "UserError": "ncfast.errors",
+    "VectorQuantize": "ncfast.nn.vector_quantize",
+    "fit": "ncfast.training",
+    "load": "ncfast.ncvqvae",
+    "nearest_code": "ncfast.ops",
+    "open_generated": "ncfast.generated",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'ncfast' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,6 +11,23 @@ from typing import Any, Literal
 
 from ncfast.errors import UserError
 
+# Words that options take, here for the programs' --help, which imports nothing else.
+PRECISIONS = ("fp32", "tf32", "bf16")  # `engine.precision` says what they are
+DTYPES = ("float32", "float16")  # of generated series on disk
+COMPRESSIONS = ("none", "lzf", "gzip", "zstd")
+MEASURES = (
+    "reconstruction",
+    "codebook",
+    "knn",
+    "svm",
+    "fid",
+    "is",
+    "cas",
+    "acd",
+    "mdd",
+    "nnd",
+)
+
 
 def option(default: Any, help: str, group: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": help, "group": group, **more})
@@ -94,7 +111,7 @@ class Config:
     stage2_batch_size: int = option(256, "series a stage-2 step", "Training", minimum=1)
     learning_rate: float = option(1e-3, "of AdamW, both stages; cosine to 0 over each", "Training", minimum=0)
     weight_decay: float = option(1e-3, "of AdamW, both stages", "Training", minimum=0)
-    precision: Literal["fp32", "tf32", "bf16"] | None = option(
+    precision: Literal[PRECISIONS] | None = option(
         None, "number format of products and convolutions [fp32 on a CPU, tf32 on a GPU]", "Training"
     )
     seed: int = option(0, "of everything random in the run", "Training", minimum=0, maximum=2**63 - 1)

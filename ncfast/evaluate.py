@@ -4,19 +4,15 @@ import argparse
 import dataclasses
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ncfast.cli import Parser, choose_device, run
-from ncfast.data.dataset import Dataset
-from ncfast.data.facts import DataFacts
-from ncfast.data.sources import load_dataset
-from ncfast.engine.checkpoint import write_json
+from ncfast.cli import Parser, choose_device, run, start_driver
+from ncfast.config import MEASURES
 from ncfast.errors import UserError
-from ncfast.evaluation import table
-from ncfast.evaluation.fcn import Recipe
-from ncfast.evaluation.fcn_cache import default_folder
-from ncfast.evaluation.material import Material
-from ncfast.evaluation.protocol import MEASURES, chosen, measure
-from ncfast.ncvqvae import load, weights_sha256
+
+if TYPE_CHECKING:
+    from ncfast.data.dataset import Dataset
+    from ncfast.data.facts import DataFacts
 
 
 def make_parser() -> Parser:
@@ -65,7 +61,18 @@ def natural(text: str) -> int:
 
 
 def main() -> None:
-    arguments = make_parser().parse_args()
+    parser = make_parser()
+    parser.answer_help(None)
+    arguments = parser.parse_args()
+    start_driver(arguments.device)
+    from ncfast.engine.checkpoint import write_json
+    from ncfast.evaluation import table
+    from ncfast.evaluation.fcn import Recipe
+    from ncfast.evaluation.fcn_cache import default_folder
+    from ncfast.evaluation.material import Material
+    from ncfast.evaluation.protocol import chosen, measure
+    from ncfast.ncvqvae import load, weights_sha256
+
     names = chosen(arguments.measures)
     out = arguments.out or arguments.run
     if not out.is_dir():
@@ -117,8 +124,10 @@ def require_pictures() -> None:
             raise UserError(f"the report needs {package}: pip install 'ncfast[eval]', or add --no-report") from None
 
 
-def find_dataset(trained: DataFacts, asked: str | None, data_dir: str | None) -> Dataset:
+def find_dataset(trained: "DataFacts", asked: str | None, data_dir: str | None) -> "Dataset":
     """The data asked for, or what the run was trained on: where it was then, else by its name."""
+    from ncfast.data.sources import load_dataset
+
     if asked is not None:
         return load_dataset(asked, data_dir)
     if trained.source == "arrays":
@@ -131,7 +140,7 @@ def find_dataset(trained: DataFacts, asked: str | None, data_dir: str | None) ->
         raise UserError(f"the data of the run, {trained.source}, is not found ({error}); give --dataset") from error
 
 
-def same_series(trained: DataFacts, given: DataFacts) -> bool:
+def same_series(trained: "DataFacts", given: "DataFacts") -> bool:
     return dataclasses.replace(trained.identity, name="") == dataclasses.replace(given.identity, name="")
 
 

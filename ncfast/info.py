@@ -5,12 +5,13 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-
-import torch
+from typing import TYPE_CHECKING
 
 from ncfast.cli import Parser, choose_device, run
-from ncfast.ops import dispatch
 from ncfast.version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 OPERATIONS = (
     "nearest_code",
@@ -38,6 +39,10 @@ def make_parser() -> Parser:
 
 def main(command_line: list[str] | None = None) -> None:
     device, reason = choose_device(make_parser().parse_args(command_line).device)
+    import torch
+
+    from ncfast.ops import dispatch
+
     cuda = torch.version.cuda or "none"
     print(f"ncfast       {__version__}")
     print(f"python       {platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -59,7 +64,7 @@ def main(command_line: list[str] | None = None) -> None:
             print(f"  {operation:<20} {name:<10} {'yes' if why is None else f'no: {why}'}")
 
 
-def table(operation: str, device: torch.device) -> dict[str, str | None]:
+def table(operation: str, device: "torch.device") -> dict[str, str | None]:
     return importlib.import_module(f"ncfast.ops.{operation}").why_not(device)
 
 

@@ -20,6 +20,7 @@ from ncfast.engine.memory import check_fits, human
 from ncfast.engine.precision import autocast, computing, resolve_precision
 from ncfast.errors import UserError
 from ncfast.labels import TRAIN
+from ncfast.nn.meta import without_memory
 from ncfast.stage1 import VQVAE
 from ncfast.stage2 import Prior
 from ncfast.version import __version__
@@ -219,7 +220,7 @@ def build_models(config: Config, data: DataFacts) -> tuple[VQVAE, Prior]:
 
 def on_meta(config: Config, channels: int, length: int, num_classes: int) -> tuple[VQVAE, Prior]:
     """The models' shapes, without memory for them."""
-    with torch.device("meta"):
+    with without_memory():
         vqvae = VQVAE(config, channels, length)
         return vqvae, Prior(config, vqvae.vq.codebook, vqvae.num_tokens, num_classes)
 

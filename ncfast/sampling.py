@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncfast.config import Config
+from ncfast.engine.compile_ahead import compile_ahead
 from ncfast.engine.cuda_graph import CudaGraph
 from ncfast.engine.precision import autocast, computing
 from ncfast.ops import unmask_step
@@ -85,18 +86,24 @@ class Sampler:
         unguided = config.guidance_scale == 1 and self.savers.conditional_pass_only
         self.guided = prior.num_classes > 0 and not unguided
         self.table = self.first_logits = None
-        with computing(precision, self.device), autocast(precision, self.device):
-            if self.savers.first_layer_table:
-                self.table = self.first_layer_table()
-            if self.savers.first_step_by_class:
-                classes = torch.arange(prior.num_classes + 1, device=self.device)
-                masks = torch.full((len(classes), prior.num_tokens), prior.num_codes, device=self.device)
-                self.first_logits = self.logits(masks, classes)  # [C + 1, n, K]
+        with computing(precision, self.device):
+            compile_ahead(self.prepare, self.device)
+            self.table = self.first_logits = None
+            self.prepare()
         # Row u: the schedule of a series with u tokens to fill.
         n, steps = prior.num_tokens, config.decoding_steps
         schedules = [mask_schedule(unknown, steps, config.unmasking) for unknown in range(n + 1)]
         self.schedules = torch.tensor(schedules, device=self.device)  # [n + 1, T]
         self.schedule = schedules[n]
+
+    def prepare(self) -> None:
+        with autocast(self.precision, self.device):
+            if self.savers.first_layer_table:
+                self.table = self.first_layer_table()
+            if self.savers.first_step_by_class:
+                classes = torch.arange(self.prior.num_classes + 1, device=self.device)
+                masks = torch.full((len(classes), self.prior.num_tokens), self.prior.num_codes, device=self.device)
+                self.first_logits = self.logits(masks, classes)  # [C + 1, n, K]
 
     @torch.no_grad()
     def decode(self, labels: Tensor, sample: Tensor, seed: int | Tensor, known: Tensor | None = None) -> Tensor:
@@ -212,6 +219,7 @@ class ChunkDecoder:
         self.with_series = decode
         self.wants_graph = graph and sampler.device.type == "cuda"
         self.graph: CudaGraph | None = None
+        self.compiled = False
 
     @torch.no_grad()
     def __call__(
@@ -226,13 +234,16 @@ class ChunkDecoder:
         if known is not None:
             inputs.append(known)
         with computing(self.sampler.precision, self.sampler.device):
+            if not self.compiled:
+                compile_ahead(lambda: self.decode(*inputs), self.sampler.device)
+                self.compiled = True
             if self.wants_graph and self.graph is None:
                 self.capture(inputs)
             return self.decode(*inputs) if self.graph is None else self.graph(*inputs)
 
     def capture(self, inputs: list[Tensor]) -> None:
         try:
-            self.graph = CudaGraph(self.decode, *inputs)
+            self.graph = CudaGraph(self.decode, *inputs, warm_ups=1)
         except RuntimeError as error:
             self.wants_graph = False
             warnings.warn(

@@ -1,28 +1,25 @@
 """Train both stages on one data set: python -m ncfast.train --dataset FordA --ssl vicreg"""
 
 import argparse
+import contextlib
 import dataclasses
+import sys
+import threading
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
-from ncfast.cli import Parser, choose_device, run
+from ncfast.cli import Parser, choose_device, leave_compiler_out, run, start_driver
 from ncfast.config import PRESETS, Config, add_config_arguments, given_config_values, make_config
-from ncfast.data.facts import DataFacts
-from ncfast.data.sources import Dataset, load_dataset
-from ncfast.engine.loop import batch_ends
-from ncfast.engine.processes import Processes
-from ncfast.ensemble import member_configs, train_ensemble
 from ncfast.errors import UserError
-from ncfast.evaluation.plots import draw_samples, write_figure
-from ncfast.launch import launched, local_rank
-from ncfast.ncvqvae import NCVQVAE, build_models
-from ncfast.ops import dispatch
-from ncfast.ops.nearest_code import why_not
-from ncfast.stage1 import WITHOUT_LOSS, SelfSupervision
-from ncfast.training import resolve_config, train
 from ncfast.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from ncfast.data.dataset import Dataset
+    from ncfast.engine.processes import Processes
+    from ncfast.ncvqvae import NCVQVAE
 
 
 def make_parser() -> Parser:
@@ -65,11 +62,21 @@ def integers(text: str) -> list[int]:
 
 
 def main(command_line: list[str] | None = None) -> None:
+    make_parser().answer_help(command_line)
+    start_driver("cpu" if "cpu" in (sys.argv if command_line is None else command_line) else "auto")
+    from ncfast.launch import launched
+
+    leave_compiler_out()
     with launched() as processes:
         train_program(processes, command_line)
 
 
-def train_program(processes: Processes, command_line: list[str] | None = None) -> None:
+def train_program(processes: "Processes", command_line: list[str] | None = None) -> None:
+    from ncfast.data.sources import load_dataset
+    from ncfast.ensemble import member_configs, train_ensemble
+    from ncfast.launch import local_rank
+    from ncfast.training import resolve_config, train
+
     arguments = make_parser().parse_args(command_line)
     if arguments.checkpoint_every is not None and arguments.checkpoint_every < 1:
         raise UserError(f"--checkpoint-every is at least 1; got {arguments.checkpoint_every}")
@@ -82,8 +89,9 @@ def train_program(processes: Processes, command_line: list[str] | None = None) -
             raise UserError("--seeds trains its models in one process; start it without torchrun, or give --seed")
         values["seed"] = member_configs(make_config(arguments.preset, **values), seeds)[0].seed
     config = make_config(arguments.preset, **values)
+    device, device_reason = processes.on_all(lambda: choose_device(arguments.device, local_rank()))
 
-    def load() -> Dataset:
+    def load() -> "Dataset":
         return load_dataset(arguments.dataset, arguments.data_dir)
 
     # The first process before the others: where it has to download, they find the file.
@@ -91,12 +99,13 @@ def train_program(processes: Processes, command_line: list[str] | None = None) -
     dataset = processes.on_all(lambda: loaded or load())
     for note in dataset.notes:
         print(f"warning: {note}")
-    device, device_reason = processes.on_all(lambda: choose_device(arguments.device, local_rank()))
     config = resolve_config(config, dataset, device)
     out = arguments.out or Path("runs") / f"{dataset.name}-{config.ssl}"
     describe(config, dataset, device, device_reason, out, seeds, processes)
     if arguments.dry_run:
         return
+    if processes.is_first:  # the picture's library, beside the training
+        threading.Thread(target=import_quietly, args=("matplotlib.figure",), daemon=True).start()
 
     how = {
         "out": out,
@@ -118,18 +127,34 @@ def train_program(processes: Processes, command_line: list[str] | None = None) -
     print(f"next: python -m ncfast.generate --run {next(iter(runs))} --num-samples 1000 --out {dataset.name}.h5")
 
 
+def import_quietly(module: str) -> None:
+    """An error comes when it is imported where it is needed."""
+    with contextlib.suppress(Exception):
+        import_module(module)
+
+
 def describe(
     config: Config,
-    dataset: Dataset,
-    device: torch.device,
+    dataset: "Dataset",
+    device: "torch.device",
     device_reason: str,
     out: Path,
     seeds: list[int] | None,
-    processes: Processes,
+    processes: "Processes",
 ) -> None:
     """Everything that was decided, before any time is spent."""
+    import torch
+
+    from ncfast.data.facts import DataFacts
+    from ncfast.engine.loop import batch_ends
+    from ncfast.ncvqvae import build_models
+    from ncfast.nn.meta import without_memory
+    from ncfast.ops import dispatch
+    from ncfast.ops.nearest_code import why_not
+    from ncfast.stage1 import WITHOUT_LOSS, SelfSupervision
+
     data = DataFacts.of(dataset)
-    with torch.device("meta"):
+    with without_memory():
         vqvae, prior = build_models(config, data)
         projector = None if config.ssl in WITHOUT_LOSS else SelfSupervision(config)
     counts = [sum(p.numel() for p in m.parameters()) for m in (vqvae, prior, projector) if m is not None]
@@ -144,8 +169,7 @@ def describe(
     )
     print(f"device     {device} ({device_reason}); {config.precision}; nearest code: {lookup}")
     if not processes.is_alone:
-        no_graph = "; steps of several processes are not CUDA graphs" if device.type == "cuda" else ""
-        print(f"processes  {processes.size}, each with its rows of every batch{no_graph}")
+        print(f"processes  {processes.size}, each with its rows of every batch")
     grid = " x ".join(map(str, vqvae.grid))
     print(
         f"model      {grid} = {vqvae.num_tokens} tokens of {config.codebook_size} codes; parameters: "
@@ -162,8 +186,12 @@ def describe(
     print(f"options    {options}", flush=True)
 
 
-def write_picture(model: NCVQVAE, dataset: Dataset, out: Path) -> str:
+def write_picture(model: "NCVQVAE", dataset: "Dataset", out: Path) -> str:
     """samples.png, or the reason why there is none."""
+    import numpy as np
+
+    from ncfast.evaluation.plots import draw_samples, write_figure
+
     names = model.class_names
     per_class = 10
     x, y = model.sample(per_class * max(1, len(names)), labels="balanced" if names else "none", seed=model.config.seed)

@@ -103,7 +103,7 @@ def test_mistakes(evaluated, arguments, message):
 @pytest.mark.parametrize("package, module", [("matplotlib", "matplotlib.figure"), ("scikit-learn", "sklearn")])
 def test_missing_packages_are_said_before_any_work(evaluated, monkeypatch, package, module):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(program, "load", None)
+    monkeypatch.setattr("ncfast.ncvqvae.load", None)
     with pytest.raises(UserError, match=rf"report needs {package}: pip install 'ncfast\[eval\]', or add --no-report"):
         evaluated("--measures=acd")
 

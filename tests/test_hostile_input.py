@@ -18,7 +18,7 @@ from test_generate import save_run
 from test_training import FLAGS, SMALL, waves
 
 import ncfast
-from ncfast import cli, generate, info, ops, train, training
+from ncfast import cli, generate, info, ops, shards, train, training
 from ncfast.engine import lock
 from ncfast.engine.logging import RunLog
 from ncfast.engine.memory import exhaustion_explained
@@ -494,10 +494,22 @@ def test_info_refuses(capsys):
 
 def test_out_of_memory_is_one_line_and_a_bug_is_not():
     cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), cpu):
+    libraries = [
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("NCCL error: ... Last error:\nCuda failure 2 'out of memory'"),
+    ]
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), cpu, *libraries):
         with pytest.raises(ncfast.UserError, match="out of memory; lower --dim"), exhaustion_explained("lower --dim"):
             raise error
-    for bug in (RuntimeError("shapes differ"), TypeError("x"), OSError("no file is named")):
+    for bug in (
+        RuntimeError("shapes differ"),
+        RuntimeError("CUBLAS_STATUS_INVALID_VALUE"),
+        TypeError("x"),
+        OSError("no file is named"),
+    ):
         with pytest.raises(type(bug)):
             cli.run(lambda bug=bug: exhaustion_explained("")(raised)(bug))
 
@@ -636,8 +648,8 @@ def test_a_folder_that_vanishes_ends_the_job_in_one_line(run, resumed, tmp_path,
 
     out = tmp_path / "out"
     out.mkdir()
-    write = generate.ShardWriter.write
-    monkeypatch.setattr(generate.ShardWriter, "write", lambda *a: (write(*a), shutil.rmtree(out, ignore_errors=True)))
+    write = shards.ShardWriter.write
+    monkeypatch.setattr(shards.ShardWriter, "write", lambda *a: (write(*a), shutil.rmtree(out, ignore_errors=True)))
     line = refusal(capsys, generate.main, "--run", run, "--num-samples", 9, "--out", out / "x.h5")
     assert "cannot write" in line and str(out) in line
 

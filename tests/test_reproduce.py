@@ -3,12 +3,15 @@
 import csv
 import json
 import statistics
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from test_training import FLAGS, waves
 
 import ncfast
+from ncfast import cells as cells_module
 from ncfast import reproduce
 from ncfast.data.sources import from_arrays
 from ncfast.evaluation import comparison
@@ -17,7 +20,7 @@ TINY = [*FLAGS, "--stage1-epochs=3", "--stage2-epochs=4", "--fcn-epochs=2", "--d
 
 
 def cells(*arguments):
-    return reproduce.make_cells(reproduce.make_parser().parse_args(["--datasets", "A", "B", *arguments]))
+    return cells_module.make_cells(reproduce.make_parser().parse_args(["--datasets", "A", "B", *arguments]))
 
 
 def test_cells_are_those_of_the_paper_and_named_ablations():
@@ -57,15 +60,15 @@ def test_cells_are_those_of_the_paper_and_named_ablations():
 
 def test_the_budget_is_a_share_of_the_epochs():
     config = cells("--seeds", "1")[0].config
-    short = reproduce.shortened(config, 0.05)
+    short = cells_module.shortened(config, 0.05)
     assert (short.stage1_epochs, short.stage2_epochs) == (50, 50)
-    assert reproduce.shortened(short, 0.001).stage1_epochs == 1
+    assert cells_module.shortened(short, 0.001).stage1_epochs == 1
 
 
 def test_a_share_of_each_class_is_held_out():
     x, y = waves(40)
     dataset = from_arrays(x, np.where(np.arange(40) < 3, "rare", y), x[:5], y[:5])
-    held = reproduce.hold_out(dataset, 0.25)
+    held = cells_module.hold_out(dataset, 0.25)
     assert len(held.X_train) + len(held.X_test) == 40
     both = np.concatenate([held.X_train, held.X_test])[:, 0]
     assert {row.tobytes() for row in both} == {row.tobytes() for row in x[:, 0]}
@@ -147,9 +150,48 @@ def test_from_end_to_end_and_again(tmp_path, capsys):
     assert capsys.readouterr().out.count("failed") == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
+def test_processes_share_the_cells(tmp_path, launcher):
+    x, y = waves(60)
+    np.savez(tmp_path / "Waves.npz", X_train=x[:40], y_train=y[:40], X_test=x[40:], y_test=y[40:])
+    out = tmp_path / "table"
+    arguments = [
+        "--datasets",
+        tmp_path / "Waves.npz",
+        "--methods",
+        "none",
+        "vicreg",
+        "--views",
+        "warp",
+        "--seeds",
+        "1,2",
+    ]
+    arguments += ["--out", out, "--cache", tmp_path / "cache", "--measures", "fid", *TINY]
+    arguments += [] if launcher else ["--jobs", "2"]
+    command = [sys.executable, *launcher, "-m", "ncfast.reproduce", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    done = [line for line in result.stdout.splitlines() if line.startswith("[")]
+    assert sorted(line[:5] for line in done) == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]  # each by one process
+    with open(out / "results.csv") as file:
+        assert sum(row["metric"] == "FID" for row in csv.DictReader(file)) == 4
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_is_told_by_it_and_counted(tmp_path):
+    arguments = ["--datasets", str(tmp_path / "missing.npz"), "--methods", "none", "--seeds", "1", "--jobs", "2"]
+    command = [sys.executable, "-m", "ncfast.reproduce", *arguments, "--out", str(tmp_path / "table")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and "missing.npz" in errors[0], result.stderr
+    assert errors[1:] == ["error: 1 of 2 processes ended with an error; the same command again continues"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--jobs", "0"], "--jobs is at least 1"),
         (["--seeds", "1,1"], "different integers"),
         (["--budget", "0"], "above 0, at most 1"),
         (["--holdout", "x"], "above 0, at most 1"),

@@ -249,7 +249,7 @@ def make_decoder(graph, device="cpu"):
 
 
 def test_a_graph_that_cannot_be_captured_is_said_and_done_without(monkeypatch):
-    def refuse(*arguments):
+    def refuse(*arguments, **options):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr("ncfast.sampling.CudaGraph", refuse)

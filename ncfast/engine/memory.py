@@ -13,6 +13,17 @@ from ncfast.errors import UserError
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 MEMINFO = Path("/proc/meminfo")
+# In errors that have no type of their own: of PyTorch's allocator on a CPU, of the driver, which Triton and CUDA graphs
+# ask too, of cuBLAS and cuDNN when they make their handles and workspaces, of NCCL.
+WORDS_OF_EXHAUSTION = (
+    *("can't allocate memory", "not enough memory", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory"),
+    *(
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    ),
+    *("CUFFT_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED", "Cuda failure 2 'out of memory'"),
+)
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -48,8 +59,7 @@ def exhaustion_explained(advice: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise UserError(f"out of memory; {advice}") from error
     except RuntimeError as error:
-        # The CPU allocator of PyTorch has no error type of its own.
-        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+        if not any(words in str(error) for words in WORDS_OF_EXHAUSTION):
             raise
         raise UserError(f"out of memory; {advice}") from error
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
+from ncfast.config import PRECISIONS
 from ncfast.errors import UserError
 
-PRECISIONS = ("fp32", "tf32", "bf16")
 ON_CPU, ON_GPU = "fp32", "tf32"  # of what is not said
 
 

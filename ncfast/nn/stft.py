@@ -27,6 +27,17 @@ class STFT(nn.Module):
         self.num_bins = n_fft // 2 + 1  # H
         self.num_frames = length // self.hop + 1  # W
 
+        # Made on the CPU wherever the module is made: on the meta device `arange` and others run in Python, for which
+        # PyTorch imports a second's worth of modules.
+        device = torch.get_default_device()
+        with torch.device("cpu"):
+            buffers = self.make_buffers()
+        for name, buffer in zip(("forward_basis", "inverse_basis", "gain"), buffers, strict=True):
+            self.register_buffer(name, buffer.float().to(device), persistent=False)
+
+    def make_buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Bases [2H, 1, n_fft] of both directions, and what undoes the windows' overlap [1, 1, L]; float64."""
+        n_fft = self.n_fft
         window = torch.hann_window(n_fft, dtype=torch.float64)
         n = torch.arange(n_fft, dtype=torch.float64)
         k = torch.arange(self.num_bins, dtype=torch.float64)[:, None]
@@ -40,10 +51,8 @@ class STFT(nn.Module):
             torch.ones(1, 1, self.num_frames, dtype=torch.float64), window.square()[None, None], stride=self.hop
         )
         start = n_fft // 2
-        envelope = envelope[..., start : start + length]
-        self.register_buffer("forward_basis", forward.flatten(0, 1)[:, None].float(), persistent=False)
-        self.register_buffer("inverse_basis", inverse.flatten(0, 1)[:, None].float(), persistent=False)
-        self.register_buffer("gain", (1 / envelope).float(), persistent=False)  # [1, 1, L]
+        envelope = envelope[..., start : start + self.length]
+        return forward.flatten(0, 1)[:, None], inverse.flatten(0, 1)[:, None], 1 / envelope
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, L] -> u [B, 2C, H, W]: real and imaginary part of each channel."""

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,21 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloa
 
 # One library holds every operator: torch.ops.ncfast.<stem>_<implementation>.
 library = torch.library.Library("ncfast", "DEF")
+
+# While `engine.compile_ahead` runs, Triton kernels that are not compiled yet write nothing.
+kernels_left_out = False
+
+
+def empty_indices(*shape: int, device: torch.device) -> torch.Tensor:
+    """int64, to be filled by a kernel with what others take for indices: none of them ever points nowhere."""
+    make = torch.zeros if kernels_left_out else torch.empty
+    return make(*shape, dtype=torch.int64, device=device)
+
+
+def constant_when_compiled(function: Callable) -> Callable:
+    """What torch.compiler.assume_constant_result does, which imports all of TorchDynamo, a second, for it."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 def choose(operation: str, impl: str | None, why_not: dict[str, str | None]) -> str:
@@ -64,7 +80,7 @@ def load_module(name: str) -> tuple[ModuleType | None, str | None]:
         return None, f"ncfast.{name} was built but does not load ({error}); reinstall ncfast with this Python"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def why_not_cpp(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the tensors are on {device.type}, and this is the CPU implementation"
@@ -80,7 +96,7 @@ def why_not_cuda_here() -> str | None:
     return load_module("_C_cuda")[1]
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def why_not_cuda(device: torch.device) -> str | None:
     if device.type != "cuda":
         return why_not_cuda_here() or f"the tensors are on {device.type}, and this is the CUDA implementation"
@@ -100,7 +116,7 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def why_not_triton(device: torch.device) -> str | None:
     missing = why_not_triton_here()
     if missing is not None:

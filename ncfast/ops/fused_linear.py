@@ -243,12 +243,12 @@ def why_not(
     return dict(reversed(table.items())) if device.type == "cuda" else table
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant_when_compiled
 def allows_tf32() -> bool:
     return torch.backends.cuda.matmul.allow_tf32
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant_when_compiled
 def shared_memory_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 

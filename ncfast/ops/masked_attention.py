@@ -194,7 +194,7 @@ def shared_memory(dtype: torch.dtype, length: int, head_dim: int) -> int:
     return max(28 * elements, 128 << 10) if dtype == torch.float32 else 8 * elements + (16 << 10)
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant_when_compiled
 def shared_memory_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 

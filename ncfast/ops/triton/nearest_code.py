@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ncfast.ops import dispatch
+
 # A row that awaits the float64 pass is marked in the output itself, so nothing is compacted and the host never waits.
 AMBIGUOUS = tl.constexpr(-1)
 
@@ -20,7 +22,7 @@ LARGEST_SAFE = tl.constexpr(2.0**126)
 def nearest_code_triton(z: Tensor, codebook: Tensor) -> Tensor:
     """z [H, M, D] float32, float16 or bfloat16, codebook [H, K, D] float32, both contiguous -> int64 [H, M]."""
     (H, M, D), K = z.shape, codebook.shape[1]
-    indices = torch.empty(H, M, dtype=torch.int64, device=z.device)
+    indices = dispatch.empty_indices(H, M, device=z.device)
     if H * M == 0:
         return indices
     half_squares = torch.empty(H, K, dtype=torch.float32, device=z.device)

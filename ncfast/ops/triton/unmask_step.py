@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ncfast.ops import dispatch
 from ncfast.ops import philox as streams
 from ncfast.ops.triton.philox import uniform
 
@@ -41,7 +42,8 @@ def unmask_step_triton(
     likeliest code weighs. Returns tokens [B, n] and the positions [B, width] that are still masked.
     """
     (B, m, K), n = logits.shape, tokens.shape[1]
-    out, remaining = torch.empty_like(tokens), tokens.new_empty(B, width)
+    out = dispatch.empty_indices(*tokens.shape, device=tokens.device)
+    remaining = dispatch.empty_indices(B, width, device=tokens.device)
     if B == 0:
         return out, remaining
     confidence = torch.empty(B, m, dtype=torch.float64, device=logits.device)

@@ -1,0 +1,91 @@
+"""What programs and the package import: torch takes seconds, and what torch can import takes more."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_training import FLAGS, waves
+
+import ncfast
+from ncfast.config import MEASURES, make_config
+from ncfast.data.facts import DataFacts
+from ncfast.data.sources import from_arrays
+from ncfast.evaluation import protocol
+from ncfast.ncvqvae import build_models
+from ncfast.nn.meta import without_memory
+from ncfast.stage1 import SelfSupervision
+
+PROGRAMS = ("train", "generate", "evaluate", "reproduce", "info")
+HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "matplotlib", "sklearn", "tensorboard", "aeon", "triton")
+
+
+def imported(code, folder):
+    """Modules that are there after `code`."""
+    path = folder / "modules"
+    report = f"import atexit, sys; atexit.register(lambda: open({str(path)!r}, 'w').write(' '.join(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", f"{report}\n{code}"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return set(path.read_text().split())
+
+
+def test_the_package_imports_nothing_before_it_is_asked(tmp_path):
+    modules = imported("import ncfast; ncfast.__version__; dir(ncfast)", tmp_path)
+    assert not {"torch", "numpy", "h5py"} & modules
+    modules = imported("from ncfast import VectorQuantize, nearest_code", tmp_path)
+    assert "torch" in modules and not {"h5py", *HEAVY} & modules
+
+
+def test_everything_public_is_there():
+    for name in ncfast.__all__:
+        assert getattr(ncfast, name) is not None and name in dir(ncfast)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        ncfast.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_imports_nothing(program, tmp_path):
+    code = f"import sys; sys.argv[1:] = ['--help']; from ncfast import {program}; {program}.main()"
+    modules = imported(code, tmp_path)
+    assert not {"torch", "numpy", "h5py"} & modules
+
+
+@pytest.mark.slow
+def test_training_and_generating_import_no_compiler(tmp_path):
+    import numpy as np
+
+    x, y = waves()
+    np.savez(tmp_path / "waves.npz", X_train=x, y_train=y)
+    run = str(tmp_path / "run")
+    arguments = ["--dataset", str(tmp_path / "waves.npz"), "--ssl", "vibcreg", "--out", run, "--device", "cpu", *FLAGS]
+    arguments += ["--stage1-epochs", "1", "--stage2-epochs", "1"]
+    code = f"from ncfast import train; train.describe = train.write_picture = lambda *_: ''; train.main({arguments})"
+    modules = imported(code, tmp_path)
+    assert "torch" in modules and not {"torch._dynamo", "torch._inductor", "sympy"} & modules
+    arguments = ["--run", run, "--num-samples", "9", "--out", str(tmp_path / "x.h5"), "--device", "cpu"]
+    modules = imported(f"from ncfast import generate; generate.main({arguments})", tmp_path)
+    assert "h5py" in modules and not set(HEAVY) & modules
+
+
+def test_measures_are_those_of_the_help():
+    assert tuple(protocol.MEASURES) == MEASURES
+
+
+@pytest.mark.parametrize("ssl", ["barlow", "vibcreg"])
+@pytest.mark.parametrize("options", [{}, {"codebook_init": "kmeans", "embeddings": "random"}, {"halvings": 2}])
+def test_modules_without_memory_have_the_shapes_of_those_with(ssl, options):
+    config = make_config(ssl=ssl, dim=8, projector_dim=32, **options)
+    data = DataFacts.of(from_arrays(*waves()))
+
+    def make():
+        return *build_models(config, data), SelfSupervision(config)
+
+    with without_memory():
+        bare = make()
+    for one, other in zip(bare, make(), strict=True):
+        tensors = dict(one.named_parameters()) | dict(one.named_buffers())
+        expected = dict(other.named_parameters()) | dict(other.named_buffers())
+        assert {name: (value.shape, value.dtype) for name, value in tensors.items()} == {
+            name: (value.shape, value.dtype) for name, value in expected.items()
+        }
+        assert all(value.device == torch.device("meta") for value in tensors.values())
