@@ -84,8 +84,8 @@ def barlow_twins_loss(
             gradient of the whole batch, or "official", 1 / processes of it, as in the code of Barlow Twins.
 
     Returns:
-        Scalar, float32 (float64 for float64 input), differentiable in both views, whatever the autocast state. A
-        second derivative is refused, except of the reference.
+        Scalar, float32 (float64 for float64 input), differentiable in both views, whatever the autocast state,
+        twice too: a second derivative is the reference's.
 
     Raises:
         ValueError: views that are not alike and [N >= 2, D]; an unknown convention, route, impl or gradient;
@@ -106,4 +106,6 @@ def barlow_twins_loss(
 
 
 why_not = why_not_kernels
-apply = define_operators("barlow_twins_loss", "float lambd, int ddof, float eps, float eps_std, float scale")
+apply = define_operators(
+    "barlow_twins_loss", "float lambd, int ddof, float eps, float eps_std, float scale", barlow_twins_loss_reference
+)

@@ -3,10 +3,10 @@ LeakyReLU and replicate padding after it (Ioffe and Szegedy, Batch normalization
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ncfast.ops import batch_norm_distributed, dispatch
+from ncfast.ops.gradients import of_kernel
 
 
 def batch_norm_reference(
@@ -152,7 +152,7 @@ class BatchNorm(torch.autograd.Function):
         return y, activated
 
     @staticmethod
-    @once_differentiable
+    @of_kernel("batch_norm")
     def backward(ctx, grad_y: Tensor, grad_activated: Tensor):
         h, saved, weight, bias = ctx.saved_tensors
         views, slope, then_slope, pad = ctx.options

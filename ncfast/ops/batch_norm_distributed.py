@@ -11,9 +11,9 @@ with a third one that makes the message.
 
 import torch
 from torch import Tensor, distributed
-from torch.autograd.function import once_differentiable
 
 from ncfast.ops.collectives import gather
+from ncfast.ops.gradients import of_kernel
 
 OVER_ROWS = (1, 3, 4)  # of [views, n, C, H, W]: all but view and channel
 
@@ -39,7 +39,7 @@ class BatchNorm(torch.autograd.Function):
         return y.flatten(0, 1).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @of_kernel("batch_norm over processes")
     def backward(ctx, grad_y: Tensor):
         x, weight, number, mean, scale = ctx.saved_tensors
         rows, grad = by_view(x, ctx.views), by_view(grad_y, ctx.views)
@@ -77,7 +77,7 @@ class TritonBatchNorm(torch.autograd.Function):
         return y, activated
 
     @staticmethod
-    @once_differentiable
+    @of_kernel("batch_norm over processes")
     def backward(ctx, grad_y: Tensor, grad_activated: Tensor):
         from ncfast.ops.triton.batch_norm import batch_norm_backward_triton
 

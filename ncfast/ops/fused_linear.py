@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ncfast.ops import dispatch
+from ncfast.ops.gradients import of_kernel
 
 MAX_NORMED = 512  # columns that the Triton kernel holds, as it must to normalise them
 LEAST_SHARED_MEMORY = 99 << 10  # of a program of it: what all GPUs from sm_80 on have
@@ -134,7 +134,7 @@ class FusedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @of_kernel("fused_linear")
     def backward(ctx, grad_y: Tensor):
         x, weight, norm_weight, pre = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):
@@ -171,7 +171,7 @@ class FusedLinearTriton(torch.autograd.Function):
         return y, x.view_as(x) if return_x else None
 
     @staticmethod
-    @once_differentiable
+    @of_kernel("fused_linear")
     def backward(ctx, grad_y: Tensor, grad_passed: Tensor | None):
         x, weight, bias, norm_weight, pre = ctx.saved_tensors
         grad_x, grad_weight, grad_bias, grad_norm_weight = TRITON_BACKWARD(

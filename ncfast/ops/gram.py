@@ -4,14 +4,15 @@
 that is 32 times fewer operations and no D x D memory (Garrido et al., arXiv 2206.02574, give the duality).
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ncfast.ops import dispatch
+from ncfast.ops.gradients import of_kernel
 
 # Beyond so many rows a loss on a GPU is bound by its matrix products, and PyTorch's are faster than Triton's.
 MAX_TRITON_ROWS = 512
@@ -82,12 +83,12 @@ def choose(operation: str, impl: str, why_not: dict[str, str | None], route: str
     return dispatch.choose(operation, impl, why_not)
 
 
-def define_operators(stem: str, options: str) -> Callable[..., Tensor]:
+def define_operators(stem: str, options: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Registers the kernels of a loss; returns `apply(implementation, za, zb, **options)`, a differentiable scalar.
 
     An implementation is a forward operator (za, zb, options) -> (loss, saved) and a backward operator
     (grad_loss, za, zb, saved, options) -> (grad_za, grad_zb), on contiguous float32 views [N, D]; `saved` is a float32
-    vector of its own making.
+    vector of its own making. `reference` is the loss in plain PyTorch, for second derivatives.
     """
 
     def module(name: str):
@@ -155,23 +156,29 @@ def define_operators(stem: str, options: str) -> Callable[..., Tensor]:
 
     def apply(implementation: str, za: Tensor, zb: Tensor, **given) -> Tensor:
         values = [given[name] for name in names]
-        return GramLoss.apply(za.contiguous(), zb.contiguous(), operators[implementation], values)
+        again = functools.partial(reference, route="gram", **given)
+        return GramLoss.apply(za.contiguous(), zb.contiguous(), operators[implementation], values, again)
 
     return apply
 
 
+def gram_loss_again(ctx) -> tuple[tuple, tuple]:
+    za, zb, _ = ctx.saved_tensors
+    return (za, zb), (ctx.again(za, zb),)
+
+
 class GramLoss(torch.autograd.Function):
-    """The gradient of a loss whose kernels are `operators`, (forward, backward)."""
+    """The gradient of a loss whose kernels are `operators`, (forward, backward); `again` is its reference."""
 
     @staticmethod
-    def forward(ctx, za: Tensor, zb: Tensor, operators: tuple, options: list) -> Tensor:
+    def forward(ctx, za: Tensor, zb: Tensor, operators: tuple, options: list, again: Callable[..., Tensor]) -> Tensor:
         loss, saved = operators[0](za.detach(), zb.detach(), *options)
         ctx.save_for_backward(za, zb, saved)
-        ctx.operators, ctx.options = operators, options
+        ctx.operators, ctx.options, ctx.again = operators, options, again
         return loss
 
     @staticmethod
-    @once_differentiable
+    @of_kernel("SSL loss", gram_loss_again)
     def backward(ctx, grad_loss: Tensor):
         grad_za, grad_zb = ctx.operators[1](grad_loss, *ctx.saved_tensors, *ctx.options)
-        return grad_za, grad_zb, None, None
+        return grad_za, grad_zb, None, None, None

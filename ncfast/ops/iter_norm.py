@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ncfast.ops import dispatch
+from ncfast.ops.gradients import of_kernel
 
 
 def iter_norm_reference(x: Tensor, *, groups: int = 64, iterations: int = 5, eps: float = 1e-5) -> Tensor:
@@ -54,8 +54,7 @@ def iter_norm(
         impl: "auto" (the fastest that can run the call), "reference", "cpp" or "triton".
 
     Returns:
-        [N, D], float32 (float64 for float64 input). Differentiable once; a second derivative is refused, except of the
-        reference.
+        [N, D], float32 (float64 for float64 input). Differentiable, twice too: a second derivative is the reference's.
 
     Raises:
         ValueError: a shape or a number of iterations that does not fit; an unknown impl.
@@ -75,6 +74,12 @@ def iter_norm(
         return IterNorm.apply(x.contiguous(), groups, iterations, eps, name)
 
 
+def iter_norm_again(ctx) -> tuple[tuple, tuple]:
+    x, _ = ctx.saved_tensors
+    groups, iterations, eps = ctx.arguments
+    return (x,), (iter_norm_reference(x, groups=groups, iterations=iterations, eps=eps),)
+
+
 class IterNorm(torch.autograd.Function):
     """The gradient of an operator `name`; x [N, D] float32, contiguous."""
 
@@ -86,7 +91,7 @@ class IterNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @of_kernel("iter_norm", iter_norm_again)
     def backward(ctx, grad_y: Tensor):
         x, saved = ctx.saved_tensors
         return BACKWARD_OPERATORS[ctx.name](grad_y.contiguous(), x, saved, *ctx.arguments), None, None, None, None

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ncfast.ops import dispatch
+from ncfast.ops.gradients import of_kernel
 
 MAX_COLUMNS = 1024  # of a row that the Triton kernels hold in registers
 
@@ -88,7 +88,7 @@ class LayerNorm(torch.autograd.Function):
         return OPERATOR(x, weight, bias, add, eps, gelu, dtype)
 
     @staticmethod
-    @once_differentiable
+    @of_kernel("layer_norm")
     def backward(ctx, grad_y: Tensor):
         x, weight, add = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = BACKWARD_OPERATOR(grad_y.contiguous(), x, weight, add, ctx.eps, ctx.gelu)

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ncfast.ops import dispatch
+from ncfast.ops.gradients import of_kernel
 
 MAX_LENGTH = 128  # of a sequence that the kernels take; beyond it PyTorch's own attention is as fast
 # That the Triton kernels take: a head of theirs stays in registers and shared memory.
@@ -145,7 +145,7 @@ class MaskedAttention(torch.autograd.Function):
         return OPERATORS[name](qkv.detach(), key_mask, lengths, q_scale, k_scale, null_kv, scale)
 
     @staticmethod
-    @once_differentiable
+    @of_kernel("masked_attention")
     def backward(ctx, grad_out: Tensor):
         _, _, _, q_scale, _, null_kv = inputs = ctx.saved_tensors
         grads = BACKWARD_OPERATORS[ctx.name](grad_out.contiguous(), *inputs, ctx.scale)

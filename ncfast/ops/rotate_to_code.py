@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ncfast.ops import dispatch
 from ncfast.ops.code_stats import code_stats
+from ncfast.ops.gradients import of_kernel
 
 LEAST_NORM = 1e-6  # norms are kept above it where they divide; rows shorter than it are not rotated
 
@@ -14,10 +14,15 @@ def rotate_to_code_reference(
     z: Tensor, codebook: Tensor, indices: Tensor, rotate: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The definition in plain PyTorch, differentiated by autograd. z [H, M, D], codebook [H, K, D], indices [H, M]."""
-    H, K, D = codebook.shape
-    used = (indices >= 0) & (indices < K)
+    H, K, _ = codebook.shape
     heads = torch.arange(H, device=z.device)[:, None]
-    q = codebook[heads, torch.where(used, indices, 0)].to(z.dtype)  # [H, M, D]
+    q = codebook[heads, torch.where((indices >= 0) & (indices < K), indices, 0)].to(z.dtype)  # [H, M, D]
+    return at_codes(z, q, indices, K, rotate)
+
+
+def at_codes(z: Tensor, q: Tensor, indices: Tensor, num_codes: int, rotate: bool) -> tuple[Tensor, Tensor]:
+    """The same with the code of each vector in q [H, M, D]."""
+    used, D = (indices >= 0) & (indices < num_codes), z.shape[-1]
     # Rows without a code are zeros from here on, whatever they held.
     x, code = (torch.where(used[..., None], rows, 0) for rows in (z, q))
     if z.dtype != torch.float64:
@@ -63,7 +68,7 @@ def rotate_to_code(
 
     Returns:
         codes, shaped and typed as z, and the mean of (z - code)² over all used elements, a scalar in float32 (float64
-        for float64 input). Differentiable once; a second derivative is refused, except of the reference.
+        for float64 input). Differentiable, twice too: a second derivative is the reference's.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; an unknown impl.
@@ -107,6 +112,18 @@ def check(z: Tensor, codebook: Tensor, indices: Tensor) -> None:
         )
 
 
+def rotate_to_code_again(ctx) -> tuple[tuple, tuple]:
+    z, q, indices, _ = ctx.saved_tensors
+    q = q.detach()  # an output: its graph is this one
+    codebook = ctx.codebook
+    if codebook is not None:
+        # Its rows have a gradient, and the values that they had: it may have been overwritten.
+        heads = torch.arange(len(codebook), device=z.device)[:, None]
+        rows = codebook[heads, indices.clamp(0, ctx.num_codes - 1)].to(q.dtype)
+        q = q + (rows - rows.detach())
+    return (z, codebook), at_codes(z, q, indices, ctx.num_codes, ctx.rotate)
+
+
 class RotateToCode(torch.autograd.Function):
     """The gradient of an operator `name`: z [H, M, D], codebook [H, K, D] float32 or as z, indices [H, M]."""
 
@@ -116,10 +133,11 @@ class RotateToCode(torch.autograd.Function):
         # q stands in for the codebook, which may be overwritten before the backward pass.
         ctx.save_for_backward(z, q, indices, inverse_count)
         ctx.rotate, ctx.name, ctx.num_codes = rotate, name, codebook.shape[1]
+        ctx.codebook = codebook if ctx.needs_input_grad[1] else None
         return q, loss
 
     @staticmethod
-    @once_differentiable
+    @of_kernel("rotate_to_code", rotate_to_code_again)
     def backward(ctx, grad_q: Tensor, grad_loss: Tensor):
         z, q, indices, inverse_count = ctx.saved_tensors
         grad_z = grad_codebook = None

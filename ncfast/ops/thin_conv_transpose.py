@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ncfast.ops import dispatch
+from ncfast.ops.gradients import of_kernel
 
 KERNEL, STRIDE, PADDING = (3, 4), (1, 2), (1, 1)
 MOST_CHANNELS = 6  # of a group, in or out; the kernels spell out loops over them, and with many more would spill
@@ -72,7 +72,7 @@ class ThinConvTranspose(torch.autograd.Function):
         return OPERATOR(x.detach(), weight.detach(), None if bias is None else bias.detach(), groups)
 
     @staticmethod
-    @once_differentiable
+    @of_kernel("thin_conv_transpose")
     def backward(ctx, grad_y: Tensor):
         x, weight = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = BACKWARD_OPERATOR(grad_y.contiguous(), x, weight, ctx.groups)

@@ -77,8 +77,8 @@ def vibcreg_loss(
             gradient of the whole batch, or "official", 1 / processes of it, as in the code of Barlow Twins.
 
     Returns:
-        Scalar, float32 (float64 for float64 input), differentiable in both views, whatever the autocast state. A
-        second derivative is refused, except of the reference.
+        Scalar, float32 (float64 for float64 input), differentiable in both views, whatever the autocast state,
+        twice too: a second derivative is the reference's.
 
     Raises:
         ValueError: views that are not alike and [N >= 2, D]; an unknown convention, var_reduction, route, impl or
@@ -101,4 +101,4 @@ def vibcreg_loss(
 
 why_not = why_not_kernels
 # var is the weight after var_reduction.
-apply = define_operators("vibcreg_loss", "float sim, float var, float cov, float eps")
+apply = define_operators("vibcreg_loss", "float sim, float var, float cov, float eps", vibcreg_loss_reference)

@@ -281,15 +281,6 @@ def test_gradcheck_of_the_reference(options):
 
 
 @triton_only
-def test_second_derivative_is_refused(run):
-    plain = case((4, 3, 2, 2), running=False)
-    x = plain.x.requires_grad_()
-    (grad,) = torch.autograd.grad(run(x, **plain.vectors).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice a function that was marked with @once_differentiable"):
-        grad.sum().backward()
-
-
-@triton_only
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_of_two_results_is_used(run, used):
     plain = case((4, 3, 5, 7), residual=True, running=False, then_slope=0.1)

@@ -191,14 +191,6 @@ def test_gradient_is_the_same_bits_for_any_number_of_threads(run, threads):
         assert all(torch.equal(a, b) for a, b in zip(answers[0], other, strict=True))
 
 
-def test_second_derivative_is_refused(needs_cpp):
-    x, weight, *_ = data(3, 4, 5)
-    x.requires_grad_()
-    (grad,) = torch.autograd.grad(fused_linear(x, weight, gelu=True, impl="cpp").square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 @each(IMPLEMENTATIONS, "cpp-portable", "triton")
 def test_opcheck(run):
     run.skip_unless_it_runs(torch.float32)

@@ -310,18 +310,6 @@ def test_no_channels(run):
         assert torch.autograd.grad(y.sum(), x)[0].shape == (4, 0)
 
 
-@every_kernel
-def test_second_derivative_is_refused(run):
-    x = case(9, 3, 2).x.requires_grad_()
-    y = run(x, groups=2)
-    with isa(run.isa):
-        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        with pytest.raises(
-            RuntimeError, match="differentiate twice a function that was marked with @once_differentiable"
-        ):
-            grad.sum().backward()
-
-
 def test_second_derivative_of_the_reference():
     x = case(7, 3, 1).x.double().requires_grad_()
     assert torch.autograd.gradgradcheck(lambda x: iter_norm(x, groups=1, iterations=3, impl="reference"), (x,))

@@ -200,15 +200,6 @@ def test_compiles_whole_without_recompiling(run, autocast):
             assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@every_triton
-def test_second_derivative_is_refused(run):
-    (x, weight, bias, _), _ = data((3,), 5)
-    x.requires_grad_()
-    (grad,) = torch.autograd.grad(run(x, weight, bias).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_why_triton_does_not_run():
     cpu = torch.device("cpu")
     if dispatch.why_not_triton(cpu):

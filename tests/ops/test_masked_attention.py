@@ -353,15 +353,6 @@ def test_compiles_whole_without_recompiling(keys, learned, device):
                 torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
-@every_kernel
-def test_second_derivative_is_refused(run):
-    run.skip_unless_it_runs()
-    qkv = case(1, 5, 1, 4).qkv.requires_grad_()
-    (grad,) = torch.autograd.grad(run(qkv).square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_unknown_instruction_set_is_named():
     if dispatch.why_not_cpp(torch.device("cpu")):
         pytest.skip(dispatch.why_not_cpp(torch.device("cpu")))

@@ -430,19 +430,6 @@ def test_codebook_may_change_before_the_backward_pass(run):
     assert torch.equal(z.grad, expected)
 
 
-@every_kernel
-def test_second_derivative_is_refused(run):
-    plain = case(9, 5, 6)
-    z = plain.z.clone().requires_grad_()
-    q, loss = run(z, plain.codebook, plain.indices)
-    with isa(run.isa):
-        (grad,) = torch.autograd.grad(q.square().sum() + loss, z, create_graph=True)
-        with pytest.raises(
-            RuntimeError, match="differentiate twice a function that was marked with @once_differentiable"
-        ):
-            grad.sum().backward()
-
-
 @every_implementation
 def test_inputs_stay_as_they_are(run):
     plain = case(20, 5, 6)

@@ -191,16 +191,6 @@ def test_gradcheck_of_the_reference():
     assert torch.autograd.gradcheck(lambda *parts: thin_conv_transpose(*parts, groups=2), leaves)
 
 
-@triton_only
-def test_second_derivative_is_refused(run):
-    plain = case(2, 2, 3)
-    x = plain.x.requires_grad_()
-    y = called(run)(x, weight=plain.weight)
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice a function that was marked with @once_differentiable"):
-        grad.sum().backward()
-
-
 def on_device(run, plain):
     run.skip_unless_it_runs(torch.float32)
     return [part.to(run.device) if isinstance(part, torch.Tensor) else part for part in plain]
