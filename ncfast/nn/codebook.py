@@ -8,7 +8,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from ncfast.nn.draw_rows import all_reduce, draw_rows
-from ncfast.ops import code_stats, nearest_code
+from ncfast.ops import code_stats, dispatch, nearest_code
 
 # Scales codes exactly. argmin |z - s e|² = argmax z·e - s |e|²/2: at this s the second term is lost in rounding.
 COSINE_SCALE = 2.0**-20
@@ -40,7 +40,7 @@ class Codebook(nn.Module):
         eps: float = 1e-5,
         threshold_ema_dead_code: float = 2,
         reset_cluster_size: float | None = None,
-        use_ddp: bool = False,
+        use_ddp: bool | None = False,
         learnable_codebook: bool = False,
         sample_codebook_temp: float = 1.0,
         ema_update: bool = True,
@@ -97,11 +97,35 @@ class Codebook(nn.Module):
             self.register_buffer("codebook_variance_needs_init", torch.tensor(True))
             self.register_buffer("codebook_variance", torch.ones(num_codebooks, 1, dim))
 
-        # What a forward branches on, beside the buffers that a checkpoint holds: reading those would stall a GPU and
-        # break a compiled graph.
-        self._needs_kmeans = kmeans_init
-        self._needs_codebook_affine = affine_param
+        # The last reading of each buffer that a forward branches on: the buffer, its version, its value.
+        self._read: dict[str, tuple[Tensor | None, int, bool]] = {"initted": (None, -1, not kmeans_init)}
+        if affine_param:
+            self._read["codebook_mean_needs_init"] = (None, -1, True)
         self._has_accumulated = False
+
+    def flag(self, name: str) -> bool:
+        """The value of a boolean buffer, which decides, whoever has written it: a checkpoint, a copy, the caller.
+
+        Reading it would stall a GPU each time, so it is read when it is another tensor or has been written since. In a
+        compiled graph it cannot be read: there it is what it was when last read, or set here.
+        """
+        before, version, value = self._read[name]
+        if torch.compiler.is_compiling():
+            return value
+        buffer = getattr(self, name)
+        now = -1 if buffer.is_inference() else buffer._version
+        if buffer is not before or version != now or now < 0:
+            value = bool(buffer)
+            self._read[name] = (buffer, now, value)
+        return value
+
+    def set_flag(self, name: str, value: bool) -> None:
+        buffer = getattr(self, name)
+        buffer.fill_(value)
+        if torch.compiler.is_compiling():
+            self._read[name] = (None, -1, value)
+        else:
+            self._read[name] = (buffer, -1 if buffer.is_inference() else buffer._version, value)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         for name in ("batch_mean", "batch_variance") if self.affine_param else ():
@@ -109,8 +133,16 @@ class Codebook(nn.Module):
             if saved is not None and getattr(self, name) is None:
                 setattr(self, name, torch.empty_like(saved, device=self.embed.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._needs_kmeans = not bool(self.initted)
-        self._needs_codebook_affine = self.affine_param and bool(self.codebook_mean_needs_init)
+        for name in self._read:  # also for a graph that is compiled next
+            self.flag(name)
+
+    @torch.no_grad()
+    def set_codes(self, codes: Tensor) -> None:
+        """Codes [H, K, D] from elsewhere, and averages that would make them: each as if one vector had chosen it."""
+        self.embed.copy_(codes)
+        self.embed_avg.copy_(codes)
+        self.cluster_size.fill_(1)
+        self.set_flag("initted", True)
 
     def transform_input(self, z: Tensor) -> Tensor:
         return unit(z) if self.use_cosine_sim else z
@@ -121,6 +153,9 @@ class Codebook(nn.Module):
         """[H, K, D] as the vectors meet them, float32 or better: through the bridge and the affine map."""
         embed = self.embed if self.learnable_codebook else self.embed.detach()
         embed = embed if embed.dtype == torch.float64 else embed.float()
+        if torch.compiler.is_compiling():
+            # Inductor of torch 2.10 and 2.11 has operators read the codes after the moving average has written them.
+            embed = Snapshot.apply(embed)
         if self.vq_bridge is not None:
             embed = self.vq_bridge(embed)
         if self.affine_param:
@@ -148,10 +183,12 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def init_embed_(self, z: Tensor, mask: Tensor | None = None) -> None:
-        """k-means over the first batch, when the codebook was made with `kmeans_init` and none has run yet."""
-        sync = self.syncs(self.sync_kmeans)
-        if not self._needs_kmeans or (z.shape[1] == 0 and not sync):
+        """k-means over the first batch, when the buffer `initted` says that the codes have not been given yet."""
+        if self.flag("initted"):
             return
+        sync = self.syncs(self.sync_kmeans)
+        if (z.shape[1] == 0 and not sync) or (sync and not self.training):
+            return  # outside training the other processes may not be here
         z = z.detach()
         means = self.first_means(z, mask, sync)
         counts = self.cluster_size
@@ -164,11 +201,16 @@ class Codebook(nn.Module):
             moved = sums / counts.clamp(min=1)[..., None]
             moved = unit(moved) if self.use_cosine_sim else moved
             means = torch.where(counts[..., None] == 0, means.to(moved.dtype), moved)
+        if torch.compiler.is_compiling():
+            # The buffer may say otherwise than when it was last read; then everything stays.
+            before = [each.clone() for each in (self.embed_avg, self.cluster_size, self.embed)]
         self.embed_avg.copy_(means * counts[..., None])
         self.cluster_size.copy_(counts)
         self.update_ema()
-        self.initted.fill_(True)
-        self._needs_kmeans = False
+        if torch.compiler.is_compiling():
+            for own, old in zip((self.embed_avg, self.cluster_size, self.embed), before, strict=True):
+                own.data.copy_(torch.where(self.initted, old, own))
+        self.set_flag("initted", True)
 
     def first_means(self, z: Tensor, mask: Tensor | None, sync: bool) -> Tensor:
         """Vectors drawn from the batch [H, K, D]; the same one several times when there are fewer than codes."""
@@ -186,29 +228,35 @@ class Codebook(nn.Module):
     def update_affine(self, z: Tensor, mask: Tensor | None = None) -> None:
         """Moving mean and variance of the vectors and, in training, of the codes."""
         z = z.detach().float()
-        if self.training or self._needs_codebook_affine:
+        needs_init = self.flag("codebook_mean_needs_init")
+        if self.training or needs_init:
             embed = self.embed.detach().float()
             mean, variance = embed.mean(1, keepdim=True), embed.var(1, keepdim=True, unbiased=False)
             for average, new in ((self.codebook_mean, mean), (self.codebook_variance, variance)):
-                if self._needs_codebook_affine:
+                if needs_init:
                     average.copy_(new)  # whatever it holds, NaN too
                 else:
                     average.lerp_(new.to(average), 1 - self.affine_param_codebook_decay)
-            self.codebook_mean_needs_init.fill_(False)
-            self.codebook_variance_needs_init.fill_(False)
-            self._needs_codebook_affine = False
+            if needs_init:
+                self.set_flag("codebook_mean_needs_init", False)
+                self.codebook_variance_needs_init.fill_(False)
         weight = z.new_ones(z.shape[:2]) if mask is None else mask.to(z.dtype)
         weight = weight[..., None]  # [H, M, 1]
         total, number = (weight * z).sum(1, keepdim=True), weight.sum(1, keepdim=True)
-        if self.syncs(self.sync_affine_param):
+        sync = self.training and self.syncs(self.sync_affine_param)
+        if sync:
             total, number = all_reduce(total, number)
         mean = total / number
         deviation = (weight * (z - mean).square()).sum(1, keepdim=True)
-        if self.syncs(self.sync_affine_param):
+        if sync:
             (deviation,) = all_reduce(deviation)
         variance = deviation / number
         if self.batch_mean is None:
-            self.batch_mean, self.batch_variance = mean, variance
+            with torch.inference_mode(False):  # tensors made in it could never be changed in training
+                self.batch_mean, self.batch_variance = (torch.empty_like(each) for each in (self.codebook_mean,) * 2)
+            self.batch_mean, self.batch_variance = (
+                own.copy_(new) for own, new in ((self.batch_mean, mean), (self.batch_variance, variance))
+            )
         else:
             self.batch_mean.lerp_(mean, 1 - self.affine_param_batch_decay)
             self.batch_variance.lerp_(variance, 1 - self.affine_param_batch_decay)
@@ -343,11 +391,28 @@ class Codebook(nn.Module):
     update_ema_indices = update_indices
 
     def syncs(self, wanted: bool = True) -> bool:
-        """Whether statistics are summed over processes: asked for, and there are several."""
+        """Whether statistics are summed over processes: asked for, or not said, and there are several now."""
         return (
             wanted
-            and self.use_ddp
+            and self.use_ddp is not False
             and distributed.is_available()
             and distributed.is_initialized()
             and distributed.get_world_size() > 1
         )
+
+
+class Snapshot(torch.autograd.Function):
+    """A copy that stays a copy: a compiler may make one again in the backward pass, from what has changed by then."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return torch.ops.ncfast.snapshot(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+dispatch.library.define("snapshot(Tensor x) -> Tensor")
+dispatch.library.impl("snapshot", lambda x: x.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("ncfast::snapshot", torch.empty_like, lib=dispatch.library)

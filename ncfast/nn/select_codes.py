@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ncfast.nn.codebook import Codebook, unit
-from ncfast.ops import dispatch
+from ncfast.nn.codebook import Codebook, Snapshot, unit
 
 
 class Chosen(NamedTuple):
@@ -110,20 +109,3 @@ class Selection:
                 for z, own in zip(self.z, codes, strict=True)
             ]
         )
-
-
-class Snapshot(torch.autograd.Function):
-    """A copy that stays a copy: a compiler may make one again in the backward pass, from what has changed by then."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return torch.ops.ncfast.snapshot(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-dispatch.library.define("snapshot(Tensor x) -> Tensor")
-dispatch.library.impl("snapshot", lambda x: x.clone(), "CompositeExplicitAutograd")
-torch.library.register_fake("ncfast::snapshot", torch.empty_like, lib=dispatch.library)

@@ -170,7 +170,7 @@ def iter_norm(layer: IterNorm, E: int) -> IterNorm:
 
 def vector_quantize(layer: VectorQuantize, E: int) -> VectorQuantize:
     book = layer._codebook
-    draws = book.has_dead_code_replacement or book._needs_kmeans or layer.stochastic_sample_codes
+    draws = book.has_dead_code_replacement or not book.flag("initted") or layer.stochastic_sample_codes
     if layer.heads > 1 or layer.has_projections or book.learnable_codebook or draws:
         raise TypeError("stack: VectorQuantize is stacked with one head and codes that only follow moving averages")
     layer.dim *= E

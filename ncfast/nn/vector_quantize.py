@@ -1,7 +1,8 @@
 """Vector quantisation, a drop-in for vector-quantize-pytorch's VectorQuantize (1.32.0)."""
 
+import math
+import warnings
 from collections.abc import Callable
-from math import sqrt
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ class VectorQuantize(nn.Module):
         rotation_trick: the output's gradient is turned and scaled from code to vector (arXiv 2410.06424); on unless
             another is asked for.
         directional_reparam, directional_reparam_variance: DiVeQ's noise along the error in place of it.
-        sync_codebook: sum statistics over processes; None: when there are several as the module is made.
+        sync_codebook: sum statistics over processes; None: where there are several as it trains.
         sync_affine_param: so for the affine statistics.
         ema_update: whether codes follow by moving averages.
         vq_bridge: module that maps the codes [h, K, codebook_dim] before they are used (FVQ); they learn by gradient.
@@ -93,7 +94,7 @@ class VectorQuantize(nn.Module):
         route_gradients_to_input: False: the output has no gradient to the vectors.
 
     Raises:
-        AssertionError: options that exclude each other.
+        AssertionError: options that exclude each other. `forward`: ValueError for shapes that do not fit.
     """
 
     def __init__(
@@ -209,10 +210,6 @@ class VectorQuantize(nn.Module):
                 self.project_in = nn.Sequential(self.project_in, nn.LayerNorm(inner))
             self.project_out = nn.Linear(inner, dim)
 
-        if sync_codebook is None:
-            sync_codebook = (
-                distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-            )
         self._codebook = Codebook(
             dim=codebook_dim,
             codebook_size=codebook_size,
@@ -256,8 +253,7 @@ class VectorQuantize(nn.Module):
 
     @codebook.setter
     def codebook(self, codes: Tensor) -> None:
-        with torch.no_grad():
-            self._codebook.embed.copy_(codes if self.separate_codebook_per_head else codes[None])
+        self._codebook.set_codes(codes if self.separate_codebook_per_head else codes[None])
 
     @property
     def code_counts(self) -> Tensor:
@@ -289,12 +285,17 @@ class VectorQuantize(nn.Module):
         return self.channels_back(self.project_out(self.codes_of(indices)))
 
     def codes_of(self, indices: Tensor) -> Tensor:
-        """[B, ...] or, with several heads, [B, ..., heads] -> [B, ..., heads·D]."""
-        codebook = self.codebook
+        """[B, ...] or, with several heads, [B, ..., heads] -> [B, ..., heads·D]; zeros for the -1 of padding."""
+        codebook, padding = self.codebook, indices < 0
+        indices = indices.clamp(min=0)
         if not self.separate_codebook_per_head:
-            return codebook[indices] if self.heads == 1 else codebook[indices].flatten(-2)
-        indices = indices[..., None] if self.heads == 1 else indices
-        return codebook[torch.arange(self.heads, device=indices.device), indices].flatten(-2)
+            codes = codebook[indices]
+        else:
+            if self.heads == 1:
+                indices, padding = indices[..., None], padding[..., None]
+            codes = codebook[torch.arange(self.heads, device=indices.device), indices]
+        codes = codes.masked_fill(padding[..., None], 0)
+        return codes.flatten(-2) if self.heads > 1 or self.separate_codebook_per_head else codes
 
     def channels_back(self, codes: Tensor) -> Tensor:
         return codes if self.is_channel_last else codes.movedim(-1, 1)
@@ -336,6 +337,48 @@ class VectorQuantize(nn.Module):
     @property
     def is_channel_last(self) -> bool:
         return self.channel_last and not self.is_map
+
+    def check(self, x: Tensor, mask: Tensor | None, lens: Tensor | None) -> None:
+        """Shapes that do not fit, in the words of who calls `forward`.
+
+        Raises:
+            ValueError: what was expected, what came, and the option that may be missing.
+        """
+        last = self.is_channel_last
+        wanted = "[B, n, dim] or [B, dim]" if last else "[B, dim, n]"
+        if self.is_map:
+            wanted = "[B, dim, h, w]" if self.accept_image_fmap else "[B, dim, d, h, w]"
+        channels = -1 if last or x.dim() == 2 else 1
+        if x.dim() < 2 or x.shape[channels] != self.dim:
+            hint = ""
+            if x.dim() == 3 and last and x.shape[1] == self.dim:
+                hint = "; for [B, dim, n] make it with channel_last=False"
+            elif x.dim() in (4, 5) and x.shape[1] == self.dim:
+                option = "accept_image_fmap" if x.dim() == 4 else "accept_3d_fmap"
+                hint = f"; for feature maps make it with {option}=True"
+            elif not last and x.dim() > 2 and x.shape[-1] == self.dim:
+                hint = "; for vectors in the last dimension make it with channel_last=True and without a map option"
+            raise ValueError(f"VectorQuantize: x is {wanted} with dim = {self.dim}; got {list(x.shape)}{hint}")
+        if last and x.dim() == 4 and x.shape[1] == self.dim != x.shape[2] and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"VectorQuantize: x {list(x.shape)} has dim = {self.dim} first and last; the last is taken. For "
+                "images make it with accept_image_fmap=True",
+                stacklevel=3,
+            )
+        if mask is None and lens is None:
+            return
+        name = "mask" if lens is None else "lens"
+        if x.dim() < 3 or self.is_map:
+            raise ValueError(f"VectorQuantize: {name} needs sequences, {wanted}; got x {list(x.shape)}")
+        B, n = x.shape[0], x.shape[1] if last else x.shape[2]
+        whole = [B, math.prod(x.shape[1:-1])] if last else [B, n]
+        if mask is not None and (list(mask.shape) not in ([B, n], whole) or mask.dtype != torch.bool):
+            raise ValueError(
+                f"VectorQuantize: mask is bool [B, n] = [{B}, {n}] for x {list(x.shape)}; got {mask.dtype} "
+                f"{list(mask.shape)}"
+            )
+        if lens is not None and list(lens.shape) != [B]:
+            raise ValueError(f"VectorQuantize: lens is [B] = [{B}] for x {list(x.shape)}; got {list(lens.shape)}")
 
     def to_sequence(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, tuple[int, ...]]:
         """x -> [B, n, C], and the sizes that n stands for: () of a single vector, (h, w) of an image, ..."""
@@ -439,6 +482,7 @@ class VectorQuantize(nn.Module):
                 self.commitment_use_cross_entropy_loss or self.in_place_codebook_optimizer is not None
             ), "VectorQuantize: topk goes with neither cross-entropy commitment nor an in-place optimizer in training"
 
+        self.check(x, mask, lens)
         x, spatial = self.to_sequence(x, mask)
         B, n, _ = x.shape
         if lens is not None:
@@ -553,7 +597,7 @@ class VectorQuantize(nn.Module):
         if routes:
             if self.directional_reparam:
                 error = q - z
-                noisy = error + sqrt(self.directional_reparam_variance) * torch.randn_like(error)
+                noisy = error + math.sqrt(self.directional_reparam_variance) * torch.randn_like(error)
                 q = z + unit(noisy).detach() * error.norm(dim=-1, keepdim=True)
             else:
                 path = rotated(z, q.detach()) if self.rotation_trick else z

@@ -1,0 +1,177 @@
+"""VectorQuantize as other packages treat a module: copied, averaged, called with another state, given wrong shapes."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+
+from ncfast import VectorQuantize
+
+
+def batch(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def trained(**options):
+    torch.manual_seed(1)
+    vq = VectorQuantize(8, 16, kmeans_init=True, **options)
+    for seed in range(3):
+        vq(batch(2, 40, 8, seed=seed))
+    return vq
+
+
+def fresh(**options):
+    torch.manual_seed(2)
+    return VectorQuantize(8, 16, kmeans_init=True, **options)
+
+
+def copied_in_place(source):
+    target = fresh()
+    for own, other in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
+        own.copy_(other)
+    return target
+
+
+def averaged(source):
+    model = torch.optim.swa_utils.AveragedModel(fresh(), use_buffers=True)
+    model.update_parameters(source)
+    return model.module
+
+
+def assigned(source):
+    target = fresh()
+    target.load_state_dict(source.state_dict(), assign=True)
+    return target
+
+
+def given_codes(source):
+    target = fresh()
+    target._codebook.embed.copy_(source._codebook.embed)
+    target._codebook.initted.fill_(True)
+    return target
+
+
+def set_codes(source):
+    target = fresh()
+    target.codebook = source.codebook
+    return target
+
+
+def loaded(source):
+    target = fresh()
+    target.load_state_dict(source.state_dict())
+    return target
+
+
+WAYS = (copied_in_place, averaged, assigned, given_codes, set_codes, loaded, copy.deepcopy)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("way", [*WAYS, lambda vq: pickle.loads(pickle.dumps(vq))])
+def test_codes_that_came_from_elsewhere_stay(way, training):
+    source = trained()
+    target = way(source).train(training)
+    codes = source.codebook.clone()
+    x = batch(2, 40, 8, seed=9)
+    quantised, indices, _ = target(x)
+    assert torch.equal(indices, torch.cdist(x.double(), codes.double()).argmin(-1))
+    assert torch.equal(quantised.detach(), codes[indices])
+    if not training:
+        assert torch.equal(target.codebook, codes)
+
+
+def test_functional_call_uses_the_state_it_is_given_and_leaves_the_module_alone():
+    source, target = trained().eval(), fresh().eval()
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    x = batch(2, 40, 8, seed=9)
+    state = {name: value.clone() for name, value in source.state_dict().items()}
+    _, indices, _ = torch.func.functional_call(target, state, (x,))
+    assert torch.equal(indices, source(x)[1])
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+    target(x)
+    assert bool(target._codebook.initted) and not torch.equal(target.codebook, source.codebook)
+
+
+def test_k_means_runs_again_when_the_buffer_says_so():
+    vq = trained()
+    codes = vq.codebook.clone()
+    vq._codebook.initted.fill_(False)
+    vq(batch(2, 40, 8, seed=9) + 5)
+    assert bool(vq._codebook.initted) and (vq.codebook.mean(0) - codes.mean(0)).mean() > 3
+
+
+def test_a_compiled_module_keeps_codes_that_were_copied_into_it():
+    source = trained()
+    target = copied_in_place(source).eval()
+    compiled = torch.compile(target, backend="aot_eager", fullgraph=True)
+    x = batch(2, 40, 8, seed=9)
+    for _ in range(2):
+        assert torch.equal(compiled(x)[1], source.eval()(x)[1])
+        assert torch.equal(target.codebook, source.codebook)
+
+
+def test_a_step_on_the_codes_themselves_leaves_them_where_they_are():
+    vq = VectorQuantize(8, 16, decay=0.5)
+    codes = batch(16, 8, seed=3)
+    vq.codebook = codes
+    vq(codes[None])
+    torch.testing.assert_close(vq.codebook, codes, rtol=0, atol=1e-5)
+
+
+def test_validation_in_inference_mode_and_then_training():
+    vq = VectorQuantize(8, 16, affine_param=True)
+    with torch.inference_mode():
+        vq.eval()(batch(2, 40, 8))
+    quantised, _, loss = vq.train()(batch(2, 40, 8, seed=1).requires_grad_())
+    (quantised.sum() + loss).backward()
+    assert torch.isfinite(vq.codebook).all()
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("separate", [False, True])
+def test_padding_decodes_to_zeros(heads, separate):
+    vq = VectorQuantize(8, 16, heads=heads, codebook_dim=4, separate_codebook_per_head=separate).eval()
+    x, mask = batch(2, 5, 8), torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    _, indices, _ = vq(x, mask=mask)
+    codes = vq.get_codes_from_indices(indices)
+    assert (codes[~mask] == 0).all() and (codes[mask] != 0).any(-1).all()
+    full = vq.get_codes_from_indices(vq(x)[1])
+    assert torch.equal(codes[mask], full[mask])
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "forward", "message"),
+    [
+        (
+            {},
+            (4, 100, 8),
+            {"mask": torch.ones(4, 50, dtype=torch.bool)},
+            r"mask is bool .* \[4, 100\].*got torch.bool \[4, 50\]",
+        ),
+        ({}, (4, 100, 8), {"mask": torch.ones(4, 100)}, r"mask is bool .*got torch.float32"),
+        ({}, (4, 100, 8), {"lens": torch.ones(3, dtype=torch.int64)}, r"lens is \[B\] = \[4\].*got \[3\]"),
+        ({}, (4, 8), {"lens": torch.ones(4, dtype=torch.int64)}, r"lens needs sequences.*got x \[4, 8\]"),
+        ({"accept_image_fmap": True}, (2, 8, 5, 10), {"lens": torch.tensor([5, 2])}, "lens needs sequences"),
+        ({}, (2, 8, 50), {}, r"x is \[B, n, dim\] .*dim = 8; got \[2, 8, 50\]; .*channel_last=False"),
+        ({}, (2, 8, 5, 6), {}, r"got \[2, 8, 5, 6\]; .*accept_image_fmap=True"),
+        ({}, (2, 8, 5, 6, 7), {}, "accept_3d_fmap=True"),
+        ({"channel_last": False}, (2, 50, 8), {}, r"x is \[B, dim, n\].*channel_last=True"),
+        ({}, (2, 50, 9), {}, r"dim = 8; got \[2, 50, 9\]$"),
+        ({}, (8,), {}, r"got \[8\]"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_told_with_the_option_that_helps(options, shape, forward, message):
+    vq = VectorQuantize(8, 16, **options)
+    with pytest.raises(ValueError, match=f"VectorQuantize: .*{message}"):
+        vq(torch.randn(shape), **forward)
+
+
+def test_an_image_that_could_be_vectors_is_not_taken_without_a_word():
+    with pytest.warns(UserWarning, match="dim = 8 first and last; the last is taken.*accept_image_fmap=True"):
+        VectorQuantize(8, 16)(batch(2, 8, 5, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        VectorQuantize(8, 16)(batch(2, 6, 5, 8))
+        VectorQuantize(8, 16, accept_image_fmap=True)(batch(2, 8, 5, 8))
