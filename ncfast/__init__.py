@@ -36,9 +36,12 @@ _MODULES = {
     "nearest_code": "ncfast.ops",
     "open_generated": "ncfast.generated",
 }
+_ROOMS = ("data", "evaluation", "nn", "ops")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"ncfast.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'ncfast' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_MODULES[name]), name)
@@ -46,4 +49,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ROOMS})

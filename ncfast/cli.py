@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from ncfast.config import IMPLEMENTATIONS
 from ncfast.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[], None], on_interrupt: str = "interrupted") -> NoReturn:
     """Runs a program: 0 when done, 2 and one line after a user's mistake, 130 after Ctrl-C."""
     try:
+        check_implementation()
         main()
     except UserError as error:
         print_error(error)
@@ -46,11 +48,29 @@ def run(main: Callable[[], None], on_interrupt: str = "interrupted") -> NoReturn
     end(0)
 
 
+def check_implementation() -> None:
+    """Raises UserError for a word in NCFAST_IMPL that names none."""
+    asked = os.environ.get("NCFAST_IMPL", "auto")
+    if asked not in IMPLEMENTATIONS:
+        raise UserError(f"NCFAST_IMPL is one of {', '.join(IMPLEMENTATIONS)}; got {asked!r}")
+
+
+def check_instruction_set() -> None:
+    """Raises UserError for one in NCFAST_ISA that this machine does not have."""
+    from ncfast.ops import dispatch
+
+    module, _ = dispatch.load_module("_C")
+    asked = os.environ.get("NCFAST_ISA")
+    if module is not None and asked and asked not in module.isas():
+        raise UserError(f"NCFAST_ISA is one of {', '.join(module.isas())} on this machine; got {asked!r}")
+
+
 def end(code: int) -> NoReturn:
     """Ends the process at once: everything is written, and taking libraries down takes half a second. Where other
     processes may be gone, it would also wait for their messages."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
     os._exit(code)
 
 
@@ -78,6 +98,7 @@ def choose_device(name: str, local_rank: int | None = None) -> "tuple[torch.devi
     """
     import torch
 
+    check_instruction_set()
     device, reason = find_device(name, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

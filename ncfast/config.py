@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ncfast.errors import UserError
 
 # Words that options take, here for the programs' --help, which imports nothing else.
+IMPLEMENTATIONS = ("auto", "reference", "cpp", "cuda", "triton")  # of NCFAST_IMPL; `ops.dispatch`
 PRECISIONS = ("fp32", "tf32", "bf16")  # `engine.precision` says what they are
 DTYPES = ("float32", "float16")  # of generated series on disk
 COMPRESSIONS = ("none", "lzf", "gzip", "zstd")

@@ -183,12 +183,12 @@ class NCVQVAE:
         write_tensors(folder / "stage2.safetensors", self.prior.state_dict())
 
 
-def load(run: str | Path, device: str | torch.device = "cpu", precision: str | None = None) -> NCVQVAE:
+def load(run: str | Path, device: str | torch.device = "auto", precision: str | None = None) -> NCVQVAE:
     """The model of a finished run.
 
     Args:
         run: the run's folder (`--out` of `ncfast.train`).
-        device: where it shall run, "cpu" or "cuda".
+        device: where it shall run: "auto" (the current GPU where torch sees one), "cpu", "cuda" or "cuda:N".
         precision: of products and convolutions, "fp32", "tf32" or "bf16"; None for that of the training, where the
             device has it. Another precision or device draws other series from the same seed, of the same distribution.
 

@@ -42,7 +42,7 @@ def fit(
     *,
     preset: str = "default",
     out: str | Path | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     graph: bool = True,
     quiet: bool = False,
     **options: Any,
@@ -57,7 +57,7 @@ def fit(
         y: a label of any type for each series [n], or None.
         preset: "default" or "paper".
         out: folder of the run; None keeps the model in memory only.
-        device: "cpu" or "cuda".
+        device: "auto" (the current GPU where torch sees one), "cpu", "cuda" or "cuda:N".
         graph: on a GPU, make each training step one CUDA graph.
         quiet: no progress bars.
         options: fields of `ncfast.config.Config`, such as ssl="vicreg", stage1_epochs=100.

@@ -8,12 +8,13 @@ import torch
 from test_training import FLAGS, waves
 
 import ncfast
-from ncfast.config import MEASURES, make_config
+from ncfast.config import IMPLEMENTATIONS, MEASURES, make_config
 from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
 from ncfast.evaluation import protocol
 from ncfast.ncvqvae import build_models
 from ncfast.nn.meta import without_memory
+from ncfast.ops import dispatch
 from ncfast.stage1 import SelfSupervision
 
 PROGRAMS = ("train", "generate", "evaluate", "reproduce", "info")
@@ -89,3 +90,27 @@ def test_modules_without_memory_have_the_shapes_of_those_with(ssl, options):
             name: (value.shape, value.dtype) for name, value in expected.items()
         }
         assert all(value.device == torch.device("meta") for value in tensors.values())
+
+
+def test_rooms_are_there_without_importing_them_first(tmp_path):
+    code = "import ncfast; ncfast.evaluation.evaluate, ncfast.nn.ssl_losses.VICRegLoss, ncfast.ops.vicreg_loss"
+    assert "ncfast.evaluation.protocol" in imported(code, tmp_path)
+    with pytest.raises(AttributeError, match=r"'ncfast.nn' has no attribute 'nothing'"):
+        ncfast.nn.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("program", ["info", "train"])
+@pytest.mark.parametrize(("variable", "message"), [("NCFAST_IMPL", "auto, reference, cpp"), ("NCFAST_ISA", "portable")])
+def test_a_word_that_names_nothing_is_one_line(program, variable, message, monkeypatch):
+    if variable == "NCFAST_ISA" and dispatch.why_not_cpp(torch.device("cpu")):
+        pytest.skip("needs the C++ module")
+    arguments = [] if program == "info" else ["--dataset", "GunPoint", "--dry-run"]
+    command = [sys.executable, "-m", f"ncfast.{program}", "--device", "cpu", *arguments]
+    monkeypatch.setenv(variable, "fastest")
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith(f"error: {variable} is one of ") and message in result.stderr
+
+
+def test_implementations_have_the_same_names_everywhere():
+    assert dispatch.NAMES == IMPLEMENTATIONS

@@ -8,12 +8,15 @@ from ncfast.errors import UserError
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device, once something could be put there; "cuda" is the current GPU, by its number.
+    """The device, once something could be put there; "cuda" is the current GPU, by its number, and "auto" that where
+    torch sees one, else the CPU.
 
     Raises:
         UserError: no device of that name, or one that this machine or this torch does not have.
     """
     try:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
