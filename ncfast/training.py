@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ from ncfast.nn.synchronised import synchronised
 from ncfast.stage1 import VQVAE, WITHOUT_LOSS, SelfSupervision, stage1_losses
 from ncfast.stage2 import Prior, TokenDistribution, stage2_losses
 
+# Training draws initial weights, and replaces dead codes, with torch's global generators, which it seeds and puts back:
+# trainings in threads of one process take turns.
+ONE_AT_A_TIME = threading.RLock()
 OUT_OF_MEMORY = "lower --batch-size, --stage2-batch-size or the size of the model, or end what else uses it"
 
 
@@ -48,6 +52,8 @@ def fit(
     **options: Any,
 ) -> NCVQVAE:
     """Trains both stages on arrays.
+
+    Calls in threads of one process take turns, since training seeds torch's global generators.
 
     Where `torch.distributed` has a default process group of several processes, they train one model together: each
     calls this with the same arguments, but for a device of its own, and gets the trained model; the first writes `out`.
@@ -160,6 +166,7 @@ def train(
     processes.check_alike("options or data", (config, data.identity))
     how = {"checkpoint_every": checkpoint_every, "graph": graph, "quiet": quiet or not processes.is_first}
     with contextlib.ExitStack() as held:
+        held.enter_context(ONE_AT_A_TIME)
         if out is not None:
             processes.on_first(lambda: held.enter_context(sole_writer(out)))
             processes.on_first(lambda: prepare_run(out, config, data, resume))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -411,3 +412,20 @@ def test_a_training_survives_kills_at_any_moment(data_file, tmp_path):
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
     epochs = [(r["stage"], r["epoch"]) for r in map(json.loads, log.read_text().splitlines())]
     assert epochs == [(stage, epoch) for stage in (1, 2) for epoch in range(1, 61)]
+
+
+@pytest.mark.slow
+def test_trainings_in_threads_give_what_they_give_one_after_the_other():
+    x, y = waves(40)
+    options = {"ssl": "vicreg", "stage1_epochs": 3, "stage2_epochs": 3, "quiet": True, "device": "cpu", **SMALL}
+    options |= {"dead_code_threshold": 1.0, "codebook_init": "kmeans"}
+
+    def fit(seed):
+        model = ncfast.fit(x, y, seed=seed, **options)
+        return {**model.vqvae.state_dict(), **model.prior.state_dict()}
+
+    expected = [fit(seed) for seed in (1, 2)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(fit, (1, 2)))
+    for a, b in zip(found, expected, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)

@@ -15,7 +15,15 @@ COSINE_SCALE = 2.0**-20
 
 
 def unit(x: Tensor) -> Tensor:
+    """x / |x|. A vector of zeros, which has no direction, stays one and gets no gradient, instead of one of 1e6."""
+    if x.requires_grad:
+        x = torch.where((x == 0).all(-1, keepdim=True), x.detach(), x)
     return F.normalize(x, dim=-1, eps=1e-6)
+
+
+def are_finite(z: Tensor) -> Tensor:
+    """Of vectors [..., D] -> bool [...]."""
+    return torch.linalg.vector_norm(z.float(), torch.inf, dim=-1).isfinite()
 
 
 class Codebook(nn.Module):
@@ -190,6 +198,10 @@ class Codebook(nn.Module):
         if (z.shape[1] == 0 and not sync) or (sync and not self.training):
             return  # outside training the other processes may not be here
         z = z.detach()
+        finite = are_finite(z)
+        if not torch.compiler.is_compiling() and not finite.all():
+            mask = finite if mask is None else mask & finite
+            z = z.nan_to_num(0.0, 0.0, 0.0)
         means = self.first_means(z, mask, sync)
         counts = self.cluster_size
         for _ in range(self.kmeans_iters):
@@ -282,7 +294,14 @@ class Codebook(nn.Module):
             self.count(indices)
             return
         z = z.detach()
+        # A vector with a NaN or infinity counts nowhere. On a CPU the sums tell whether there is one.
+        if not self.looks(z):
+            indices = indices.masked_fill(~are_finite(z), -1)
         counts, sums = code_stats(z, indices, self.codebook_size)
+        if self.looks(z) and not sums.isfinite().all():
+            finite = are_finite(z)
+            mask = finite if mask is None else mask & finite
+            counts, sums = code_stats(z, indices.masked_fill(~finite, -1), self.codebook_size)
         if self.affine_param:
             # The sums of the vectors mapped to where the codes live: the map is affine, so it can come after the sum.
             number = counts[..., None]
@@ -304,6 +323,11 @@ class Codebook(nn.Module):
         if ema_update and not self.manual_ema_update:
             self.update_ema()
         self.expire_codes_(z, mask)
+
+    @staticmethod
+    def looks(z: Tensor) -> bool:
+        """Whether values may be looked at: on a GPU that costs a stall, and in a compiled graph it cannot be done."""
+        return z.device.type == "cpu" and not torch.compiler.is_compiling()
 
     @torch.no_grad()
     def count(self, indices: Tensor) -> None:
@@ -350,9 +374,8 @@ class Codebook(nn.Module):
         z = z.detach().reshape(z.shape[0], -1, z.shape[-1])
         sync = self.syncs()
         dead = self.cluster_size < self.threshold_ema_dead_code  # [H, K]
-        # On a GPU looking costs a stall, and inside a compiled graph it cannot be done: there the draw is always made.
-        looks = dead.device.type == "cpu" and not torch.compiler.is_compiling()
-        if (looks and not dead.any()) or (z.shape[1] == 0 and not sync):
+        # Where it cannot be looked at, the draw is always made.
+        if (self.looks(z) and not dead.any()) or (z.shape[1] == 0 and not sync):
             return
         z = unit(z) if self.use_cosine_sim else z
         rows, available, keys = draw_rows(z, mask, self.codebook_size, sync)

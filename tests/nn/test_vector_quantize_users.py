@@ -175,3 +175,43 @@ def test_an_image_that_could_be_vectors_is_not_taken_without_a_word():
         warnings.simplefilter("error")
         VectorQuantize(8, 16)(batch(2, 6, 5, 8))
         VectorQuantize(8, 16, accept_image_fmap=True)(batch(2, 8, 5, 8))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "options", [{}, {"kmeans_init": True}, {"threshold_ema_dead_code": 3}, {"use_cosine_sim": True}]
+)
+def test_a_vector_that_is_not_finite_counts_nowhere(wrong, options):
+    x = batch(2, 40, 8)
+    x[1, 7, 3] = wrong
+    keep = torch.ones(2, 40, dtype=torch.bool)
+    keep[1, 7] = False
+    vq, masked = (VectorQuantize(8, 16, **options) for _ in range(2))
+    masked.load_state_dict(vq.state_dict())
+    for seed, module in ((3, vq), (3, masked)):
+        torch.manual_seed(seed)
+        for _ in range(3):
+            module(x, mask=keep if module is masked else None)
+    assert torch.isfinite(vq.codebook).all()
+    if not options or "use_cosine_sim" in options:  # the others draw vectors, and a mask draws others
+        torch.testing.assert_close(vq.state_dict(), masked.state_dict(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_compiled_module_leaves_them_out_too():
+    x = batch(2, 40, 8)
+    x[0, 0] = float("nan")
+    vq = VectorQuantize(8, 16)
+    eager = copy.deepcopy(vq)
+    torch.compile(vq, backend="aot_eager", fullgraph=True)(x)
+    eager(x)
+    torch.testing.assert_close(vq.codebook, eager.codebook, rtol=1e-6, atol=1e-6)
+
+
+def test_a_vector_of_zeros_has_a_bounded_gradient_by_angle():
+    vq = VectorQuantize(8, 16, use_cosine_sim=True)
+    x = batch(2, 10, 8)
+    x[0, 3] = 0
+    x.requires_grad_()
+    quantised, _, loss = vq(x)
+    (gradient,) = torch.autograd.grad(quantised.square().sum() + loss, x)
+    assert gradient.abs().max() < 100 and (gradient[0, 3] == 0).all() and (gradient[0, 4] != 0).any()
