@@ -1,11 +1,11 @@
 """The codes of VectorQuantize and how they follow the vectors: moving averages, k-means start, dead-code revival."""
 
+import math
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn import functional as F
 
 from ncfast.nn.draw_rows import all_reduce, draw_rows
 from ncfast.ops import code_stats, dispatch, nearest_code
@@ -16,9 +16,10 @@ COSINE_SCALE = 2.0**-20
 
 def unit(x: Tensor) -> Tensor:
     """x / |x|. A vector of zeros, which has no direction, stays one and gets no gradient, instead of one of 1e6."""
-    if x.requires_grad:
-        x = torch.where((x == 0).all(-1, keepdim=True), x.detach(), x)
-    return F.normalize(x, dim=-1, eps=1e-6)
+    if not x.requires_grad:
+        return F.normalize(x, dim=-1, eps=1e-6)
+    norm = x.norm(dim=-1, keepdim=True)
+    return x / torch.where(norm > 0, norm.clamp_min(1e-6), torch.inf)
 
 
 def are_finite(z: Tensor) -> Tensor:
@@ -298,7 +299,7 @@ class Codebook(nn.Module):
         if not self.looks(z):
             indices = indices.masked_fill(~are_finite(z), -1)
         counts, sums = code_stats(z, indices, self.codebook_size)
-        if self.looks(z) and not sums.isfinite().all():
+        if self.looks(z) and not math.isfinite(float(sums.sum())):
             finite = are_finite(z)
             mask = finite if mask is None else mask & finite
             counts, sums = code_stats(z, indices.masked_fill(~finite, -1), self.codebook_size)
