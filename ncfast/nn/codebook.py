@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn import functional as F
 
 from ncfast.nn.draw_rows import all_reduce, draw_rows
 from ncfast.ops import code_stats, dispatch, nearest_code
