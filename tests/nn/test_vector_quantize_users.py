@@ -3,9 +3,12 @@
 import copy
 import pickle
 import warnings
+from unittest import mock
 
 import pytest
 import torch
+from processes import on_processes
+from torch import distributed
 
 from ncfast import VectorQuantize
 
@@ -215,3 +218,29 @@ def test_a_vector_of_zeros_has_a_bounded_gradient_by_angle():
     quantised, _, loss = vq(x)
     (gradient,) = torch.autograd.grad(quantised.square().sum() + loss, x)
     assert gradient.abs().max() < 100 and (gradient[0, 3] == 0).all() and (gradient[0, 4] != 0).any()
+
+
+def steps_of_a_module_made_early():
+    """Codes after five steps, of a module that was made before there was a process group; kmeans_init with a forward of
+    one process alone before them."""
+    rank = distributed.get_rank()
+    codes = []
+    for options in ({}, {"kmeans_init": True}, {"affine_param": True, "sync_affine_param": True}):
+        torch.manual_seed(0)
+        with mock.patch("torch.distributed.is_initialized", return_value=False):
+            vq = VectorQuantize(8, 16, **options)
+        if rank == 0:
+            vq.eval()(batch(2, 40, 8))
+        vq.train()
+        for seed in range(5):
+            vq(batch(2, 40, 8, seed=10 * seed + rank))
+        codes.append(vq.codebook.detach().clone())
+    return codes
+
+
+@pytest.mark.slow
+def test_processes_share_a_codebook_that_was_made_before_they_met(tmp_path):
+    first, second = on_processes(2, tmp_path, steps_of_a_module_made_early)
+    for i, (a, b) in enumerate(zip(first[:2], second[:2], strict=True)):
+        assert torch.equal(a, b), i
+    assert torch.isfinite(first[2]).all()
