@@ -1,5 +1,6 @@
 """Which codes VectorQuantize chooses: the nearest, the k nearest, or drawn ones."""
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -70,7 +71,8 @@ class Selection:
             else:
                 codes = self.transform(codes).flatten(1, 2)  # [H, M, K, D]
                 codes, similarities = self.similarities_to_own(codes)
-        with torch.no_grad():
+        # Indices have no gradient anyhow, and a program with such a region cannot be saved.
+        with contextlib.nullcontext() if torch.compiler.is_exporting() else torch.no_grad():
             if self.temperature is None and self.topk is None and self.transform is None:
                 indices = self.codebook.nearest(self.z, codes)
             elif similarities is not None:

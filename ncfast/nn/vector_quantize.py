@@ -1,5 +1,6 @@
 """Vector quantisation, a drop-in for vector-quantize-pytorch's VectorQuantize (1.32.0)."""
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable
@@ -490,11 +491,14 @@ class VectorQuantize(nn.Module):
         if mask is not None and mask.shape[1] != n:
             mask = mask.repeat_interleave(n // mask.shape[1], dim=1)  # x [B, n, ..., dim]
         z = self.split_heads(self.project_in(x)).to(original.dtype)
-        with torch.autocast(z.device.type, enabled=False):
+        # Export has no autocast, and cannot save a program with a region that says so.
+        exporting = torch.compiler.is_exporting()
+        with contextlib.nullcontext() if exporting else torch.autocast(z.device.type, enabled=False):
             z = self._codebook.transform_input(z).contiguous()  # [H, M, D]
             rows = self.mask_of(z, mask)
             temperature = self._codebook.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp
-            self._codebook.init_embed_(z, rows)
+            if not self._codebook.flag("initted"):
+                self._codebook.init_embed_(z, rows)
             if self._codebook.affine_param:
                 self._codebook.update_affine(z, rows)
 

@@ -47,6 +47,9 @@ def choose(operation: str, impl: str | None, why_not: dict[str, str | None]) -> 
         if DEFAULT not in NAMES:
             raise ValueError(f"NCFAST_IMPL is one of {', '.join(NAMES)}; got {DEFAULT!r}")
         impl = DEFAULT if DEFAULT in why_not else "auto"
+        # An exported program runs where this package is not, so it is made of PyTorch's operators.
+        if torch.compiler.is_exporting():
+            impl = "reference"
     if impl == "auto":
         for name in why_not:
             if why_not[name] is None:

@@ -1,6 +1,7 @@
 """VectorQuantize as other packages treat a module: copied, averaged, called with another state, given wrong shapes."""
 
 import copy
+import io
 import pickle
 import warnings
 from unittest import mock
@@ -244,3 +245,20 @@ def test_processes_share_a_codebook_that_was_made_before_they_met(tmp_path):
     for i, (a, b) in enumerate(zip(first[:2], second[:2], strict=True)):
         assert torch.equal(a, b), i
     assert torch.isfinite(first[2]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("options", [{}, {"heads": 2, "codebook_dim": 4}, {"use_cosine_sim": True}])
+def test_an_exported_module_is_saved_and_needs_nothing_of_this_package(options, strict):
+    vq = VectorQuantize(8, 16, **options).eval()
+    x = batch(2, 10, 8)
+    program = torch.export.export(vq, (x,), strict=strict)
+    assert not any("ncfast" in str(node.target) for node in program.graph.nodes)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    quantised, indices, _ = torch.export.load(file).module()(x)
+    expected, expected_indices, _ = vq(x)
+    assert torch.equal(indices, expected_indices)
+    torch.testing.assert_close(quantised, expected, rtol=1e-6, atol=1e-6)
