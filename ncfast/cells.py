@@ -19,7 +19,7 @@ from torch import distributed
 
 import ncfast
 from ncfast.cli import choose_device, leave_compiler_out
-from ncfast.config import Config, given_config_values, make_config
+from ncfast.config import METHODS, Config, given_config_values, make_config
 from ncfast.data.dataset import Dataset
 from ncfast.data.facts import DataFacts
 from ncfast.data.sources import load_dataset
@@ -31,7 +31,6 @@ from ncfast.evaluation.fcn_cache import default_folder
 from ncfast.evaluation.protocol import chosen, csv_rows, evaluate
 from ncfast.launch import local_rank
 from ncfast.ncvqvae import read_config
-from ncfast.reproduce import METHODS
 from ncfast.training import resolve_config, train
 from ncfast.version import __version__
 

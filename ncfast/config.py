@@ -16,6 +16,12 @@ IMPLEMENTATIONS = ("auto", "reference", "cpp", "cuda", "triton")  # of NCFAST_IM
 PRECISIONS = ("fp32", "tf32", "bf16")  # `engine.precision` says what they are
 DTYPES = ("float32", "float16")  # of generated series on disk
 COMPRESSIONS = ("none", "lzf", "gzip", "zstd")
+METHODS = {
+    "none": "regular",
+    "barlow": "barlowtwins",
+    "vibcreg": "vibcreg",
+    "vicreg": "vicreg",
+}  # --ssl: the authors' name
 MEASURES = (
     "reconstruction",
     "codebook",

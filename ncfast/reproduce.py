@@ -10,18 +10,12 @@ import sys
 from pathlib import Path
 
 from ncfast.cli import Parser, run, start_driver
-from ncfast.config import MEASURES, PRESETS, add_config_arguments
+from ncfast.config import MEASURES, METHODS, PRESETS, add_config_arguments
 
 PAPER = (
     *("ElectricDevices", "FordB", "FordA", "Wafer", "TwoPatterns", "StarLightCurves", "UWaveGestureLibraryAll"),
     *("ECG5000", "ShapesAll", "Mallat", "Symbols", "SonyAIBORobotSurface1", "SonyAIBORobotSurface2"),
 )
-METHODS = {
-    "none": "regular",
-    "barlow": "barlowtwins",
-    "vibcreg": "vibcreg",
-    "vicreg": "vicreg",
-}  # --ssl: the authors' name
 VIEWS = ("gauss", "slice", "warp")
 ABLATIONS = ("authors-masking", "random-embeddings", "views")
 

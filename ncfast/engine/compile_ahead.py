@@ -108,5 +108,5 @@ def compile_and_exit(variants: list[tuple]) -> None:
         for source, target, _, options in variants:
             kernel = compile(source, target=target, options=options)
             with contextlib.suppress(Exception):
-                driver.CudaLauncher(kernel.src, kernel.metadata)  # before Triton 3.7 a C module of its own
+                driver.CudaLauncher(kernel.src, kernel.metadata)  # in Triton 3.6 a C module of its own
     os._exit(0)

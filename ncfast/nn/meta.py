@@ -16,8 +16,8 @@ def without_memory() -> Iterator[None]:
 
 
 class Shapes(TorchFunctionMode):
-    """Does itself what PyTorch does in Python of the meta device. For that it would import its compiler and SymPy: a
-    second on a fast machine, five on a slow one."""
+    """Does itself what PyTorch does in Python of the meta device. For that it would import its compiler and SymPy, for
+    a second or more."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is torch.randn:
