@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from ncfast.nn.codebook import Codebook, unit
+from ncfast.nn.recomputation import in_backward_pass, recomputable
 from ncfast.nn.select_codes import Chosen, Selection
 from ncfast.ops import rotate_to_code
 from ncfast.ops.rotate_to_code import rotated
@@ -435,6 +436,7 @@ class VectorQuantize(nn.Module):
             mask = mask[:, None].expand(-1, self.heads, -1)
         return mask.reshape(1, -1).expand(z.shape[:2])
 
+    @recomputable(lambda self: self._codebook, attributes=("_read", "_has_accumulated"))
     def forward(
         self,
         x: Tensor,
@@ -527,6 +529,11 @@ class VectorQuantize(nn.Module):
 
             inplace_optimize = z.new_zeros((), dtype=torch.float32)
             if self.in_place_codebook_optimizer is not None and self.training and not frozen:
+                if in_backward_pass():
+                    raise RuntimeError(
+                        "VectorQuantize: in_place_codebook_optimizer would take its step again where gradient "
+                        "checkpointing computes the forward pass again; keep the module out of the checkpointed part"
+                    )
                 taken = chosen.take()
                 move(chosen)
                 moves = False
@@ -638,7 +645,7 @@ class VectorQuantize(nn.Module):
 
     def orthogonal_loss(self, indices: Tensor) -> Tensor:
         """Mean squared cosine between codes, less that of a code with itself (arXiv 2112.00384, eq. 2)."""
-        codes = self._codebook.embed
+        codes = self._codebook.embed.clone()  # a later pass of the same step moves them, beside autograd
         if self.orthogonal_reg_active_codes_only:
             assert not (self.heads > 1 and self.separate_codebook_per_head), (
                 "VectorQuantize: orthogonal_reg_active_codes_only does not go with separate codebooks"

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from processes import on_processes
 from torch import distributed
 
@@ -262,3 +263,71 @@ def test_an_exported_module_is_saved_and_needs_nothing_of_this_package(options, 
     expected, expected_indices, _ = vq(x)
     assert torch.equal(indices, expected_indices)
     torch.testing.assert_close(quantised, expected, rtol=1e-6, atol=1e-6)
+
+
+class Checkpointed(torch.nn.Module):
+    """A codebook used twice in a step, with random numbers drawn after it, in a part that is computed again."""
+
+    def __init__(self, options, reentrant):
+        super().__init__()
+        self.encoder = torch.nn.Linear(8, 8)
+        self.vq = VectorQuantize(8, 16, **options)
+        self.reentrant = reentrant
+
+    def part(self, x):
+        z = self.encoder(x)
+        quantised, _, loss = self.vq(z)
+        return torch.nn.functional.dropout(quantised, 0.3), loss
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return self.part(x)
+        return torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kmeans_init": True},
+        {"use_cosine_sim": True, "threshold_ema_dead_code": 2},
+        {"affine_param": True},
+        {"orthogonal_reg_weight": 0.5},
+        {"learnable_codebook": True, "ema_update": False},
+        {"stochastic_sample_codes": True},
+    ],
+    ids=str,
+)
+def test_a_pass_that_is_computed_again_neither_moves_nor_sees_another_codebook(options, reentrant):
+    results = []
+    for way in (None, reentrant):
+        torch.manual_seed(0)
+        model = Checkpointed(options, way)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        outputs = []
+        for _ in range(3):
+            x = torch.randn(2, 4, 50, 8, requires_grad=True)
+            (a, first), (b, second) = model(x[0]), model(x[1])
+            optimizer.zero_grad()
+            ((a - b).square().mean() + first + second).backward()
+            optimizer.step()
+            outputs += [a.detach(), b.detach(), first.detach(), x.grad, model.encoder.weight.grad.clone()]
+        results.append(outputs + list(model.state_dict().values()))
+    for found, expected in zip(*results, strict=True):
+        # Gradients of the two passes are added in another order.
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if "orthogonal_reg_weight" in options else 0)
+
+
+def test_what_cannot_be_computed_again_says_so():
+    x = torch.randn(2, 50, 8, requires_grad=True)
+    vq = VectorQuantize(
+        8, 16, learnable_codebook=True, ema_update=False, in_place_codebook_optimizer=torch.optim.AdamW
+    )
+    with pytest.raises(RuntimeError, match="in_place_codebook_optimizer"):
+        torch.utils.checkpoint.checkpoint(vq, x, use_reentrant=False)[2].backward()
+    torch.manual_seed(0)
+    vq = VectorQuantize(8, 16)
+    x.register_hook(lambda _: vq(x))
+    with pytest.raises(RuntimeError, match="keep this module out"):
+        x.sum().backward()
