@@ -38,10 +38,10 @@ class VQVAE(nn.Module):
             threshold_ema_dead_code=config.dead_code_threshold,
         )
         if config.codebook_init == "random":
-            # The paper's codes start as far apart as its latents, and its counts at zero.
+            # As far apart as the paper's, whose counts start at zero: a code that no latent has chosen yet is then its
+            # moving average over eps, up to 1e6 long, and decodes to spikes. Here each counts as chosen once, so that
+            # it stays between where it began and the latents that choose it.
             self.vq.codebook = torch.randn(config.codebook_size, config.dim)
-            self.vq._codebook.embed_avg.copy_(self.vq._codebook.embed)
-            self.vq._codebook.cluster_size.zero_()
         self.decoder = Decoder(2 * channels, config.dim, num_down, config.residual_blocks, spectrum_size)
 
     @property

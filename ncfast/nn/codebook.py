@@ -163,7 +163,7 @@ class Codebook(nn.Module):
         """[H, K, D] as the vectors meet them, float32 or better: through the bridge and the affine map."""
         embed = self.embed if self.learnable_codebook else self.embed.detach()
         embed = embed if embed.dtype == torch.float64 else embed.float()
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_compiling() and not dispatch.exporting():
             # Inductor of torch 2.10 and 2.11 has operators read the codes after the moving average has written them.
             embed = Snapshot.apply(embed)
         if self.vq_bridge is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncfast.nn.codebook import Codebook, Snapshot, unit
+from ncfast.ops import dispatch
 
 
 class Chosen(NamedTuple):
@@ -72,7 +73,7 @@ class Selection:
                 codes = self.transform(codes).flatten(1, 2)  # [H, M, K, D]
                 codes, similarities = self.similarities_to_own(codes)
         # Indices have no gradient anyhow, and a program with such a region cannot be saved.
-        with contextlib.nullcontext() if torch.compiler.is_exporting() else torch.no_grad():
+        with contextlib.nullcontext() if dispatch.exporting() else torch.no_grad():
             if self.temperature is None and self.topk is None and self.transform is None:
                 indices = self.codebook.nearest(self.z, codes)
             elif similarities is not None:

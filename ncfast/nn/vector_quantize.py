@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ncfast.nn.codebook import Codebook, unit
 from ncfast.nn.recomputation import in_backward_pass, recomputable
 from ncfast.nn.select_codes import Chosen, Selection
-from ncfast.ops import rotate_to_code
+from ncfast.ops import dispatch, rotate_to_code
 from ncfast.ops.rotate_to_code import rotated
 
 
@@ -300,7 +300,7 @@ class VectorQuantize(nn.Module):
         return codes.flatten(-2) if self.heads > 1 or self.separate_codebook_per_head else codes
 
     def channels_back(self, codes: Tensor) -> Tensor:
-        return codes if self.is_channel_last else codes.movedim(-1, 1)
+        return codes if self.is_channel_last else codes.movedim(codes.dim() - 1, 1)
 
     def update_in_place_optimizer(self) -> None:
         """The step of `in_place_codebook_optimizer`, with gradients averaged over processes."""
@@ -391,7 +391,9 @@ class VectorQuantize(nn.Module):
         assert x.dim() == dims or (x.dim() > dims and self.is_channel_last), (
             f"VectorQuantize: x has {dims} dimensions; got {list(x.shape)}"
         )
-        return (x.flatten(1, -2), x.shape[1:-1]) if self.is_channel_last else (x.flatten(2).mT, x.shape[2:])
+        if self.is_channel_last:
+            return x.flatten(1, -2), x.shape[1:-1]
+        return x.flatten(2).transpose(1, 2), x.shape[2:]
 
     def split_heads(self, x: Tensor) -> Tensor:
         """x [B, n, heads·D] -> [H, M, D]: [heads, B n, D] with separate codebooks, else [1, B heads n, D]."""
@@ -494,7 +496,7 @@ class VectorQuantize(nn.Module):
             mask = mask.repeat_interleave(n // mask.shape[1], dim=1)  # x [B, n, ..., dim]
         z = self.split_heads(self.project_in(x)).to(original.dtype)
         # Export has no autocast, and cannot save a program with a region that says so.
-        exporting = torch.compiler.is_exporting()
+        exporting = dispatch.exporting()
         with contextlib.nullcontext() if exporting else torch.autocast(z.device.type, enabled=False):
             z = self._codebook.transform_input(z).contiguous()  # [H, M, D]
             rows = self.mask_of(z, mask)

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +41,14 @@ def constant_when_compiled(function: Callable) -> Callable:
     return function
 
 
+def exporting() -> bool:
+    """Whether torch.export or torch.onnx.export, its older way too, is making a program of what runs."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
 def choose(operation: str, impl: str | None, why_not: dict[str, str | None]) -> str:
     """The implementation to run. `impl` None or "auto" defers to NCFAST_IMPL, then to the fastest that can."""
     if impl is None or impl == "auto":
@@ -48,7 +57,7 @@ def choose(operation: str, impl: str | None, why_not: dict[str, str | None]) -> 
             raise ValueError(f"NCFAST_IMPL is one of {', '.join(NAMES)}; got {DEFAULT!r}")
         impl = DEFAULT if DEFAULT in why_not else "auto"
         # An exported program runs where this package is not, so it is made of PyTorch's operators.
-        if torch.compiler.is_exporting():
+        if exporting():
             impl = "reference"
     if impl == "auto":
         for name in why_not:

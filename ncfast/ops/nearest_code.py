@@ -22,7 +22,7 @@ def nearest_code_reference(z: Tensor, codebook: Tensor) -> Tensor:
     for block in z.split(max(1, 2**24 // max(1, codebook.shape[-2])), dim=1):
         # A finite row's score is never NaN; the row of zeros that stands in for another never wins by accident.
         rows = block.nan_to_num(0.0, 0.0, 0.0).double()
-        scores = torch.baddbmm(bias[:, None, :], rows, e.mT)  # [H, rows, K]
+        scores = torch.baddbmm(bias[:, None, :], rows, e.transpose(1, 2))  # [H, rows, K]
         best, index = scores.max(-1)
         # A matrix product may round equal codes differently; the first within that rounding is the tie's lowest index.
         norm = (-2 * bias.gather(1, index)).sqrt()

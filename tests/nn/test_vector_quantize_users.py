@@ -321,9 +321,7 @@ def test_a_pass_that_is_computed_again_neither_moves_nor_sees_another_codebook(o
 
 def test_what_cannot_be_computed_again_says_so():
     x = torch.randn(2, 50, 8, requires_grad=True)
-    vq = VectorQuantize(
-        8, 16, learnable_codebook=True, ema_update=False, in_place_codebook_optimizer=torch.optim.AdamW
-    )
+    vq = VectorQuantize(8, 16, learnable_codebook=True, ema_update=False, in_place_codebook_optimizer=torch.optim.AdamW)
     with pytest.raises(RuntimeError, match="in_place_codebook_optimizer"):
         torch.utils.checkpoint.checkpoint(vq, x, use_reentrant=False)[2].backward()
     torch.manual_seed(0)
@@ -331,3 +329,20 @@ def test_what_cannot_be_computed_again_says_so():
     x.register_hook(lambda _: vq(x))
     with pytest.raises(RuntimeError, match="keep this module out"):
         x.sum().backward()
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True, "heads": 2}, {"accept_image_fmap": True}], ids=str)
+def test_onnx_runs_what_the_module_does(options, dynamo, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    vq = VectorQuantize(8, 16, **options).eval()
+    x = batch(2, 8, 4, 4) if "accept_image_fmap" in options else batch(2, 10, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(vq, (x,), tmp_path / "vq.onnx", dynamo=dynamo, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "vq.onnx")
+    quantised, indices, _ = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected, expected_indices, _ = vq(x)
+    assert (indices == expected_indices.numpy()).all()
+    assert abs(quantised - expected.detach().numpy()).max() < 1e-6

@@ -1,11 +1,30 @@
 """The error bound of docs/nearest_code_cuda.md, on an emulation of the tensor-core kernels."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-ROUNDINGS = 2.0**-24
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+KERNELS, HOST = ((SOURCES / name).read_text() for name in ("nearest_code_tensor.cuh", "nearest_code.cu"))
+
+
+def constants(pattern, text):
+    """The numbers of a line of the source, so that a change there is one here."""
+    (found,) = re.findall(pattern, text)
+    return [float(number) for number in found]
+
+
+SUM, SUM_MORE, SUM_UNIT = constants(
+    r"return ([\d.]+)f \* float\(ceil_div\(D, 16\) \* 16 \+ (\d+)\) \* 0x1p(-\d+)f", HOST
+)
+BIAS, BIAS_MORE, BIAS_UNIT, FAR = constants(
+    r"\(chunks \* (\d+) \+ (\d+)\) \* 0x1p(-\d+)f \* \(magnitude.*\) \+ codes.bias \* 0x1p(-\d+)f", KERNELS
+)
+(WINDOW,) = map(float, re.findall(r"float window = ([\d.]+)f \* error", KERNELS))
+KEY, KEY_LEAST = constants(r"best - \(window \+ 0x1p(-\d+)f \* \(fabsf\(best\) \+ window\) \+ 0x1p(-\d+)f\)", KERNELS)
 
 
 def scale_exponents(largest):
@@ -52,9 +71,10 @@ def emulate(z, codebook, block, mean=None):
     e_rest = (e_half - e_scaled.double()).norm(dim=1).max()
     e_norm, e_bias = e_half.norm(dim=1).max() + e_rest, -bias.min()
     padded = math.ceil(D / 16) * 16
-    bound = norm * e_rest + rest * e_norm + 1.5 * (padded + 16) * 2.0**-23 * norm * e_norm
-    bound += (math.ceil(D / 64) * 8 + 24) * ROUNDINGS * (norm * e_norm + factor * e_bias) + 2.0**-99 * e_bias
-    return scores, exact, 1.001 * bound
+    bound = norm * e_rest + rest * e_norm + SUM * (padded + SUM_MORE) * 2.0**SUM_UNIT * norm * e_norm
+    roundings = (math.ceil(D / 64) * BIAS + BIAS_MORE) * 2.0**BIAS_UNIT
+    bound += roundings * (norm * e_norm + factor * e_bias) + 2.0**FAR * e_bias
+    return scores, exact, WINDOW / 2 * bound
 
 
 def group_keys(scores):
@@ -67,7 +87,15 @@ def group_keys(scores):
 def lowest_key(best, window):
     """In float32, as the kernel does it."""
     best, window = best.float(), window.float()
-    return (best - (window + 2.0**-18 * (best.abs() + window) + 2.0**-140)).double()
+    return (best - (window + 2.0**KEY * (best.abs() + window) + 2.0**KEY_LEAST)).double()
+
+
+def cut_terms(D=256):
+    """z [1, D], codebook [2, D] with a mean of 0: one large product, and beside it terms that are cut away whole."""
+    z = torch.full((D,), 5.65625)  # squared 31.99: just below the unit, 32, of 2^28 in 24 bits
+    code = z.clone()
+    z[0], code[0] = 2.0**14, 2.0**14 * (1 + 2.0**-10)
+    return z[None], torch.stack([code, -code])
 
 
 def next_up(x):
@@ -119,6 +147,13 @@ def test_scores_are_within_the_bound(name, block):
     assert ((scores - exact).abs() <= (bound + slack)[:, None]).all()
 
 
+def test_the_bound_of_the_sum_is_not_twice_what_it_must_be():
+    z, codebook = cut_terms()
+    scores, exact, bound = emulate(z, codebook, 4)
+    error = (scores - exact).abs().amax()
+    assert bound / 2 < error <= bound
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_the_nearest_code_is_never_ruled_out(name):
     z, codebook = data(name)
@@ -139,6 +174,16 @@ def test_the_group_of_the_nearest_code_is_never_ruled_out(name, fast):
     keys = group_keys(scores)
     reached = keys >= lowest_key(keys.amax(-1), window)[:, None]
     assert reached.gather(1, nearest[:, None] // 4).all()
+
+
+def test_keys_that_move_apart_by_all_that_they_can():
+    unit = 2.0**-23
+    scores = torch.full((1, 32), -1.0, dtype=torch.float64)
+    scores[0, 31] = 1 + 16 * unit  # the greatest: its key is 7 units more
+    scores[0, 0] = 1 + 7 * unit  # 9 units less; its key is 7 units less again
+    keys = group_keys(scores)
+    assert keys[0, 7] - keys[0, 0] == 23 * unit
+    assert keys[0, 0] >= lowest_key(keys[0, 7], torch.tensor(9 * unit))
 
 
 def test_keys_leave_few_more_rows_open():
