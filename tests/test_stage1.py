@@ -105,3 +105,16 @@ def test_every_ssl_method_reaches_the_encoder_from_both_views(ssl):
 def test_too_few_columns_are_refused():
     with pytest.raises(ValueError, match="at least n_fft"):
         VQVAE(small_config(n_fft=8), 1, 7)
+
+
+@pytest.mark.parametrize("init", ["random", "kmeans"])
+def test_no_code_leaves_the_reach_of_codes_and_latents(init):
+    """Codes that nothing chooses, after any number of steps: a decoder makes spikes of what it has never met."""
+    torch.manual_seed(0)
+    vq = VQVAE(small_config(codebook_size=64, codebook_init=init), 1, 24).vq.train()
+    latents = 0.1 * torch.randn(2, 40, 8)
+    reach = max(vq.codebook.norm(dim=-1).max(), latents.norm(dim=-1).max())
+    for _ in range(150):
+        vq(latents)
+        # The smoothing of the counts adds up to K eps over the number of latents.
+        assert vq.codebook.norm(dim=-1).max() <= 1.0001 * reach
