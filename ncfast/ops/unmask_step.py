@@ -299,7 +299,7 @@ def check_options(choice_temperature, guidance_scale, temperature, top_k, conven
         raise ValueError(f"unmask_step: choice_temperature is 0 or more; got {choice_temperature}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"unmask_step: temperature is above 0; got {temperature}")
-    if not math.isfinite(guidance_scale):
+    if not -math.inf < guidance_scale < math.inf:
         raise ValueError(f"unmask_step: guidance_scale is finite; got {guidance_scale}")
     if top_k < 0:
         raise ValueError(f"unmask_step: top_k is 0 (all codes) or more; got {top_k}")

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ncfast.ops import batch_norm
-from ncfast.ops.batch_norm import BACKWARD_OPERATOR, OPERATOR, why_not
+from ncfast.ops.batch_norm import why_not
 
 IMPLEMENTATIONS = implementations(batch_norm, why_not)
 every_implementation = each(IMPLEMENTATIONS, "reference", "triton")
@@ -291,61 +291,6 @@ def test_one_of_two_results_is_used(run, used):
         result = call(leaf, **vectors, residual=plain.residual.to(x.dtype), then_slope=0.1)[used]
         gradients.append(torch.autograd.grad(result.square().sum(), leaf)[0].double())
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
-
-
-def operator_cases(run):
-    run.skip_unless_it_runs(torch.float32)
-    for options in ((2, 0.1, 1e-5, 0.1, 0.2, False), (1, 0.1, 1e-5, 0.1, None, True)):
-        plain = case((4, 3, 5, 7), residual=options[4] is not None)
-        move = [
-            None if part is None else part.to(run.device, memory_format=torch.channels_last)
-            for part in (plain.x, plain.residual)
-        ]
-        yield (*move, *(value.to(run.device) for value in plain.vectors.values()), *options)
-
-
-@triton_only
-def test_opcheck(run):
-    for arguments in operator_cases(run):
-        torch.library.opcheck(OPERATOR, arguments)
-
-
-@triton_only
-def test_opcheck_backward(run):
-    for arguments in operator_cases(run):
-        x, _, weight, bias, _, _, views, _, _, slope, then_slope, pad = arguments
-        y, activated, h, saved = OPERATOR(*arguments)
-        second = None if then_slope is None else activated
-        torch.library.opcheck(
-            BACKWARD_OPERATOR,
-            (y, second, h if h.numel() else x, saved, weight, bias, views, slope, then_slope, pad),
-        )
-
-
-@every_implementation
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_compiles_to_one_graph_and_only_once(run, dynamic):
-    run.skip_unless_it_runs(torch.float32)
-    torch._dynamo.reset()
-
-    def function(x, residual, weight, bias, running_mean, running_var):
-        y, activated = batch_norm(
-            x * 1, weight, bias, running_mean, running_var, residual, views=2, then_slope=0.1, impl=run.name
-        )
-        return (y * y).sum() + activated.sum(), y + 0
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for turn, N in enumerate((4, 6, 10) if dynamic else (4, 4)):
-        plain = case((N, 3, 5, 7), residual=True, seed=turn)
-        found = []
-        for each_function in (compiled, function):
-            tensors = [part.to(run.device, copy=True) for part in (plain.x, plain.residual, *plain.vectors.values())]
-            leaves = [tensor.requires_grad_() for tensor in tensors[:4]]
-            with torch._dynamo.config.patch(error_on_recompile=turn > 0):
-                total, y = each_function(*tensors)
-            found.append([y, *tensors[4:], *torch.autograd.grad(total, leaves)])
-        for ours, theirs in zip(*found, strict=True):
-            torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.gpu

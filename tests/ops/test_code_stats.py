@@ -1,15 +1,14 @@
 import numpy as np
 import pytest
 import torch
-from implementations import compile_offline, each, implementations, isa, needs_triton, poisoned_memory
+from implementations import compile_offline, each, implementations, needs_triton, poisoned_memory
 
 from ncfast.ops import code_stats
-from ncfast.ops.code_stats import OPERATORS, why_not
+from ncfast.ops.code_stats import why_not
 
 IMPLEMENTATIONS = implementations(code_stats, why_not)
 every_implementation, every_cpp = each(IMPLEMENTATIONS), each(IMPLEMENTATIONS, "cpp")
 every_kernel = each(IMPLEMENTATIONS, "cpp", "triton")
-one_of_each = each(IMPLEMENTATIONS, "reference", "cpp-portable", "triton")
 # What overflows in the interpreter is NumPy's to report and the kernel's to expect.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -212,39 +211,6 @@ def test_no_gradient_and_no_change_of_the_inputs(run):
     counts, sums = run(z, indices, 3)
     assert not counts.requires_grad and not sums.requires_grad
     assert torch.equal(z, before[0]) and torch.equal(indices, before[1])
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck(name):
-    run = IMPLEMENTATIONS.get(name) or IMPLEMENTATIONS["cpp-portable"]
-    run.skip_unless_it_runs(torch.float32)
-    for shape, K, dtype in (
-        ((2, 7, 5), 4, torch.float32),
-        ((1, 0, 5), 1, torch.float32),
-        ((1, 140, 1), 1, torch.float16),
-    ):
-        z, indices = torch.zeros(shape, dtype=dtype), torch.zeros(shape[:-1], dtype=torch.int64)
-        torch.library.opcheck(OPERATORS[name], (z.to(run.device), indices.to(run.device), K))
-
-
-@one_of_each
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_to_one_graph_and_only_once(run, dynamic):
-    run.skip_unless_it_runs(torch.float32)
-    torch._dynamo.reset()
-
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    def compiled(z, indices):
-        counts, sums = code_stats(z * 1, indices, 3, impl=run.name)
-        return counts + 0, sums + 0
-
-    with isa(run.isa):
-        for turn, M in enumerate((40, 50, 200) if dynamic else (40, 40)):
-            z, indices = data(M, 3, 5, seed=turn)
-            with torch._dynamo.config.patch(error_on_recompile=turn > 0):
-                result = compiled(z.to(run.device), indices.to(run.device))
-            expected = run(z, indices, 3)
-            assert torch.equal(result[0].cpu(), expected[0]) and torch.equal(result[1].cpu(), expected[1])
 
 
 @pytest.mark.gpu

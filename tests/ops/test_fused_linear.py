@@ -13,9 +13,6 @@ from ncfast.ops import dispatch, fused_linear
 from ncfast.ops.fused_linear import (
     LEAST_SHARED_MEMORY,
     MAX_NORMED,
-    NORM_BACKWARD,
-    OPERATORS,
-    TRITON_BACKWARD,
     why_not,
 )
 
@@ -189,21 +186,6 @@ def test_gradient_is_the_same_bits_for_any_number_of_threads(run, threads):
         answers.append((x.grad, norm_weight.grad))
     for other in answers[1:]:
         assert all(torch.equal(a, b) for a, b in zip(answers[0], other, strict=True))
-
-
-@each(IMPLEMENTATIONS, "cpp-portable", "triton")
-def test_opcheck(run):
-    run.skip_unless_it_runs(torch.float32)
-    x, weight, bias, norm_weight, residual = (part.to(run.device) for part in data(4, 5, 6))
-    torch.library.opcheck(OPERATORS[run.name], (x, weight, bias, norm_weight, residual, 1e-6, True, True))
-    torch.library.opcheck(OPERATORS[run.name], (x, weight, None, None, None, 1e-6, False, False))
-    if run.name == "cpp":
-        torch.library.opcheck(NORM_BACKWARD, (x, x, norm_weight, 1e-6))
-        return
-    for dtype in (torch.float32, torch.float16):
-        everything = (residual, x, x, weight, bias, norm_weight, residual, 1e-6, dtype)
-        torch.library.opcheck(TRITON_BACKWARD, everything)
-        torch.library.opcheck(TRITON_BACKWARD, (residual, None, x, weight, None, None, None, 1e-6, dtype))
 
 
 @each(IMPLEMENTATIONS, "cpp-portable", "triton")

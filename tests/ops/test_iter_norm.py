@@ -5,12 +5,11 @@ import torch
 from implementations import compile_offline, each, implementations, isa, needs_triton, poisoned_memory
 
 from ncfast.ops import iter_norm
-from ncfast.ops.iter_norm import BACKWARD_OPERATORS, OPERATORS, why_not
+from ncfast.ops.iter_norm import why_not
 
 IMPLEMENTATIONS = implementations(iter_norm, why_not)
 every_implementation = each(IMPLEMENTATIONS)
 every_kernel = each(IMPLEMENTATIONS, "cpp", "triton")
-one_of_each = each(IMPLEMENTATIONS, "reference", "cpp-portable", "triton")
 # What overflows in the interpreter is NumPy's to report and the kernel's to expect.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -315,27 +314,6 @@ def test_second_derivative_of_the_reference():
     assert torch.autograd.gradgradcheck(lambda x: iter_norm(x, groups=1, iterations=3, impl="reference"), (x,))
 
 
-def operator_cases(name):
-    run = IMPLEMENTATIONS.get(name) or IMPLEMENTATIONS["cpp-portable"]
-    run.skip_unless_it_runs(torch.float32)
-    for N, d, groups in ((7, 3, 2), (2, 1, 1)):
-        plain = case(N, d, groups)
-        yield plain._replace(x=plain.x.to(run.device), grad_y=plain.grad_y.to(run.device))
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck(name):
-    for x, _, groups, iterations, eps in operator_cases(name):
-        torch.library.opcheck(OPERATORS[name], (x, groups, iterations, eps))
-
-
-@pytest.mark.parametrize("name", BACKWARD_OPERATORS)
-def test_opcheck_backward(name):
-    for x, grad_y, groups, iterations, eps in operator_cases(name):
-        _, saved = OPERATORS[name](x, groups, iterations, eps)
-        torch.library.opcheck(BACKWARD_OPERATORS[name], (grad_y, x, saved, groups, iterations, eps))
-
-
 def compiled_step(run, **options):
     """y and the gradient, by a compiled function of the case on the run's device."""
     torch._dynamo.reset()
@@ -352,22 +330,6 @@ def compiled_step(run, **options):
         return y.detach().cpu(), x.grad.cpu()
 
     return step
-
-
-@one_of_each
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_compiles_to_one_graph_and_only_once(run, dynamic):
-    run.skip_unless_it_runs(torch.float32)
-    if run.slow and not dynamic:
-        pytest.skip("triton: the interpreter takes the dynamic one")
-    step = compiled_step(run, backend="aot_eager", dynamic=dynamic)
-    with isa(run.isa):
-        for turn, N in enumerate((13, 20, 35) if dynamic else (13, 13)):
-            plain = case(N, 4, 3, seed=turn, iterations=5)
-            with torch._dynamo.config.patch(error_on_recompile=turn > 0):
-                result = step(plain)
-            for ours, theirs in zip(result, forward_and_backward(run, plain), strict=True):
-                torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.slow

@@ -276,20 +276,6 @@ def test_a_dead_column_has_a_finite_gradient(name):
     assert loss.isfinite() and all(grad.isfinite().all() for grad in torch.autograd.grad(loss, (za, zb)))
 
 
-@pytest.mark.parametrize("options", [{}, {"convention": "solo"}, {"route": "direct"}], ids=str)
-@pytest.mark.parametrize("name", LOSSES)
-def test_compiles_whole(name, options):
-    loss, _ = LOSSES[name]
-    inputs = [z.detach().float().requires_grad_() for z in views(16, 64)]
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for za, zb in (inputs, [z.detach() for z in inputs]):
-        actual, expected = compiled(za, zb, **options), loss(za, zb, **options)
-        torch.testing.assert_close(actual, expected)
-        if za.requires_grad:
-            grads = torch.autograd.grad(actual, (za, zb)), torch.autograd.grad(expected, (za, zb))
-            torch.testing.assert_close(*grads)
-
-
 ERRORS = [
     (torch.zeros(4, 3), torch.zeros(4, 2), {}, r"za and zb are \[N, D\] and alike; got \[4, 3\] and \[4, 2\]"),
     (torch.zeros(4, 3, 2), torch.zeros(4, 3, 2), {}, r"\[N, D\]"),

@@ -6,7 +6,7 @@ import loss_oracle
 import pytest
 import torch
 from implementations import isa, poisoned_memory
-from loss_oracle import CONVENTIONS, LOSSES, OPTIONS, Oracle, views
+from loss_oracle import CONVENTIONS, LOSSES, Oracle, views
 
 from ncfast.ops import dispatch
 
@@ -95,18 +95,6 @@ def test_same_bits_for_any_number_of_threads(name, N, D, threads):
             answers.append(run(name, *views(N, D)))
     for answer in answers[1:]:
         assert all(torch.equal(x, y) for x, y in zip(answer, answers[0], strict=True))
-
-
-@every_loss
-def test_opcheck(name):
-    with instruction_set("portable"):
-        za, zb = views(6, 20)
-        forward, backward = (
-            getattr(torch.ops.ncfast, stem).default for stem in (f"{name}_cpp", f"{name}_backward_cpp")
-        )
-        torch.library.opcheck(forward, (za, zb, *OPTIONS[name]))
-        loss, saved = forward(za, zb, *OPTIONS[name])
-        torch.library.opcheck(backward, (torch.ones_like(loss), za, zb, saved, *OPTIONS[name]))
 
 
 @every_loss

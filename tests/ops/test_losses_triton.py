@@ -154,36 +154,6 @@ def test_views_are_only_read(name):
     assert torch.equal(za, before[0]) and torch.equal(zb, before[1])
 
 
-@every_loss
-def test_opcheck(name):
-    za, zb = (z.to(GPU) for z in views(6, 20))
-    options = OPTIONS[name]
-    forward, backward = (
-        getattr(torch.ops.ncfast, stem).default for stem in (f"{name}_triton", f"{name}_backward_triton")
-    )
-    torch.library.opcheck(forward, (za, zb, *options))
-    loss, saved = forward(za, zb, *options)
-    torch.library.opcheck(backward, (torch.ones_like(loss), za, zb, saved, *options))
-
-
-@pytest.mark.parametrize("name", ["barlow_twins_loss", "vicreg_loss"])
-def test_compiles_to_one_graph_and_only_once(name):
-    torch._dynamo.reset()
-
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
-    def compiled(za, zb):
-        return LOSSES[name](za * 1, zb, route="gram", impl="triton") + 0
-
-    for turn, N in enumerate((6, 9)):
-        za, zb = views(N, 20)
-        leaves = [z.to(GPU).requires_grad_() for z in (za, zb)]
-        with torch._dynamo.config.patch(error_on_recompile=turn > 0):
-            loss = compiled(*leaves)
-            grads = torch.autograd.grad(loss, leaves)
-        for actual, expected in zip((loss.detach(), *grads), run(name, za, zb), strict=True):
-            assert torch.equal(actual.cpu(), expected)
-
-
 @pytest.mark.parametrize("N", [2, 16, 17, 64, 65, 128, 300, 2048, 20_000])
 @pytest.mark.parametrize("D", [1, 16, 65, 4096, 100_003])
 def test_stretches_cover_the_columns_once(N, D):

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from implementations import GPU, compile_offline, each, implementations, isa, needs_triton, poisoned_memory
+from implementations import compile_offline, each, implementations, isa, needs_triton, poisoned_memory
 
 from ncfast.engine.cuda_graph import CudaGraph
 from ncfast.ops import dispatch, masked_attention
-from ncfast.ops.masked_attention import BACKWARD_OPERATORS, MAX_LENGTH, OPERATORS, shared_memory, why_not
+from ncfast.ops.masked_attention import MAX_LENGTH, shared_memory, why_not
 
 IMPLEMENTATIONS = implementations(masked_attention, why_not)
 every_implementation = each(IMPLEMENTATIONS)
@@ -318,39 +318,6 @@ def test_auto_leaves_what_the_kernel_does_not_take_to_pytorch():
     assert masked_attention(long).shape == (1, MAX_LENGTH + 1, 1, 8)
     with pytest.raises(RuntimeError, match="sequences of 129: the kernel takes up to 128"):
         masked_attention(long, impl="cpp")
-
-
-@each(IMPLEMENTATIONS, "cpp-portable", "triton")
-@pytest.mark.parametrize("keys", KEYS)
-@pytest.mark.parametrize("learned", ["plain", "normalised-null"])
-def test_opcheck(run, keys, learned):
-    run.skip_unless_it_runs()
-    some = case(2, 6, 2, 4, keys=keys, learned=learned)
-    names = ("key_mask", "lengths"), ("q_scale", "k_scale", "null_kv")
-    inputs = [some.qkv, *(some.keys.get(name) for name in names[0]), *(some.learned.get(name) for name in names[1])]
-    inputs = [x if x is None else x.to(run.device) for x in inputs]
-    torch.library.opcheck(OPERATORS[run.name], (*inputs, 0.5))
-    torch.library.opcheck(BACKWARD_OPERATORS[run.name], (some.grad_out.to(run.device), *inputs, 0.5))
-
-
-@pytest.mark.parametrize("device", dict.fromkeys(("cpu", GPU)))
-@pytest.mark.parametrize("keys", KEYS)
-@pytest.mark.parametrize("learned", ["plain", "normalised-null"])
-def test_compiles_whole_without_recompiling(keys, learned, device):
-    some = case(2, 12, 2, 8, keys=keys, learned=learned)
-    torch._dynamo.reset()
-    compiled = torch.compile(masked_attention, fullgraph=True, backend="aot_eager")
-
-    def outputs(function):
-        leaves = {name: x.to(device).requires_grad_() for name, x in {"qkv": some.qkv.clone(), **some.learned}.items()}
-        learned = {name: leaves[name] for name in some.learned}
-        out = function(leaves["qkv"], **{name: x.to(device) for name, x in some.keys.items()}, **learned)
-        return out, *torch.autograd.grad(out, list(leaves.values()), some.grad_out.to(device))
-
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(3):
-            for ours, expected in zip(outputs(compiled), outputs(masked_attention), strict=True):
-                torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
 def test_unknown_instruction_set_is_named():

@@ -3,10 +3,10 @@ import functools
 import numpy as np
 import pytest
 import torch
-from implementations import each, implementations, isa
+from implementations import each, implementations
 
 from ncfast.ops import dispatch, nearest_code
-from ncfast.ops.nearest_code import OPERATORS, why_not
+from ncfast.ops.nearest_code import why_not
 
 IMPLEMENTATIONS = implementations(nearest_code, why_not, cuda=True)
 every_implementation, every_cpp = each(IMPLEMENTATIONS), each(IMPLEMENTATIONS, "cpp")
@@ -366,36 +366,6 @@ def test_unknown_isa_names_the_available_ones(monkeypatch):
         ValueError, match=f"NCFAST_ISA=mmx is not available; this machine has {', '.join(module.isas())}"
     ):
         nearest_code(torch.zeros(1, 1), torch.zeros(1, 1), impl="cpp")
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck(name):
-    run = IMPLEMENTATIONS.get(name) or IMPLEMENTATIONS["cpp-portable"]
-    reason = run.why_not(torch.float32)
-    if reason is not None:
-        pytest.skip(f"{name}: {reason}")
-    for z, codebook in (
-        (randn(2, 7, 5), randn(2, 9, 5)),
-        (randn(1, 0, 5), randn(1, 1, 5)),
-        (randn(1, 3, 1).half(), randn(1, 4, 1)),
-    ):
-        torch.library.opcheck(OPERATORS[name], (z.to(run.device), codebook.to(run.device)))
-
-
-@every_implementation
-def test_compiles_to_one_graph_and_only_once(run):
-    z, codebook = randn(12, 5).to(run.device), randn(6, 5, seed=1).to(run.device)
-    eager = run(z, codebook)
-    torch._dynamo.reset()
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def compiled(z, codebook):
-        return nearest_code(z * 1, codebook, impl=run.name) + 0
-
-    with isa(run.isa):
-        assert torch.equal(compiled(z, codebook).cpu(), eager)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            assert torch.equal(compiled(z.clone(), codebook.clone()).cpu(), eager)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from implementations import compile_offline, each, implementations, isa, needs_triton, poisoned_memory
 
 from ncfast.ops import rotate_to_code
-from ncfast.ops.rotate_to_code import BACKWARD_OPERATORS, OPERATORS, why_not
+from ncfast.ops.rotate_to_code import why_not
 
 IMPLEMENTATIONS = implementations(
     rotate_to_code, lambda device, z_dtype=torch.float32, codebook_dtype=None: why_not(device, z_dtype)
@@ -464,29 +464,6 @@ def test_every_element_is_written(run, rotate, M):
         check(run, case(M, 5, 20, outside=0.3), rotate)
 
 
-def operator_cases(name):
-    run = IMPLEMENTATIONS.get(name) or IMPLEMENTATIONS["cpp-portable"]
-    run.skip_unless_it_runs(torch.float32)
-    for H, M, K, D, dtype in ((2, 7, 4, 5, torch.float32), (1, 0, 1, 5, torch.float32), (1, 3, 2, 1, torch.float16)):
-        plain = case(M, K, D, heads=(H,), dtype=dtype)
-        yield [x.to(run.device) for x in plain[:4]]
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck(name):
-    for z, codebook, indices, _ in operator_cases(name):
-        torch.library.opcheck(OPERATORS[name], (z, codebook, indices))
-
-
-@either_way
-@pytest.mark.parametrize("name", BACKWARD_OPERATORS)
-def test_opcheck_backward(name, rotate):
-    for z, codebook, indices, grad_q in operator_cases(name):
-        q, loss, inverse_count = OPERATORS[name](z, codebook, indices)
-        arguments = (grad_q, torch.ones_like(loss), z, q, indices, inverse_count, codebook.shape[1], rotate)
-        torch.library.opcheck(BACKWARD_OPERATORS[name], arguments)
-
-
 def compiled_step(run, rotate, **options):
     """(q * grad_q).sum() + loss, its gradients, and q, by a compiled function of the case on the run's device."""
     torch._dynamo.reset()
@@ -503,22 +480,6 @@ def compiled_step(run, rotate, **options):
         return q.cpu(), z.grad.cpu(), codebook.grad.cpu()
 
     return step
-
-
-@one_of_each
-@pytest.mark.parametrize(("rotate", "dynamic"), [(True, True), (False, False)])
-def test_compiles_to_one_graph_and_only_once(run, rotate, dynamic):
-    run.skip_unless_it_runs(torch.float32)
-    step = compiled_step(run, rotate, backend="aot_eager", dynamic=dynamic)
-    with isa(run.isa):
-        for turn, M in enumerate((12, 20, 35) if dynamic else (12, 12)):
-            plain = case(M, 5, 6, seed=turn)._replace(grad_loss=1.0)
-            with torch._dynamo.config.patch(error_on_recompile=turn > 0):
-                q, grad_z, grad_codebook = step(plain)
-            expected = forward_and_backward(run, plain, rotate)
-            assert torch.equal(q, expected.q)
-            torch.testing.assert_close(grad_z, expected.grad_z)
-            torch.testing.assert_close(grad_codebook, expected.grad_codebook)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from implementations import compile_offline, each, implementations, needs_triton
 from torch.nn import functional as F
 
 from ncfast.ops import thin_conv_transpose
-from ncfast.ops.thin_conv_transpose import BACKWARD_OPERATOR, MOST_CHANNELS, OPERATOR, takes_triton, why_not
+from ncfast.ops.thin_conv_transpose import MOST_CHANNELS, takes_triton, why_not
 
 IMPLEMENTATIONS = implementations(thin_conv_transpose, why_not)
 every_implementation = each(IMPLEMENTATIONS, "reference", "triton")
@@ -189,42 +189,6 @@ def test_gradcheck_of_the_reference():
     plain = doubled(case(2, 2, 3, groups=2))
     leaves = [part.requires_grad_() for part in (plain.x, plain.weight, plain.bias)]
     assert torch.autograd.gradcheck(lambda *parts: thin_conv_transpose(*parts, groups=2), leaves)
-
-
-def on_device(run, plain):
-    run.skip_unless_it_runs(torch.float32)
-    return [part.to(run.device) if isinstance(part, torch.Tensor) else part for part in plain]
-
-
-@triton_only
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(run, dtype):
-    x, weight, bias, groups, grad_y = on_device(run, case(3, 5, 7, groups=3, dtype=dtype))
-    torch.library.opcheck(OPERATOR, (x, weight, bias, groups))
-    torch.library.opcheck(OPERATOR, (x.to(memory_format=torch.channels_last), weight, None, groups))
-    torch.library.opcheck(BACKWARD_OPERATOR, (grad_y, x.to(memory_format=torch.channels_last), weight, groups))
-
-
-@every_implementation
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_compiles_to_one_graph_and_only_once(run, dynamic):
-    torch._dynamo.reset()
-
-    def function(x, weight, bias):
-        y = thin_conv_transpose(x * 1, weight, bias, groups=3, impl=run.name)
-        return (y * y).sum(), y + 0
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for turn, (B, W) in enumerate([(8, 11), (9, 13), (7, 12)] if dynamic else [(8, 11), (8, 11)]):
-        x, weight, bias, *_ = on_device(run, case(B, 5, W, groups=3, seed=turn))
-        found = []
-        for each_function in (compiled, function):
-            leaves = [part.detach().clone().requires_grad_() for part in (x, weight, bias)]
-            with torch._dynamo.config.patch(error_on_recompile=turn > 0):
-                total, y = each_function(*leaves)
-            found.append([y, *torch.autograd.grad(total, leaves)])
-        for ours, theirs in zip(*found, strict=True):
-            torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import torch
 from implementations import GPU, compile_offline, each, implementations, isa, needs_triton, poisoned_memory
 
 from ncfast.ops import dispatch, philox, unmask_step
-from ncfast.ops.unmask_step import OPERATORS, why_not
+from ncfast.ops.unmask_step import why_not
 
 if importlib.util.find_spec("triton") is not None:
     import triton
@@ -759,19 +759,6 @@ def test_what_a_kernel_cannot_take():
         with pytest.raises(RuntimeError, match="float64 logits: the kernel is float32"):
             unmask_step(plain.logits, plain.tokens, plain.sample, seed=0, step=0, num_masked=0, impl="cpp")
     assert why_not(torch.device("cuda"), torch.float32, 4097)["triton"] is not None
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck(name):
-    run = IMPLEMENTATIONS.get(name) or IMPLEMENTATIONS["cpp-portable"]
-    run.skip_unless_it_runs(torch.float32)
-    plain = Case(*(x.to(run.device) for x in case(3, 6, 5, m=4)))
-    seeds, counts = torch.tensor(3, device=run.device), torch.tensor([1, 0, 2], device=run.device)
-    given = (plain.logits, plain.unconditional, plain.tokens, plain.sample, plain.positions, seeds, counts)
-    torch.library.opcheck(OPERATORS[name], (*given, 0, 1, 0, 4, 1.0, 2.0, 0.5, 2, False))
-    plain = Case(*(x.to(run.device) for x in case(3, 6, 5)))
-    given = (plain.logits, None, plain.tokens, plain.sample, None, None, None)
-    torch.library.opcheck(OPERATORS[name], (*given, 5, 1, 2, 2, 0.0, 1.0, 1.0, 0, True))
 
 
 @one_of_each
