@@ -1,13 +1,10 @@
 """One training step of each stage at the paper's FordA configuration, whole and part by part.
 
 `pytest benchmarks/ --benchmark-only` times the steps; `python benchmarks/bench_training.py` prints a Markdown table of
-the parts, timed in turns in one run. With `--ensemble 4` it prints instead what a step of four models at once takes
-against four steps of one.
+the parts, timed in turns in one run.
 """
 
 import argparse
-import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -16,7 +13,7 @@ import torch
 from common import OURS, Timing, flat, machine, peak_memory, rows, table, timings
 from torch import Tensor
 
-from ncfast import ensemble, training
+from ncfast import training
 from ncfast.config import make_config
 from ncfast.data.augment import Augment
 from ncfast.data.facts import DataFacts
@@ -38,7 +35,7 @@ def forward_backward(outputs: Callable[[], Tensor | tuple[Tensor, ...]]) -> Call
 
 
 class Step:
-    """A call is a step of stage 1 or 2, as `ncfast.train` takes it; with E of E models at once, as `--seeds` does."""
+    """A call is a step of stage 1 or 2, as `ncfast.train` takes it."""
 
     def __init__(
         self,
@@ -47,7 +44,6 @@ class Step:
         device: str = "cpu",
         *,
         precision: str | None = None,
-        E: int | None = None,
         graph: bool = True,
     ) -> None:
         self.device = torch.device(device)
@@ -58,18 +54,12 @@ class Step:
         config = training.resolve_config(config, dataset, self.device)
         data = DataFacts.of(dataset)
         x, labels = data.normalise(dataset.X_train, self.device), torch.from_numpy(dataset.y_train).to(self.device)
-        configs = [dataclasses.replace(config, seed=seed) for seed in range(E or 1)]
-        self.vqvaes = [training.new_vqvae(each, data).to(self.device).eval() for each in configs]
-        if number == 1 and E is None:
-            stage = training.stage1(config, self.vqvaes[0], x, self.device)
-        elif number == 1:
-            stage = ensemble.stage1(configs, self.vqvaes, x, self.device)
+        self.vqvae = training.new_vqvae(config, data).to(self.device).eval()
+        if number == 1:
+            stage = training.stage1(config, self.vqvae, x, self.device)
         else:
-            priors = [training.new_prior(each, vqvae, data) for each, vqvae in zip(configs, self.vqvaes, strict=True)]
-            if E is None:
-                stage = training.stage2(config, self.vqvaes[0], priors[0], x, labels, self.device)
-            else:
-                stage = ensemble.stage2(configs, self.vqvaes, priors, x, labels, self.device)
+            prior = training.new_prior(config, self.vqvae, data)
+            stage = training.stage2(config, self.vqvae, prior, x, labels, self.device)
         stage.modules.train()
         self.config, self.modules, self.x = config, stage.modules, x
         self.batch_size = stage.batch_size
@@ -83,7 +73,7 @@ class Step:
             device=self.device,
             graph=graph,
         )
-        self.generators = [torch.Generator(self.device) for _ in configs]
+        self.generators = [torch.Generator(self.device)]
         self.order = torch.randperm(SERIES, device=self.device)
         self.taken = 0
         for _ in range(TrainingStep.EAGER_STEPS + 1 if device == "cuda" else 0):  # the capture is not timed
@@ -93,15 +83,14 @@ class Step:
         first = self.batch_size * (self.taken % (SERIES // self.batch_size))
         rows = self.order[first : first + self.batch_size]
         with computing(self.config.precision, self.device):
-            members = len(self.generators)
-            self.step(self.taken, rows if members == 1 else rows.expand(members, -1), self.generators)
+            self.step(self.taken, rows, self.generators)
         self.taken += 1
 
     def parts(self) -> dict[str, Callable[[], object]]:
-        """Called one after the other, of one model, in float32."""
+        """Called one after the other, in float32."""
         optimizer = {"AdamW": lambda: self.step.optimizer.step()}
         if "prior" in self.modules:
-            B, S, dim = self.batch_size, self.vqvaes[0].num_tokens + 1, self.config.prior_dim
+            B, S, dim = self.batch_size, self.vqvae.num_tokens + 1, self.config.prior_dim
             x = torch.randn(B, S, dim, device=self.device, requires_grad=True)
             block = self.modules["prior"].transformer.blocks[0]
             return {
@@ -127,20 +116,6 @@ class Step:
         }
 
 
-def ensemble_cases(E: int, device: str, seconds: float) -> Iterator[list[dict]]:
-    for number, ssl in ((1, "none"), (1, "vicreg"), (2, "none")):
-        one, together = (Step(number, ssl, device, E=members) for members in (None, E))
-
-        def in_turn(one: Step = one) -> None:
-            for _ in range(E):
-                one()
-
-        peers = {OURS: [together], f"{E} steps of one": [in_turn]}
-        times = timings(peers, seconds, device, capture=False)
-        what = f"ssl {ssl}" if number == 1 else "prior"
-        yield rows(f"{E} models, stage {number}, {what}", how(times, together))
-
-
 SSL = ("none", "barlow", "vicreg", "vibcreg")
 
 
@@ -154,7 +129,7 @@ def test_stage2_step(benchmark):
 
 
 def cases(device: str, seconds: float) -> Iterator[list[dict]]:
-    """The steps, on a GPU in every precision and without the graph; their parts on a CPU; on a GPU four models at once.
+    """The steps, on a GPU in every precision and without the graph; their parts on a CPU.
 
     On a GPU a step is called as the training loop does, and brings its own graph.
     """
@@ -167,7 +142,6 @@ def cases(device: str, seconds: float) -> Iterator[list[dict]]:
         for number in (1, 2):
             eager = Step(number, device=device, graph=False)
             yield timed(f"stage {number}, a launch a kernel", {f"whole step, {eager.config.precision}": eager}, seconds)
-        yield from ensemble_cases(4, device, seconds)
         return
     for number in (1, 2):
         parts = Step(number, device=device).parts()
@@ -195,12 +169,10 @@ def how(times: dict[str, Timing], step: Callable) -> dict[str, Timing]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=30.0, help="how long each stage is timed [30]")
-    parser.add_argument("--ensemble", type=int, metavar="E", help="time E models at once against E steps of one")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     print(f"{machine(options.device)}\n")
-    measure = cases if options.ensemble is None else functools.partial(ensemble_cases, options.ensemble)
-    made = flat(measure(options.device, options.seconds))
+    made = flat(cases(options.device, options.seconds))
     lines = [[row["case"], row["what"] or row["peer"], f"{1e3 * row['seconds']:.3g}", row["how"]] for row in made]
     print(table(["case", "what, forward and backward", "median ms", "timed"], lines))
 

@@ -254,6 +254,7 @@ def write_config(folder: Path, config: Config, data: DataFacts) -> None:
 def read_config(folder: Path) -> tuple[Config, DataFacts]:
     path = folder / "config.json"
     if not os.path.exists(path):  # unlike Path.exists it takes any name
+        # Of `train --seeds` of earlier versions.
         hint = "; it holds one for each seed, such as seed1" if (folder / "seeds.json").exists() else ""
         raise UserError(f"{folder} is not the folder of a run: it has no config.json{hint}")
     content = read_json(path)

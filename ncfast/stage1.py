@@ -17,8 +17,6 @@ from ncfast.ops import barlow_twins_loss, nearest_code, vibcreg_loss, vicreg_los
 class VQVAE(nn.Module):
     """x [B, C, L] --STFT--> u --encoder--> z [B, D, H, W'] --nearest code--> tokens [B, n] --decoder, ISTFT--> x̂."""
 
-    members: int | None = None  # models that this one holds, stacked: C and D are then E·C and E·D (`nn.stacked`)
-
     def __init__(self, config: Config, channels: int, length: int) -> None:
         super().__init__()
         self.stft = STFT(length, config.n_fft)
@@ -93,8 +91,6 @@ WITHOUT_LOSS = ("none", "views")  # values of --ssl
 class SelfSupervision(nn.Module):
     """weight · L(P(pool(z_a)), P(pool(z_b))): the projector P trains with stage 1 and is then thrown away."""
 
-    members: int | None = None  # as of VQVAE
-
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.projector = Projector(2 * config.dim, config.projector_dim, whiten=config.ssl == "vibcreg")
@@ -102,30 +98,21 @@ class SelfSupervision(nn.Module):
         self.weight = SSL_WEIGHTS[config.ssl] if config.ssl_weight is None else config.ssl_weight
 
     def forward(self, z_a: Tensor, z_b: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Latent grids of the two views, [B, D, H, W'] each -> scalar; [B, E·D, H, W'] -> [E].
+        """Latent grids of the two views, [B, D, H, W'] each -> scalar.
 
         gather: of a batch over several processes, own rows [n_r, ...] -> those of all [B, ...], with a gradient. What
             comes after pooling, projector and loss, each process computes from all rows: the projector is too small to
             be worth sharing out, and its gradients, 138 MB at the paper's width, too large to be worth sending.
         """
-        if self.members is None:
-            a, b = pool(z_a), pool(z_b)
-            if gather is not None:
-                a, b = gather(torch.cat([a, b], 1)).chunk(2, 1)
-            return self.weight * self.loss(*self.projector(a, b))
-        views = self.projector(pool(z_a, self.members), pool(z_b, self.members))  # [B, E·dim] each
-        pairs = zip(*(view.chunk(self.members, 1) for view in views), strict=True)
-        return self.weight * torch.stack([self.loss(a, b) for a, b in pairs])
+        a, b = pool(z_a), pool(z_b)
+        if gather is not None:
+            a, b = gather(torch.cat([a, b], 1)).chunk(2, 1)
+        return self.weight * self.loss(*self.projector(a, b))
 
 
-def squared_error(a: Tensor, b: Tensor, members: int | None) -> Tensor:
-    """Mean over all of a, b [B, C, ...] -> scalar; of each member's own [B, E·C, ...] -> [E]. Of nothing 0."""
-    if len(a) == 0:
-        return F.mse_loss(a, b, reduction="sum")
-    if members is None:
-        return F.mse_loss(a, b)
-    each = F.mse_loss(a, b, reduction="none").unflatten(1, (members, -1))
-    return each.mean([d for d in range(each.dim()) if d != 1])
+def mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
+    """Of an empty batch 0."""
+    return F.mse_loss(a, b, reduction="mean" if len(a) else "sum")
 
 
 def stage1_losses(
@@ -144,7 +131,7 @@ def stage1_losses(
           + SSL(z_q, z')                                   quantised original, continuous view; gradients to both
 
     Args:
-        x: normalised series [B, C, L]; [B, E·C, L] for E models stacked, and the losses are then [E].
+        x: normalised series [B, C, L].
         ssl: None leaves its term out.
         view: augmented series, as x; None, and without `ssl`, for a plain VQVAE.
         share: of the rows of a batch over several processes (`engine.processes`), whose mean the losses are then.
@@ -157,13 +144,10 @@ def stage1_losses(
     u = model.stft(joined(series))
     z, *z_view = model.encode(u, views).chunk(views)
     z_q, _, commitment = model.vq(z)
-    members = model.members
-    if members is not None:  # its own is the mean over members
-        commitment = squared_error(z.mT, z_q.detach().mT, members)
     u_hat = model.decode(joined((z_q, *z_view)), views)
     x_hat = model.stft.inverse(u_hat)
     (time, *time_view), (spectrum, *spectrum_view) = (
-        [squared_error(a, b, members) for a, b in zip(hat.chunk(views), true, strict=True)]
+        [mean_squared_error(a, b) for a, b in zip(hat.chunk(views), true, strict=True)]
         for hat, true in ((x_hat, series), (u_hat, u.chunk(views)))
     )
     losses = {"reconstruction_time": time, "reconstruction_spectrum": spectrum, "commitment": commitment}

@@ -1,7 +1,5 @@
 """Stage 2: a MaskGIT prior over stage-1 tokens and its loss (NC-VQVAE; MaskGIT, arXiv 2202.04200)."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,7 +42,7 @@ class Prior(nn.Module):
         self.head = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D, eps=1e-12), nn.Linear(D, K))
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """tokens [B, n] in 0..K, labels [B] in 0..C -> logits [B, n, K]; all with E in front for E models stacked."""
+        """tokens [B, n] in 0..K, labels [B] in 0..C -> logits [B, n, K]."""
         x = torch.cat([self.embed_classes(labels)[..., None, :], self.embed_tokens(tokens)], dim=-2)  # [B, 1 + n, D]
         return self.predict(self.transformer(x)[..., 1:, :])
 
@@ -65,20 +63,15 @@ class Prior(nn.Module):
 
 
 def apply_layer_norm(
-    norm: nn.Module,
+    norm: nn.LayerNorm,
     x: Tensor,
     *,
     add: Tensor | None = None,
     gelu: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """norm(gelu(x + add)) in dtype, x's if None: x [..., n, D], add [n, D]; or [E, ..., n, D] and [E, 1, n, D]."""
-    if isinstance(norm, nn.LayerNorm):
-        return layer_norm(x, norm.weight, norm.bias, add=add, eps=norm.eps, gelu=gelu, dtype=dtype)
-    # Of several models at once: `nn.stacked`.
-    x = x if add is None else x + add
-    x = norm(F.gelu(x) if gelu else x)
-    return x if dtype is None else x.to(dtype)
+    """norm(gelu(x + add)) in dtype, x's if None: x [..., n, D], add [n, D]."""
+    return layer_norm(x, norm.weight, norm.bias, add=add, eps=norm.eps, gelu=gelu, dtype=dtype)
 
 
 class TokenDistribution:
@@ -114,26 +107,12 @@ class TokenDistribution:
         return (cdf <= u).sum(-1).clamp_(max=cdf.shape[-1] - 1)
 
 
-Generators = torch.Generator | Sequence[torch.Generator]  # of one model, or one for each of several
-
-
-def uniform(
-    shape: tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Random numbers in [0, 1) of that shape; of E generators [E, *shape]."""
-    if isinstance(generator, torch.Generator):
-        return torch.rand(shape, device=device, generator=generator, dtype=dtype)
-    return torch.stack([torch.rand(shape, device=device, generator=each, dtype=dtype) for each in generator])
-
-
-def random_mask(shape: tuple[int, int], masking: str, generator: Generators, device: torch.device) -> Tensor:
-    """bool [B, n]: floor(n cos(π t / 2)) random positions of each row, one t ~ U(0, 1) a batch, masked or kept.
-
-    shape: (B, n). E generators give E such batches [E, B, n].
-    """
-    t = uniform((), generator, device, torch.float64)[..., None, None]
+def random_mask(shape: tuple[int, int], masking: str, generator: torch.Generator, device: torch.device) -> Tensor:
+    """bool [B, n] of shape (B, n): floor(n cos(π t / 2)) random positions of each row, masked or kept; t ~ U(0, 1) is
+    one for the batch."""
+    t = torch.rand((), device=device, generator=generator, dtype=torch.float64)
     drawn = torch.floor(shape[1] * torch.cos(0.5 * torch.pi * t))
-    rank = ranks(uniform(shape, generator, device))
+    rank = ranks(torch.rand(shape, device=device, generator=generator))
     return rank < drawn if masking == "masked" else rank >= drawn
 
 
@@ -152,30 +131,28 @@ def stage2_losses(
     tokens: Tensor,
     labels: Tensor | None,
     config: Config,
-    generator: Generators,
+    generator: torch.Generator,
     own: slice = slice(None),
     share: float = 1.0,
 ) -> dict[str, Tensor]:
     """Cross-entropy over all positions of one batch.
 
     Args:
-        tokens: [B, n]; [E, B, n] for E models stacked, and the losses are then [E].
-        labels: [B] or [E, B], or None.
-        generator: or E of them.
+        tokens: [B, n].
+        labels: [B], or None.
         own: the rows that this process computes, of a batch over several (`engine.processes`). Random numbers are drawn
             for all rows, so that they do not depend on the number of processes.
         share: of these rows, when the loss is the mean of those of all processes.
     """
-    B, n = tokens.shape[-2:]
-    mask = random_mask((B, n), config.masking, generator, tokens.device)
-    no_class = torch.full(tokens.shape[:-1], prior.num_classes, device=tokens.device)
+    mask = random_mask(tokens.shape, config.masking, generator, tokens.device)
+    no_class = torch.full(tokens.shape[:1], prior.num_classes, device=tokens.device)
     if labels is None:
         labels = no_class
     else:
-        dropped = uniform((B,), generator, labels.device) < config.class_dropout
+        dropped = torch.rand(labels.shape, device=labels.device, generator=generator) < config.class_dropout
         labels = torch.where(dropped, no_class, labels)
-    masked, tokens = torch.where(mask, prior.num_codes, tokens)[..., own, :], tokens[..., own, :]
-    logits = prior(masked, labels[..., own])
+    masked, tokens = torch.where(mask, prior.num_codes, tokens)[own], tokens[own]
+    logits = prior(masked, labels[own])
     each = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view_as(tokens)
-    loss = each.mean((-2, -1)) if each.numel() else each.sum((-2, -1))
-    return {"loss": loss if share == 1 else share * loss, "masked_share": mask.float().mean((-2, -1))}
+    loss = each.mean() if each.numel() else each.sum()
+    return {"loss": loss if share == 1 else share * loss, "masked_share": mask.float().mean()}

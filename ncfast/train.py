@@ -1,6 +1,5 @@
 """Train both stages on one data set: python -m ncfast.train --dataset FordA --ssl vicreg"""
 
-import argparse
 import contextlib
 import dataclasses
 import sys
@@ -41,24 +40,11 @@ def make_parser() -> Parser:
         help="epochs between two saved states [as often as costs at most a twentieth of the time]",
     )
     parser.add_argument(
-        "--seeds",
-        type=integers,
-        metavar="N,N,...",
-        help="train one model for each seed at once, stacked; their runs are --out/seedN",
-    )
-    parser.add_argument(
         "--no-graph", action="store_true", help="on a GPU, launch each kernel of a step, instead of one CUDA graph"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
     add_config_arguments(parser)
     return parser
-
-
-def integers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"integers with commas between them, such as 1,2,3,4; got {text!r}") from None
 
 
 def main(command_line: list[str] | None = None) -> None:
@@ -73,22 +59,13 @@ def main(command_line: list[str] | None = None) -> None:
 
 def train_program(processes: "Processes", command_line: list[str] | None = None) -> None:
     from ncfast.data.sources import load_dataset
-    from ncfast.ensemble import member_configs, train_ensemble
     from ncfast.launch import local_rank
     from ncfast.training import resolve_config, train
 
     arguments = make_parser().parse_args(command_line)
     if arguments.checkpoint_every is not None and arguments.checkpoint_every < 1:
         raise UserError(f"--checkpoint-every is at least 1; got {arguments.checkpoint_every}")
-    values = given_config_values(arguments)
-    seeds = arguments.seeds
-    if seeds is not None:
-        if "seed" in values:
-            raise UserError("give --seed for one model or --seeds for several, not both")
-        if not processes.is_alone:
-            raise UserError("--seeds trains its models in one process; start it without torchrun, or give --seed")
-        values["seed"] = member_configs(make_config(arguments.preset, **values), seeds)[0].seed
-    config = make_config(arguments.preset, **values)
+    config = make_config(arguments.preset, **given_config_values(arguments))
     device, device_reason = processes.on_all(lambda: choose_device(arguments.device, local_rank()))
 
     def load() -> "Dataset":
@@ -101,30 +78,26 @@ def train_program(processes: "Processes", command_line: list[str] | None = None)
         print(f"warning: {note}")
     config = resolve_config(config, dataset, device)
     out = arguments.out or Path("runs") / f"{dataset.name}-{config.ssl}"
-    describe(config, dataset, device, device_reason, out, seeds, processes)
+    describe(config, dataset, device, device_reason, out, processes)
     if arguments.dry_run:
         return
     if processes.is_first:  # the picture's library, beside the training
         threading.Thread(target=import_quietly, args=("matplotlib.figure",), daemon=True).start()
 
-    how = {
-        "out": out,
-        "device": device,
-        "resume": arguments.resume,
-        "checkpoint_every": arguments.checkpoint_every,
-        "graph": not arguments.no_graph,
-    }
-    if seeds is None:
-        runs = {out: train(config, dataset, **how)}
-    else:
-        models = train_ensemble(config, seeds, dataset, **how)
-        runs = {out / f"seed{model.config.seed}": model for model in models}
+    model = train(
+        config,
+        dataset,
+        out=out,
+        device=device,
+        resume=arguments.resume,
+        checkpoint_every=arguments.checkpoint_every,
+        graph=not arguments.no_graph,
+    )
     if not processes.is_first:
         return
-    for run_folder, model in runs.items():
-        picture = write_picture(model, dataset, run_folder)
-        print(f"run: {run_folder}{picture}")
-    print(f"next: python -m ncfast.generate --run {next(iter(runs))} --num-samples 1000 --out {dataset.name}.h5")
+    picture = write_picture(model, dataset, out)
+    print(f"run: {out}{picture}")
+    print(f"next: python -m ncfast.generate --run {out} --num-samples 1000 --out {dataset.name}.h5")
 
 
 def import_quietly(module: str) -> None:
@@ -139,7 +112,6 @@ def describe(
     device: "torch.device",
     device_reason: str,
     out: Path,
-    seeds: list[int] | None,
     processes: "Processes",
 ) -> None:
     """Everything that was decided, before any time is spent."""
@@ -180,8 +152,6 @@ def describe(
     )
     print(f"stage 2    {config.stage2_epochs} epochs x {steps2} steps")
     print(f"out        {out}")
-    if seeds is not None:
-        print(f"seeds      {' '.join(map(str, seeds))}: {len(seeds)} models at once")
     options = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items())
     print(f"options    {options}", flush=True)
 

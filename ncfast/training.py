@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def train_stages(
 ) -> NCVQVAE:
     """`train` in a folder that is ready. how: arguments of `train_stage`."""
     folder = out if processes.is_first else None  # where this process writes
-    run = run_sha256([config], data)
+    run = run_sha256(config, data)
     x = data.normalise(dataset.X_train, device)  # [N, C, L]
     labels = None if dataset.y_train is None else torch.from_numpy(dataset.y_train).to(device)
     state = None if out is None else processes.on_all(lambda: saved_state(out, device, run))
@@ -316,38 +316,10 @@ def seeded(*words: int) -> Iterator[None]:
 
 
 def prepare_run(out: Path, config: Config, data: DataFacts, resume: bool) -> None:
-    """`prepare_folder`, and that `out` is no run of several seeds: the state of a member is with that of the others."""
-    for folder in (out, out.parent) if out.name.startswith("seed") else (out,):
-        if (folder / "seeds.json").exists():
-            raise UserError(f"{folder} holds runs of several seeds; continue them with --seeds, or use another --out")
-    prepare_folder(out, config, data, resume)
-
-
-def run_sha256(configs: Sequence[Config], data: DataFacts) -> str:
-    """Equal for equal runs: options and data."""
-    facts = [*map(dataclasses.asdict, configs), dataclasses.asdict(data.identity)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def saved_state(out: Path, device: torch.device, run: str) -> dict[str, Any] | None:
-    """What `train_stage` goes on from, where a run was started before.
-
-    Raises:
-        UserError: a file that is damaged, or of another run than this one.
-    """
-    path = out / "state.pt"
-    if not path.exists():
-        return None
-    state = read_state(path, device)
-    if not isinstance(state, dict) or not {"stage", "epoch", "run"} <= state.keys():
-        raise UserError(f"{path} is no state of a training; restore it, or remove it to begin again")
-    if state["run"] != run:
-        raise UserError(f"{path} is of a run with other options or data; restore it, or remove it to begin again")
-    return state
-
-
-def prepare_folder(out: Path, config: Config, data: DataFacts, resume: bool) -> None:
     """A new folder for a new run, or the check that `out` holds this very run."""
+    for folder in (out, out.parent) if out.name.startswith("seed") else (out,):
+        if (folder / "seeds.json").exists():  # of `train --seeds` of earlier versions
+            raise UserError(f"{folder} holds runs of several seeds, which cannot be continued; choose another --out")
     make_folder(out)
     if not (out / "config.json").exists():
         write_config(out, config, data)
@@ -367,6 +339,29 @@ def prepare_folder(out: Path, config: Config, data: DataFacts, resume: bool) -> 
             f"{out} was trained on other data ({old_data.name}, {old_data.num_series} series); choose another --out"
         )
     read_metrics(out)  # what is damaged is better known before the training than after it
+
+
+def run_sha256(config: Config, data: DataFacts) -> str:
+    """Equal for equal runs: options and data."""
+    facts = [dataclasses.asdict(config), dataclasses.asdict(data.identity)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def saved_state(out: Path, device: torch.device, run: str) -> dict[str, Any] | None:
+    """What `train_stage` goes on from, where a run was started before.
+
+    Raises:
+        UserError: a file that is damaged, or of another run than this one.
+    """
+    path = out / "state.pt"
+    if not path.exists():
+        return None
+    state = read_state(path, device)
+    if not isinstance(state, dict) or not {"stage", "epoch", "run"} <= state.keys():
+        raise UserError(f"{path} is no state of a training; restore it, or remove it to begin again")
+    if state["run"] != run:
+        raise UserError(f"{path} is of a run with other options or data; restore it, or remove it to begin again")
+    return state
 
 
 def summary(progress: Progress) -> dict[str, Any]:

@@ -251,7 +251,6 @@ def test_torchrun_trains_prints_and_logs_once(data_file, tmp_path):
     ("more", "message"),
     [
         (["--dataset", "missing.npz"], "no file or folder 'missing.npz'"),
-        (["--seeds", "1,2"], "--seeds trains its models in one process"),
         (["--colour", "red"], "unrecognized arguments: --colour red; see `python -m ncfast.train --help`"),
         (["--stage2-batch-size", "1"], "--stage2-batch-size 1 is of all processes together"),
     ],

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -87,32 +87,6 @@ def is_before(line: bytes, stage: int, epoch: int) -> bool:
         return line.endswith(b"\n") and (record["stage"], record["epoch"]) <= (stage, epoch)
     except (ValueError, TypeError, KeyError):  # the last line of a killed process, or not one of ours
         return False
-
-
-class RunLogs:
-    """The logs of several models trained at once: a list of values has one for each, anything else holds for all."""
-
-    def __init__(self, folders: Sequence[Path | None]) -> None:
-        self.logs = [RunLog(folder) for folder in folders]
-
-    def rewind(self, stage: int, epoch: int) -> None:
-        for log in self.logs:
-            log.rewind(stage, epoch)
-
-    def write(self, stage: int, epoch: int, step: int, values: dict[str, float | list[float]]) -> None:
-        for e, log in enumerate(self.logs):
-            log.write(stage, epoch, step, member_values(values, e))
-
-    def __enter__(self) -> "RunLogs":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        for log in self.logs:
-            log.__exit__(*exception)
-
-
-def member_values(values: dict[str, float | list[float]], e: int) -> dict[str, float]:
-    return {name: value[e] if isinstance(value, list) else value for name, value in values.items()}
 
 
 def progress_bar(description: str, total: int, initial: int = 0, unit: str = "step", quiet: bool = False) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ncfast.engine.checkpoint import drop_spare_state, write_state
-from ncfast.engine.logging import RunLog, RunLogs, progress_bar
+from ncfast.engine.logging import RunLog, progress_bar
 from ncfast.engine.processes import ALONE, Processes
 from ncfast.engine.step import Losses, TrainingStep
 from ncfast.errors import UserError
@@ -50,8 +50,7 @@ class Stage:
     Attributes:
         number: 1 or 2.
         modules: everything with parameters or buffers.
-        losses: rows of the train set [B], generator -> losses of that batch; "loss" is minimised. For E models trained
-            at once: rows [E, B], E generators -> losses [E] each.
+        losses: rows of the train set [B], generator -> losses of that batch; "loss" is minimised.
         precision: of its products and convolutions (`engine.precision`).
         whole: of `modules` those that each of several processes computes from all rows (`engine.step`).
     """
@@ -89,15 +88,15 @@ class Progress:
 
     epochs: int
     seconds: float
-    losses: dict[str, float] | dict[str, list[float]]  # one for each of several models
+    losses: dict[str, float]
 
 
 def train_stage(
     stage: Stage,
     *,
-    seed: int | Sequence[int],
+    seed: int,
     device: torch.device,
-    log: RunLog | RunLogs,
+    log: RunLog,
     run: str = "",
     state_path: Path | None,
     state: dict[str, Any] | None,
@@ -112,7 +111,6 @@ def train_stage(
     uninterrupted one would.
 
     Args:
-        seed: one for each model where the stage trains several at once, each with the random numbers of a run alone.
         log: takes what `Progress.losses` holds.
         run: of which run the state is; it goes into it.
         state_path: where the state goes every `checkpoint_every` epochs and after the last; None keeps none.
@@ -150,9 +148,7 @@ def train_stage(
 
     per_epoch = stage.steps_per_epoch
     stage.modules.train()
-    several = not isinstance(seed, int)
-    seeds = seed if several else [seed]
-    generators = [torch.Generator(device) for _ in seeds]
+    generators = [torch.Generator(device)]  # the step may replace it
     begin = time.monotonic() - seconds
     shown = 0.0
     checkpoints = Checkpoints(state_path, checkpoint_every)
@@ -162,23 +158,24 @@ def train_stage(
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         while epoch < stage.epochs:
-            seed_default_generators(device, derived_seed(seeds[0], stage.number, epoch, 1))
-            for each, generator in zip(seeds, generators, strict=True):
-                generator.manual_seed(derived_seed(each, stage.number, epoch))
-            orders = [batches(stage.num_series, stage.batch_size, generator, device) for generator in generators]
+            seed_default_generators(device, derived_seed(seed, stage.number, epoch, 1))
+            generators[0].manual_seed(derived_seed(seed, stage.number, epoch))
             step.begin_epoch()
-            for i, members_rows in enumerate(zip(*orders, strict=True)):
-                rows = torch.stack(members_rows) if several else members_rows[0]
+            for i, rows in enumerate(batches(stage.num_series, stage.batch_size, generators[0], device)):
                 step(epoch * per_epoch + i, rows, generators)
                 bar.update(1)
                 if time.monotonic() - shown > 1:  # reading the loss waits for the device
                     shown = time.monotonic()
-                    loss = float(step.losses["loss"].mean())
+                    loss = float(step.losses["loss"])
                     bar.set_postfix(epoch=f"{epoch + 1}/{stage.epochs}", loss=f"{loss:.4f}")
             epoch += 1
             losses = step.mean_losses()
             seconds = time.monotonic() - begin
-            check_finite(stage, epoch, losses, seeds if several else None)
+            if not math.isfinite(losses["loss"]):
+                raise UserError(
+                    f"the loss of stage {stage.number} is no longer finite after epoch {epoch}; "
+                    f"lower --learning-rate (now {stage.learning_rate:g})"
+                )
             rate = step.rates[epoch * per_epoch - 1]
             log.write(stage.number, epoch, epoch * per_epoch, {**losses, "learning_rate": rate, "seconds": seconds})
             if checkpoints.due(epoch, epoch == stage.epochs):
@@ -194,7 +191,7 @@ def train_stage(
                     }
                 )
         if losses:
-            bar.set_postfix(epoch=f"{epoch}/{stage.epochs}", loss=f"{np.mean(losses['loss']):.4f}")
+            bar.set_postfix(epoch=f"{epoch}/{stage.epochs}", loss=f"{losses['loss']:.4f}")
     if state_path is not None:
         drop_spare_state(state_path)
     return Progress(epoch, seconds, losses)
@@ -205,19 +202,6 @@ def seed_default_generators(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
-
-
-def check_finite(stage: Stage, epoch: int, losses: dict[str, float | list[float]], seeds: Sequence[int] | None) -> None:
-    """seeds: of the models, where there are several."""
-    finite = np.isfinite(losses["loss"])
-    if np.all(finite):
-        return
-    lost = [str(seed) for seed, good in zip(seeds or (), np.atleast_1d(finite), strict=False) if not good]
-    of_seeds = f" of seed {', '.join(lost)}" if lost else ""
-    raise UserError(
-        f"the loss of stage {stage.number}{of_seeds} is no longer finite after epoch {epoch}; "
-        f"lower --learning-rate (now {stage.learning_rate:g})"
-    )
 
 
 class Checkpoints:

@@ -48,8 +48,7 @@ class TrainingStep:
     ) -> None:
         """
         Args:
-            losses: rows [B] or, of E models at once, [E, B]; generator or E of them -> losses, scalar or [E]; the sum
-                of "loss" is minimised.
+            losses: rows [B], generator -> losses; "loss" is minimised.
             modules: what trains.
             num_series: of an epoch.
             rates: learning rate of every step.
@@ -105,8 +104,8 @@ class TrainingStep:
         for total in self.totals.values():
             total.zero_()
 
-    def mean_losses(self) -> dict[str, float | list[float]]:
-        """Of the epoch, one for each of several models. Waits for the device."""
+    def mean_losses(self) -> dict[str, float]:
+        """Of the epoch. Waits for the device."""
         names = list(self.totals)
         return dict(zip(names, torch.stack([self.totals[name] for name in names]).tolist(), strict=True))
 
@@ -114,15 +113,15 @@ class TrainingStep:
         """Takes step number `step`, counted from 0.
 
         Args:
-            rows: int64 [B], on the device; of E models [E, B].
-            generators: one for each model. One that a failed capture has spoilt is replaced, in the list.
+            rows: int64 [B], on the device.
+            generators: the one to draw from. One that a failed capture has spoilt is replaced, in the list.
         """
         if isinstance(self.rate, Tensor):
             self.rate.copy_(self.device_rates[step])
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rates[step]
-        B = rows.shape[-1]
+        B = len(rows)
         if B not in self.taken:
             self.compile_kernels(rows, generators)
         if self.wants_graph and B not in self.graphs and self.worth_a_graph(step, B):
@@ -159,7 +158,7 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)  # the graph's own gradients lie in its own memory
         reason = None
         try:
-            self.graphs[rows.shape[-1]] = CudaGraph(
+            self.graphs[len(rows)] = CudaGraph(
                 lambda rows: self.step(rows, generators), rows, warm_ups=0, generators=generators
             )
         except RuntimeError as error:
@@ -184,8 +183,8 @@ class TrainingStep:
     def gradients(self, rows: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.precision, self.device):
-            losses = self.compute_losses(rows, generators if rows.dim() == 2 else generators[0])
-        losses["loss"].sum().backward()  # members share no parameter: each gets its own gradient
+            losses = self.compute_losses(rows, generators[0])
+        losses["loss"].backward()
         return {name: value.detach() for name, value in losses.items()}
 
     def step(self, rows: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
@@ -195,7 +194,7 @@ class TrainingStep:
             self.processes.average_([*gradients, *losses.values()])
         with torch.no_grad():
             self.optimize(self.optimizer)
-        share = rows.shape[-1] / self.num_series
+        share = len(rows) / self.num_series
         for name, value in losses.items():
             if name not in self.totals:
                 self.totals[name] = torch.zeros_like(value)

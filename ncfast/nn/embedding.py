@@ -9,15 +9,7 @@ from ncfast.ops import code_stats
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    """Rows of a table: ids [...] of table [K, D] -> [..., D]; or ids [E, ...] of a table each [E, 1, K, D]."""
-    if table.dim() == 2:
-        return take_rows(ids, table)
-    E, K = len(table), table.shape[-2]
-    first = K * torch.arange(E, device=ids.device).view(E, *[1] * (ids.dim() - 1))
-    return take_rows(ids + first, table.flatten(0, -2))
-
-
-def take_rows(ids: Tensor, table: Tensor) -> Tensor:
+    """Rows of a table: ids [...] of table [K, D] -> [..., D]."""
     # On a GPU PyTorch adds up the gradients of a row in no fixed order.
     return TakeRows.apply(ids, table) if table.device.type == "cuda" else F.embedding(ids, table)
 

@@ -50,9 +50,8 @@ class Projector(nn.Module):
         return self.whiten(x[b_rows:]), self.whiten(x[:b_rows])
 
 
-def pool(z: Tensor, members: int = 1) -> Tensor:
-    """Global average and maximum of each member: z [B, members·D, H, W] -> [B, members·2D]."""
+def pool(z: Tensor) -> Tensor:
+    """Global average and maximum: z [B, D, H, W] -> [B, 2D]."""
     # Quantised vectors repeat, so the maximum is often shared: max pooling would send its whole gradient to the first,
     # always; amax shares it out.
-    pooled = z.mean((2, 3)), z.amax((2, 3))
-    return torch.cat([x.unflatten(1, (members, -1)) for x in pooled], dim=2).flatten(1)
+    return torch.cat([z.mean((2, 3)), z.amax((2, 3))], dim=1)

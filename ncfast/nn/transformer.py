@@ -30,9 +30,6 @@ def apply_linear(
     return_x: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """residual + gelu(layer(norm(x))); with return_x also x, for the end of the branch that starts here."""
-    if not isinstance(layer, nn.Linear):  # of several models at once: `nn.stacked`
-        y = layer.fused(x, norm, gelu, residual)
-        return (y, x) if return_x else y
     norm_weight = None if norm is None else norm.weight
     return fused_linear(
         x, layer.weight, layer.bias, norm_weight, residual, norm_eps=RMSNorm.eps, gelu=gelu, return_x=return_x

@@ -17,13 +17,6 @@ def test_values_and_gradient_equal_pytorchs(shape):
     torch.testing.assert_close(table.grad, other.grad)
 
 
-def test_each_member_has_a_table_of_its_own():
-    tables = torch.randn(2, 1, 9, 4)
-    ids = torch.randint(0, 9, (2, 3, 5))
-    expected = torch.stack([F.embedding(own, table[0]) for own, table in zip(ids, tables, strict=True)])
-    assert torch.equal(embedding(ids, tables), expected)
-
-
 @pytest.mark.gpu
 def test_the_gradient_is_the_same_bits_every_time():
     ids = torch.randint(0, 33, (256, 75), device="cuda")

@@ -3,7 +3,6 @@ import torch
 from torch.nn import functional as F
 
 from ncfast.nn import transformer
-from ncfast.nn.stacked import stack
 from ncfast.nn.transformer import RMSNorm, Transformer
 from ncfast.ops import dispatch, fused_linear_reference
 
@@ -40,11 +39,9 @@ def assert_close(actual, expected, tolerance):
         assert (actual[name].double() - right).norm() <= tolerance * right.norm() + 1e-9, name
 
 
-def model_and_input(E=None):
+def model_and_input():
     torch.manual_seed(0)
-    models = [Transformer(4, 16, length=6, layers=2, heads=2, head_dim=8) for _ in range(E or 1)]
-    x = torch.randn(*([] if E is None else [E]), 3, 6, 4)
-    return models[0] if E is None else stack(models, folded=False), x
+    return Transformer(4, 16, length=6, layers=2, heads=2, head_dim=8), torch.randn(3, 6, 4)
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
@@ -68,9 +65,8 @@ def test_value_and_gradients_by_every_implementation(impl, monkeypatch):
     assert_close(outputs(model.float(), x.requires_grad_()), expected, 1e-5)
 
 
-@pytest.mark.parametrize("E", [None, 2])
-def test_under_autocast(E):
-    model, x = model_and_input(E)
+def test_under_autocast():
+    model, x = model_and_input()
     expected = outputs(model, x.requires_grad_())
     assert_close(outputs(model, x, torch.bfloat16), expected, 0.1)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())

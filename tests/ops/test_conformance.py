@@ -37,6 +37,15 @@ class Case(NamedTuple):
     refuses: bool = False  # second derivatives
 
 
+@pytest.fixture(autouse=True)
+def tf32():
+    """Float32 may be multiplied as TF32: else fused_linear leaves it to PyTorch on a GPU."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def nearest(z, codebook, impl):
     return ops.nearest_code(z, codebook, impl=impl)
 
@@ -77,7 +86,7 @@ def padded(x, weight, bias, impl):
 
 
 def linear(x, weight, *parts, impl):
-    return ops.fused_linear(x, weight, *parts, gelu=bool(parts), return_x=bool(parts), impl=impl)
+    return ops.fused_linear(x, weight, *parts, gelu=len(parts) > 0, return_x=len(parts) > 0, impl=impl)
 
 
 def attention(qkv, q_scale=None, k_scale=None, null_kv=None, lengths=None, *, impl):
