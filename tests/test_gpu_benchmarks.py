@@ -150,3 +150,14 @@ def test_without_a_gpu_it_says_so(option, tmp_path):
     done = program(option, "--out", tmp_path / "gpu.json")
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert done.stderr.startswith("error: make gpu needs an NVIDIA GPU") and done.stderr.count("\n") == 1
+
+
+def test_every_benchmark_and_experiment_imports():
+    """What they take from the package is there: nothing else runs them all."""
+    code = (
+        "import importlib, pathlib, sys; sys.path.insert(0, 'benchmarks')\n"
+        "for path in sorted(pathlib.Path('benchmarks').glob('[!c]*.py')): importlib.import_module(path.stem)\n"
+        "for path in sorted(pathlib.Path('experiments').glob('*.py')): importlib.import_module('experiments.' + path.stem)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

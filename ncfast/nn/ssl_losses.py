@@ -1,104 +1,55 @@
 """The SSL losses as modules, for code that builds its loss from a configuration and prints it with the model."""
 
+import inspect
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from ncfast.ops import barlow_twins_loss, vibcreg_loss, vicreg_loss
 
 
 class SSLLoss(nn.Module):
-    """A loss of two views with its keyword arguments, kept as attributes."""
+    """A loss of two views [N, D]. Keyword arguments, kept as attributes, and errors are those of its function."""
 
     function: Callable[..., Tensor]
 
+    def __init_subclass__(cls) -> None:
+        options = [p for p in inspect.signature(cls.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        cls.__signature__ = inspect.Signature(options)
+
     def __init__(self, **options: object) -> None:
         super().__init__()
-        self.option_names = tuple(options)
-        for name, value in options.items():
+        bound = self.__signature__.bind(**options)
+        bound.apply_defaults()
+        self.option_names = tuple(bound.arguments)
+        for name, value in bound.arguments.items():
             setattr(self, name, value)
 
-    def forward(self, za: Tensor, zb: Tensor) -> Tensor:  # [N, D] each -> scalar
+    def forward(self, za: Tensor, zb: Tensor) -> Tensor:
         return self.function(za, zb, **{name: getattr(self, name) for name in self.option_names})
 
     def extra_repr(self) -> str:
-        options = ((name, getattr(self, name)) for name in self.option_names)
-        # What is None follows the convention; a process group has no words of its own.
+        values = ((name, getattr(self, name)) for name in self.option_names)
         return ", ".join(
-            f"{name}={value!r}" if name != "group" else f"group of {value.size()}"
-            for name, value in options
+            f"group of {value.size()}" if name == "group" else f"{name}={value!r}"
+            for name, value in values
             if value is not None
         )
 
 
 class BarlowTwinsLoss(SSLLoss):
-    """`ops.barlow_twins_loss`; arguments, shapes and errors as there."""
+    """`ops.barlow_twins_loss`."""
 
     function = staticmethod(barlow_twins_loss)
 
-    def __init__(
-        self,
-        *,
-        lambd: float | None = None,
-        ddof: int | None = None,
-        eps: float | None = None,
-        eps_std: float | None = None,
-        scale: float | None = None,
-        convention: str = "ncvqvae",
-        route: str = "auto",
-        impl: str = "auto",
-        group: torch.distributed.ProcessGroup | None = None,
-        gradient: str = "true",
-    ) -> None:
-        super().__init__(
-            lambd=lambd,
-            ddof=ddof,
-            eps=eps,
-            eps_std=eps_std,
-            scale=scale,
-            convention=convention,
-            route=route,
-            impl=impl,
-            group=group,
-            gradient=gradient,
-        )
-
 
 class VICRegLoss(SSLLoss):
-    """`ops.vicreg_loss`; arguments, shapes and errors as there."""
+    """`ops.vicreg_loss`."""
 
     function = staticmethod(vicreg_loss)
 
-    def __init__(
-        self,
-        *,
-        sim: float | None = None,
-        var: float | None = None,
-        cov: float | None = None,
-        eps: float | None = None,
-        var_reduction: str | None = None,
-        convention: str = "ncvqvae",
-        route: str = "auto",
-        impl: str = "auto",
-        group: torch.distributed.ProcessGroup | None = None,
-        gradient: str = "true",
-    ) -> None:
-        super().__init__(
-            sim=sim,
-            var=var,
-            cov=cov,
-            eps=eps,
-            var_reduction=var_reduction,
-            convention=convention,
-            route=route,
-            impl=impl,
-            group=group,
-            gradient=gradient,
-        )
 
-
-class VIbCRegLoss(VICRegLoss):
-    """`ops.vibcreg_loss`; arguments, shapes and errors as there."""
+class VIbCRegLoss(SSLLoss):
+    """`ops.vibcreg_loss`."""
 
     function = staticmethod(vibcreg_loss)

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, table
-from lost_networks import TwoBands, WithWideDecoder
 from torch import Tensor, nn
 
+from benchmarks.common import machine, table
+from experiments.lost_networks import TwoBands, WithWideDecoder
+from ncfast.cells import hold_out, shortened
 from ncfast.cli import choose_device
 from ncfast.config import PRESETS, Config, add_config_arguments, given_config_values, make_config, sampling_config
 from ncfast.data.dataset import Dataset
@@ -30,7 +31,6 @@ from ncfast.evaluation import evaluate
 from ncfast.evaluation.fcn_cache import default_folder
 from ncfast.ncvqvae import NCVQVAE
 from ncfast.nn.encoder_decoder import num_downsampling_blocks
-from ncfast.reproduce import hold_out, shortened
 from ncfast.stage1 import VQVAE
 from ncfast.training import new_prior, resolve_config, seeded, stage1, stage2
 

@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from common import machine, table
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.common import machine, table
 from ncfast.cli import choose_device
 from ncfast.config import Config, make_config
 from ncfast.data.sources import Dataset, load_dataset
