@@ -1,13 +1,12 @@
 // The only file that knows Python. Compiled twice: as ncfast._C, and with NCFAST_CUDA_MODULE as ncfast._C_cuda.
 // Tensors arrive as addresses; ncfast/ops checks shapes, types and contiguity before it calls. What an address and a
-// number can show to be wrong raises ValueError here: no address, one between two elements, an element type that is
-// none, a size below zero. How much memory there is behind an address nobody can tell.
+// number can show to be wrong raises ValueError here: a null pointer, one that is not aligned to its element type, an
+// unknown element type, a negative size. The size of the memory behind an address cannot be checked.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <cstdint>
-#include <initializer_list>
 #include <stdexcept>
 #include <type_traits>
 
@@ -35,29 +34,71 @@ using ncfast::DType;
 
 namespace {
 
+// What Python passes for a parameter of a kernel.
+template <class P>
+struct Argument {
+  using Type = P;
+  static P convert(P value) { return value; }
+};
+
 template <class T>
-T* pointer(std::uintptr_t address) {
-  if constexpr (!std::is_void_v<T>) {
-    if (address % alignof(T) != 0) throw std::invalid_argument("an address that is none of an element");
+struct Argument<T*> {
+  using Type = std::uintptr_t;
+  static T* convert(std::uintptr_t address) {
+    if constexpr (!std::is_void_v<T>) {
+      if (address % alignof(T) != 0) throw std::invalid_argument("pointer is not aligned to its element type");
+    }
+    return reinterpret_cast<T*>(address);
   }
-  return reinterpret_cast<T*>(address);
+};
+
+template <>
+struct Argument<DType> {
+  using Type = int;
+  static DType convert(int dtype) {
+    if (dtype < 0 || dtype > int(DType::bf16)) throw std::invalid_argument("unknown element type");
+    return DType(dtype);
+  }
+};
+
+template <>
+struct Argument<uint64_t> {  // a seed
+  using Type = int64_t;
+  static uint64_t convert(int64_t value) { return uint64_t(value); }
+};
+
+template <class P, class V>
+void check_size(V value, int& sizes_left, bool& empty) {
+  if constexpr (std::is_same_v<P, int64_t>) {
+    if (sizes_left-- <= 0) return;
+    if (value < 0) throw std::invalid_argument("negative size");
+    empty |= value == 0;
+  }
 }
 
-DType element(int dtype) {
-  if (dtype < 0 || dtype > int(DType::bf16)) throw std::invalid_argument("an element type that is none");
-  return DType(dtype);
+template <class P, int... kOptional, class V>
+void check_pointer(V value, int& index, bool empty) {
+  if constexpr (std::is_pointer_v<P>) {
+    const bool may_be_null = empty || ((index == kOptional) || ...);
+    if (value == 0 && !may_be_null) throw std::invalid_argument("null pointer");
+    ++index;
+  }
 }
 
-// Sizes, and the addresses that must be there unless there is nothing to do.
-void check(std::initializer_list<int64_t> sizes, std::initializer_list<std::uintptr_t> addresses) {
-  bool empty = false;
-  for (int64_t size : sizes) {
-    if (size < 0) throw std::invalid_argument("a size below zero");
-    empty |= size == 0;
-  }
-  for (std::uintptr_t address : addresses) {
-    if (address == 0 && !empty) throw std::invalid_argument("no address");
-  }
+// `kernel` for Python. Its first kSizes int64_t are sizes, which may be 0; of its pointers those numbered kOptional may
+// be null, and all where a size is 0.
+template <int kSizes, int... kOptional, class... P>
+void define(py::module_& m, const char* name, void (*kernel)(P...)) {
+  m.def(
+      name,
+      [kernel](typename Argument<P>::Type... values) {
+        int sizes_left = kSizes, index = 0;
+        bool empty = false;
+        (check_size<P>(values, sizes_left, empty), ...);
+        (check_pointer<P, kOptional...>(values, index, empty), ...);
+        kernel(Argument<P>::convert(values)...);
+      },
+      py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace
@@ -66,242 +107,76 @@ void check(std::initializer_list<int64_t> sizes, std::initializer_list<std::uint
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.def("nearest_code_workspace_bytes", &ncfast::cuda::nearest_code_workspace_bytes);
-  m.def(
-      "nearest_code",
-      [](std::uintptr_t z, int dtype, std::uintptr_t codebook, int64_t H, int64_t M, int64_t K, int64_t D, bool exact,
-         std::uintptr_t stream, std::uintptr_t workspace, std::uintptr_t indices) {
-        ncfast::cuda::nearest_code(pointer<const void>(z), element(dtype), pointer<const void>(codebook), H, M, K, D,
-                                   exact, pointer<void>(stream), pointer<void>(workspace), pointer<int64_t>(indices));
-      },
-      py::call_guard<py::gil_scoped_release>());
+  define<4, 2, 3>(m, "nearest_code", &ncfast::cuda::nearest_code);  // stream and workspace may be null
 }
 
 #else
 
 namespace {
 
-ncfast::cpu::AttentionInput attention_input(std::uintptr_t qkv, std::uintptr_t key_mask, std::uintptr_t lengths,
-                                            std::uintptr_t q_scale, std::uintptr_t k_scale, std::uintptr_t null_kv,
-                                            int64_t B, int64_t S, int64_t H, int64_t d, float scale) {
-  return {pointer<const float>(qkv),
-          pointer<const uint8_t>(key_mask),
-          pointer<const int64_t>(lengths),
-          pointer<const float>(q_scale),
-          pointer<const float>(k_scale),
-          pointer<const float>(null_kv),
-          B,
-          S,
-          H,
-          d,
-          scale};
+using namespace ncfast::cpu;
+
+void attend(const float* qkv, const uint8_t* key_mask, const int64_t* lengths, const float* q_scale,
+            const float* k_scale, const float* null_kv, int64_t B, int64_t S, int64_t H, int64_t d, float scale,
+            int threads, float* out) {
+  masked_attention({qkv, key_mask, lengths, q_scale, k_scale, null_kv, B, S, H, d, scale}, threads, out);
+}
+
+void attend_backward(const float* qkv, const uint8_t* key_mask, const int64_t* lengths, const float* q_scale,
+                     const float* k_scale, const float* null_kv, int64_t B, int64_t S, int64_t H, int64_t d,
+                     float scale, const float* grad_out, int threads, float* grad_qkv, float* grad_q_scale,
+                     float* grad_k_scale, float* grad_null_kv) {
+  masked_attention_backward({qkv, key_mask, lengths, q_scale, k_scale, null_kv, B, S, H, d, scale}, grad_out, threads,
+                            grad_qkv, grad_q_scale, grad_k_scale, grad_null_kv);
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = "gcc " __VERSION__;
+#else
+  info["compiler"] = "unknown";
+#endif
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  return info;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("build_info", [] {
-    py::dict info;
-#if defined(__clang__)
-    info["compiler"] = "clang " __clang_version__;
-#elif defined(__GNUC__)
-    info["compiler"] = "gcc " __VERSION__;
-#else
-    info["compiler"] = "unknown";
-#endif
-#ifdef _OPENMP
-    info["openmp"] = true;
-#else
-    info["openmp"] = false;
-#endif
-    return info;
-  });
-  m.def("isas", &ncfast::cpu::available_isas);
-  m.def("fma_peak", &ncfast::cpu::fma_peak, py::arg("threads"), py::arg("seconds"),
-        py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "nearest_code",
-      [](std::uintptr_t z, int dtype, std::uintptr_t codebook, int64_t H, int64_t M, int64_t K, int64_t D, int threads,
-         std::uintptr_t indices) {
-        check({H, M, K, D}, {z, codebook, indices});
-        ncfast::cpu::nearest_code(pointer<const void>(z), element(dtype), pointer<const void>(codebook), H, M, K, D,
-                                  threads, pointer<int64_t>(indices));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "code_stats",
-      [](std::uintptr_t z, int dtype, std::uintptr_t indices, int64_t H, int64_t M, int64_t K, int64_t D, int threads,
-         std::uintptr_t counts, std::uintptr_t sums) {
-        check({H, M, K, D}, {z, indices, counts, sums});
-        ncfast::cpu::code_stats(pointer<const void>(z), element(dtype), pointer<const int64_t>(indices), H, M, K, D,
-                                threads, pointer<void>(counts), pointer<void>(sums));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "rotate_to_code",
-      [](std::uintptr_t z, int dtype, std::uintptr_t codebook, std::uintptr_t indices, int64_t H, int64_t M, int64_t K,
-         int64_t D, int threads, std::uintptr_t q, std::uintptr_t loss, std::uintptr_t inverse_count) {
-        check({H, M, K, D}, {z, codebook, indices, q, loss, inverse_count});
-        ncfast::cpu::rotate_to_code(pointer<const void>(z), element(dtype), pointer<const void>(codebook),
-                                    pointer<const int64_t>(indices), H, M, K, D, threads, pointer<void>(q),
-                                    pointer<void>(loss), pointer<void>(inverse_count));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "rotate_to_code_backward",
-      [](std::uintptr_t grad_q, std::uintptr_t grad_loss, std::uintptr_t z, std::uintptr_t q, std::uintptr_t indices,
-         std::uintptr_t inverse_count, int dtype, int64_t rows, int64_t K, int64_t D, bool rotate, int threads,
-         std::uintptr_t grad_z) {
-        check({rows, K, D}, {grad_q, grad_loss, z, q, indices, inverse_count, grad_z});
-        ncfast::cpu::rotate_to_code_backward(pointer<const void>(grad_q), pointer<const void>(grad_loss),
-                                             pointer<const void>(z), pointer<const void>(q),
-                                             pointer<const int64_t>(indices), pointer<const void>(inverse_count),
-                                             element(dtype), rows, K, D, rotate, threads, pointer<void>(grad_z));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def("barlow_twins_loss_saved_numel", [](int64_t N, int64_t D) { return ncfast::cpu::GramShape(N, D).saved(); });
-  m.def(
-      "barlow_twins_loss",
-      [](std::uintptr_t za, std::uintptr_t zb, int64_t N, int64_t D, double lambd, int64_t ddof, double eps,
-         double eps_std, double scale, int threads, std::uintptr_t loss, std::uintptr_t saved) {
-        check({N, D}, {za, zb, loss, saved});
-        ncfast::cpu::barlow_twins_loss(pointer<const float>(za), pointer<const float>(zb), N, D, lambd, ddof, eps,
-                                       eps_std, scale, threads, pointer<float>(loss), pointer<float>(saved));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "barlow_twins_loss_backward",
-      [](std::uintptr_t grad_loss, std::uintptr_t za, std::uintptr_t zb, std::uintptr_t saved, int64_t N, int64_t D,
-         double lambd, int64_t ddof, double eps, double eps_std, double scale, int threads, std::uintptr_t grad_za,
-         std::uintptr_t grad_zb) {
-        check({N, D}, {grad_loss, za, zb, saved, grad_za, grad_zb});
-        ncfast::cpu::barlow_twins_loss_backward(pointer<const float>(grad_loss), pointer<const float>(za),
-                                                pointer<const float>(zb), pointer<const float>(saved), N, D, lambd,
-                                                ddof, eps, eps_std, scale, threads, pointer<float>(grad_za),
-                                                pointer<float>(grad_zb));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def("vicreg_loss_saved_numel", [](int64_t N, int64_t D) { return ncfast::cpu::GramShape(N, D).saved(); });
-  m.def(
-      "vicreg_loss",
-      [](std::uintptr_t za, std::uintptr_t zb, int64_t N, int64_t D, double sim, double var, double cov, double eps,
-         int threads, std::uintptr_t loss, std::uintptr_t saved) {
-        check({N, D}, {za, zb, loss, saved});
-        ncfast::cpu::vicreg_loss(pointer<const float>(za), pointer<const float>(zb), N, D, sim, var, cov, eps, threads,
-                                 pointer<float>(loss), pointer<float>(saved));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "vicreg_loss_backward",
-      [](std::uintptr_t grad_loss, std::uintptr_t za, std::uintptr_t zb, std::uintptr_t saved, int64_t N, int64_t D,
-         double sim, double var, double cov, double eps, int threads, std::uintptr_t grad_za, std::uintptr_t grad_zb) {
-        check({N, D}, {grad_loss, za, zb, saved, grad_za, grad_zb});
-        ncfast::cpu::vicreg_loss_backward(pointer<const float>(grad_loss), pointer<const float>(za),
-                                          pointer<const float>(zb), pointer<const float>(saved), N, D, sim, var, cov,
-                                          eps, threads, pointer<float>(grad_za), pointer<float>(grad_zb));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def("vibcreg_loss_saved_numel", [](int64_t N, int64_t D) { return ncfast::cpu::GramShape(N, D).saved(); });
-  m.def(
-      "vibcreg_loss",
-      [](std::uintptr_t za, std::uintptr_t zb, int64_t N, int64_t D, double sim, double var, double cov, double eps,
-         int threads, std::uintptr_t loss, std::uintptr_t saved) {
-        check({N, D}, {za, zb, loss, saved});
-        ncfast::cpu::vibcreg_loss(pointer<const float>(za), pointer<const float>(zb), N, D, sim, var, cov, eps, threads,
-                                  pointer<float>(loss), pointer<float>(saved));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "vibcreg_loss_backward",
-      [](std::uintptr_t grad_loss, std::uintptr_t za, std::uintptr_t zb, std::uintptr_t saved, int64_t N, int64_t D,
-         double sim, double var, double cov, double eps, int threads, std::uintptr_t grad_za, std::uintptr_t grad_zb) {
-        check({N, D}, {grad_loss, za, zb, saved, grad_za, grad_zb});
-        ncfast::cpu::vibcreg_loss_backward(pointer<const float>(grad_loss), pointer<const float>(za),
-                                           pointer<const float>(zb), pointer<const float>(saved), N, D, sim, var, cov,
-                                           eps, threads, pointer<float>(grad_za), pointer<float>(grad_zb));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "fused_linear",
-      [](std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t norm_weight,
-         std::uintptr_t residual, int64_t M, int64_t N, int64_t K, double norm_eps, bool gelu, int threads,
-         std::uintptr_t y, std::uintptr_t pre) {
-        check({M, N, K}, {x, weight, y});
-        ncfast::cpu::fused_linear(pointer<const float>(x), pointer<const float>(weight), pointer<const float>(bias),
-                                  pointer<const float>(norm_weight), pointer<const float>(residual), M, N, K, norm_eps,
-                                  gelu, threads, pointer<float>(y), pointer<float>(pre));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "rms_norm_backward",
-      [](std::uintptr_t grad_out, std::uintptr_t x, std::uintptr_t norm_weight, int64_t M, int64_t K, double norm_eps,
-         int threads, std::uintptr_t grad_x, std::uintptr_t grad_norm_weight, std::uintptr_t normalised) {
-        check({M, K}, {grad_out, x, norm_weight, grad_x});
-        ncfast::cpu::rms_norm_backward(
-            pointer<const float>(grad_out), pointer<const float>(x), pointer<const float>(norm_weight), M, K, norm_eps,
-            threads, pointer<float>(grad_x), pointer<float>(grad_norm_weight), pointer<float>(normalised));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "masked_attention",
-      [](std::uintptr_t qkv, std::uintptr_t key_mask, std::uintptr_t lengths, std::uintptr_t q_scale,
-         std::uintptr_t k_scale, std::uintptr_t null_kv, int64_t B, int64_t S, int64_t H, int64_t d, float scale,
-         int threads, std::uintptr_t out) {
-        check({B, S, H, d}, {qkv, out});
-        ncfast::cpu::masked_attention(
-            attention_input(qkv, key_mask, lengths, q_scale, k_scale, null_kv, B, S, H, d, scale), threads,
-            pointer<float>(out));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "masked_attention_backward",
-      [](std::uintptr_t qkv, std::uintptr_t key_mask, std::uintptr_t lengths, std::uintptr_t q_scale,
-         std::uintptr_t k_scale, std::uintptr_t null_kv, int64_t B, int64_t S, int64_t H, int64_t d, float scale,
-         std::uintptr_t grad_out, int threads, std::uintptr_t grad_qkv, std::uintptr_t grad_q_scale,
-         std::uintptr_t grad_k_scale, std::uintptr_t grad_null_kv) {
-        check({B, S, H, d}, {qkv, grad_out, grad_qkv});
-        ncfast::cpu::masked_attention_backward(
-            attention_input(qkv, key_mask, lengths, q_scale, k_scale, null_kv, B, S, H, d, scale),
-            pointer<const float>(grad_out), threads, pointer<float>(grad_qkv), pointer<float>(grad_q_scale),
-            pointer<float>(grad_k_scale), pointer<float>(grad_null_kv));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "iter_norm",
-      [](std::uintptr_t x, int64_t N, int64_t D, int64_t groups, int64_t iterations, double eps, int threads,
-         std::uintptr_t y, std::uintptr_t saved) {
-        check({N, D, groups}, {x, y});
-        ncfast::cpu::iter_norm(pointer<const float>(x), N, D, groups, iterations, eps, threads, pointer<float>(y),
-                               pointer<float>(saved));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "iter_norm_backward",
-      [](std::uintptr_t grad_y, std::uintptr_t x, std::uintptr_t saved, int64_t N, int64_t D, int64_t groups,
-         int64_t iterations, int threads, std::uintptr_t grad_x) {
-        check({N, D, groups}, {grad_y, x, saved, grad_x});
-        ncfast::cpu::iter_norm_backward(pointer<const float>(grad_y), pointer<const float>(x),
-                                        pointer<const float>(saved), N, D, groups, iterations, threads,
-                                        pointer<float>(grad_x));
-      },
-      py::call_guard<py::gil_scoped_release>());
+  m.def("build_info", &build_info);
+  m.def("isas", &available_isas);
+  m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
   m.def("philox4x32", [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
     const auto [word] = ncfast::philox::philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
     return std::array<uint32_t, 4>{word[0], word[1], word[2], word[3]};
   });
-  m.def(
-      "unmask_step",
-      [](std::uintptr_t logits, std::uintptr_t unconditional, std::uintptr_t tokens, std::uintptr_t sample,
-         std::uintptr_t positions, std::uintptr_t counts, int64_t B, int64_t m, int64_t n, int64_t K, int64_t seed,
-         int64_t step, int64_t num_masked, double choice_temperature, double guidance_scale, double temperature,
-         int64_t top_k, bool google, int64_t width, int threads, std::uintptr_t out, std::uintptr_t remaining) {
-        check({B, m, n, K}, {logits, tokens, sample, out});
-        ncfast::cpu::unmask_step(pointer<const float>(logits), pointer<const float>(unconditional),
-                                 pointer<const int64_t>(tokens), pointer<const int64_t>(sample),
-                                 pointer<const int64_t>(positions), pointer<const int64_t>(counts), B, m, n, K,
-                                 uint64_t(seed), step, num_masked, choice_temperature, guidance_scale, temperature,
-                                 top_k, google, width, threads, pointer<int64_t>(out), pointer<int64_t>(remaining));
-      },
-      py::call_guard<py::gil_scoped_release>());
+  for (const char* name : {"barlow_twins_loss_saved_numel", "vicreg_loss_saved_numel", "vibcreg_loss_saved_numel"}) {
+    m.def(name, [](int64_t N, int64_t D) { return GramShape(N, D).saved(); });
+  }
+  define<4>(m, "nearest_code", &nearest_code);
+  define<4>(m, "code_stats", &code_stats);
+  define<4>(m, "rotate_to_code", &rotate_to_code);
+  define<3>(m, "rotate_to_code_backward", &rotate_to_code_backward);
+  define<2>(m, "barlow_twins_loss", &barlow_twins_loss);
+  define<2>(m, "barlow_twins_loss_backward", &barlow_twins_loss_backward);
+  define<2>(m, "vicreg_loss", &vicreg_loss);
+  define<2>(m, "vicreg_loss_backward", &vicreg_loss_backward);
+  define<2>(m, "vibcreg_loss", &vibcreg_loss);
+  define<2>(m, "vibcreg_loss_backward", &vibcreg_loss_backward);
+  define<3, 2, 3, 4, 6>(m, "fused_linear", &fused_linear);  // bias, norm_weight, residual, pre
+  define<2, 4, 5>(m, "rms_norm_backward", &rms_norm_backward);
+  define<4, 1, 2, 3, 4, 5>(m, "masked_attention", &attend);                              // all but qkv and out
+  define<4, 1, 2, 3, 4, 5, 8, 9, 10>(m, "masked_attention_backward", &attend_backward);  // and the gradients of these
+  define<3, 2>(m, "iter_norm", &iter_norm);                                              // saved
+  define<3>(m, "iter_norm_backward", &iter_norm_backward);
+  define<4, 1, 4, 5, 7>(m, "unmask_step", &unmask_step);  // unconditional, positions, counts, remaining
 }
 
 #endif

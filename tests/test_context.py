@@ -1,5 +1,7 @@
 """Completing series: what is observed stays, and what is drawn follows it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -117,6 +119,45 @@ def test_shapes_a_user_may_bring(model):
     x = series(1)[0, 0]
     for context in (x, x[None], x[None, None]):
         assert model.sample(context=context)[0].shape == (1, 1, L)
+
+
+def test_one_channel_has_a_mask_for_each_series(model):
+    mask = np.random.default_rng(0).random((3, L)) < 0.5
+    np.testing.assert_array_equal(Context(series(3), mask, model.data).observed, mask[:, None])
+
+
+def small_context(x):
+    """Of one channel, whose units are the normalised ones: what is not finite was not observed."""
+    x = np.asarray(x, np.float32)
+    return Context(x, None, DataFacts("", "", 1, 1, x.shape[-1], (), (), (0.0,), (1.0,)))
+
+
+def small_vqvae(tokenize, columns, span):
+    """One row of columns, two codes."""
+    vq = SimpleNamespace(codebook=torch.zeros(2, 1))
+    return SimpleNamespace(tokenize=tokenize, vq=vq, grid=(1, columns), samples_per_column=span)
+
+
+def test_a_fill_is_bent_to_meet_what_was_observed():
+    """In a gap it keeps its deviation from its own straight line, on top of the context's."""
+    tried = []
+
+    def tokenize(x):
+        tried.append(x[0, 0].tolist())
+        return torch.zeros(1, 1, dtype=torch.int64)
+
+    fill = torch.tensor([[[5.0, 7, 4, 8, 1]]])  # its line is 5 6 7 8 8, the context's 1 2 3 4 4
+    small_context([1, np.nan, np.nan, 4, np.nan]).find_known_tokens(small_vqvae(tokenize, 1, 5), fill, 1)
+    assert tried == [[1, 2, 3, 4, 4], [1, 3, 0, 4, -3]]
+
+
+def test_half_of_a_columns_samples_make_it_known():
+    """Two samples a column, and the last has the one that is left over: 2, 1, 0 of 2, and 1, 2 of 3 are observed."""
+    vqvae = small_vqvae(lambda x: torch.ones(len(x), 4, dtype=torch.int64), 4, 2)
+    for end, known in (([0, np.nan, np.nan], [1, 1, 2, 2]), ([np.nan, 0, 0], [1, 1, 2, 1])):
+        context = small_context([0, 0, 0, np.nan, np.nan, np.nan, *end])
+        context.find_known_tokens(vqvae, torch.zeros(1, 1, 9), 1)
+        assert context.known.tolist() == [known]
 
 
 def test_interpolation():

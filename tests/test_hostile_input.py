@@ -730,12 +730,12 @@ def test_the_compiled_module_refuses_what_numbers_can_show():
     good = [z, 0, indices, 1, 6, 3, 4, 1, counts.data_ptr(), sums.data_ptr()]
     module.code_stats(*good)
     for place, value, message in (
-        (0, 0, "no address"),
-        (2, indices + 1, "address that is none"),
+        (0, 0, "null pointer"),
+        (2, indices + 1, "not aligned"),
         (1, 4, "element type"),
         (1, -1, "element type"),
-        (4, -6, "below zero"),
-        (6, -4, "below zero"),
+        (4, -6, "negative size"),
+        (6, -4, "negative size"),
     ):
         with pytest.raises(ValueError, match=message):
             module.code_stats(*good[:place], value, *good[place + 1 :])

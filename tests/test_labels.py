@@ -4,6 +4,7 @@ import torch
 
 from ncfast.errors import UserError
 from ncfast.labels import LabelPlan, parse_labels
+from ncfast.ops import philox
 
 NAMES, COUNTS = ("a", "b", "c"), (10, 70, 20)
 
@@ -18,6 +19,12 @@ def test_train_proportions():
     assert (np.abs(drawn - p) < 4 * np.sqrt(p * (1 - p) / 20_000)).all()
     assert labels("train", 5, start=7) == labels("train", 12)[7:]
     assert labels("train", 50, seed=1) != labels("train", 50)
+
+
+def test_a_draw_on_the_edge_of_two_classes_is_of_the_second(monkeypatch):
+    """So that a class of no series is never drawn, not even by 0: of counts 0, 1, 3 the edges are 0 and 1/4."""
+    monkeypatch.setattr(philox, "uniform", lambda *_, **__: torch.tensor([0, 0.2, 0.25, 0.99], dtype=torch.float64))
+    assert LabelPlan("train", NAMES, (0, 1, 3))(torch.arange(4), 0).tolist() == [1, 1, 2, 2]
 
 
 def test_in_turn_and_without_class():
@@ -35,6 +42,13 @@ def test_counts():
     assert plan.total == 5
     assert plan(torch.arange(8), 0)[:5].tolist() == [2, 2, 1, 1, 1]
     assert plan(torch.arange(3, 5), 9).tolist() == [1, 1]
+
+
+def test_counts_end_at_two_to_the_62():
+    plan = LabelPlan({"a": 1, "b": 2**62 - 1}, NAMES, COUNTS)
+    assert plan.total == 2**62 and plan(torch.tensor([0, 1, 2**62 - 1]), 0).tolist() == [0, 1, 1]
+    with pytest.raises(UserError, match=f"got {2**62 + 1}"):
+        LabelPlan({"a": 2, "b": 2**62 - 1}, NAMES, COUNTS)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,14 @@ def test_a_table_that_would_be_too_large_is_not_made(monkeypatch):
     assert torch.equal(sampler.decode(labels, sample, 0), make_sampler(prior).decode(labels, sample, 0))
 
 
+def test_the_table_may_take_all_the_bytes_it_is_given(monkeypatch):
+    prior = make_prior()
+    size = sum(part.nbytes for part in make_sampler(prior).table)
+    for limit, made in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(Sampler, "MAX_TABLE_BYTES", limit)
+        assert (make_sampler(prior).table is not None) == made
+
+
 def test_guidance():
     prior = make_prior().double()
     tokens, _, labels = some_tokens()

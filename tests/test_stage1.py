@@ -4,8 +4,9 @@ from torch.nn import functional as F
 
 from ncfast.config import make_config
 from ncfast.nn import encoder_decoder
+from ncfast.nn.projector import pool
 from ncfast.ops import vicreg_loss
-from ncfast.stage1 import VQVAE, SelfSupervision, stage1_losses
+from ncfast.stage1 import VQVAE, SelfSupervision, mean_squared_error, stage1_losses
 
 
 def small_config(**options):
@@ -102,9 +103,49 @@ def test_every_ssl_method_reaches_the_encoder_from_both_views(ssl):
         assert gradient.isfinite().all() and gradient.abs().max() > 0
 
 
+def test_the_error_of_nothing_is_zero():
+    a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    torch.testing.assert_close(mean_squared_error(a, b), (a - b).square().sum() / 60)
+    assert mean_squared_error(a[:0], b[:0]) == 0
+
+
+def test_the_ssl_loss_is_of_the_rows_of_all_processes():
+    torch.manual_seed(0)
+    ssl = SelfSupervision(small_config(ssl="barlow"))
+    z_a, z_b = (torch.randn(6, 8, 5, 4) for _ in range(2))
+    others = torch.cat([pool(z_a[2:]), pool(z_b[2:])], 1)
+    actual = ssl(z_a[:2], z_b[:2], lambda own: torch.cat([own, others]))
+    torch.testing.assert_close(actual, ssl(z_a, z_b))
+
+
+def test_losses_of_a_share_of_the_rows_are_that_share():
+    config = small_config(ssl="none")
+    model, x, view = VQVAE(config, 1, 60), torch.randn(4, 1, 60), torch.randn(4, 1, 60)
+    codes = {name: value.clone() for name, value in model.vq.state_dict().items()}
+    whole = stage1_losses(model, None, x, view, 0.1)
+    model.vq.load_state_dict(codes)
+    for name, loss in stage1_losses(model, None, x, view, 0.1, share=0.25).items():
+        torch.testing.assert_close(loss, whole[name] if name == "perplexity" else 0.25 * whole[name], msg=name)
+
+
+@pytest.mark.parametrize(("halvings", "samples"), [(1, 4), (2, 8), (3, 16)])
+def test_a_column_of_the_grid_stands_for_the_hop_doubled_by_each_halving(halvings, samples):
+    """The hop of 8 samples a window is 2."""
+    model = VQVAE(small_config(halvings=halvings, n_fft=8), 1, 96)
+    assert model.samples_per_column == samples and model.grid == (5, 49 >> halvings)
+
+
 def test_too_few_columns_are_refused():
     with pytest.raises(ValueError, match="at least n_fft"):
         VQVAE(small_config(n_fft=8), 1, 7)
+
+
+def test_random_codes_are_standard_normal():
+    """Mean square 1, with deviation sqrt(2 / 4096) over these 512 x 8 numbers, and mean fourth power 3."""
+    torch.manual_seed(0)
+    codebook = VQVAE(small_config(codebook_size=512, codebook_init="random"), 1, 24).vq.codebook
+    assert abs(codebook.square().mean() - 1) < 4 * (2 / 4096) ** 0.5
+    assert abs(codebook.pow(4).mean() - 3) < 4 * (96 / 4096) ** 0.5
 
 
 @pytest.mark.parametrize("init", ["random", "kmeans"])

@@ -110,6 +110,51 @@ def test_token_distribution_is_the_softmax_of_negative_distances(limit, monkeypa
     assert 0.7 < z_score.square().mean() < 1.3
 
 
+def test_the_distribution_may_take_all_the_bytes_it_is_given(monkeypatch):
+    """float32 probabilities of every token of every series."""
+    model = VQVAE(make_config(**SMALL), 1, 40).eval()
+    x = torch.randn(3, 1, 40)
+    size = 4 * 3 * model.num_tokens * 5
+    for limit, latents in ((size, False), (size - 1, True)):
+        monkeypatch.setattr(TokenDistribution, "MAX_BYTES", limit)
+        distribution = TokenDistribution(model, x)
+        assert distribution.stores_latents == latents
+        assert distribution.stored.shape == (3, model.num_tokens, 8 if latents else 5)
+
+
+def test_each_token_has_a_draw_of_its_own(monkeypatch):
+    """Of four codes equally likely, a draw on the edge of two takes the second, and none is beyond the last."""
+    draws = torch.tensor([[0.0, 0.2, 0.25, 0.5, 1.0], [0.99, 0.75, 0.74, 0.3, 0.1]])
+    distribution = TokenDistribution.__new__(TokenDistribution)
+    distribution.stores_latents, distribution.stored = False, torch.tensor([0.25, 0.5, 0.75, 1]).expand(2, 5, 4)
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: draws.view(shape))
+    drawn = distribution.draw(torch.arange(2), torch.Generator())
+    assert drawn.tolist() == [[0, 0, 1, 2, 3], [3, 3, 2, 1, 0]]
+
+
+def test_losses_of_the_parts_of_a_batch_add_up():
+    """Each with its share of the rows: 4 of 6, 2 and none."""
+    prior, config = small_prior(), make_config(**SMALL)
+    tokens, labels = torch.randint(0, 5, (6, 10)), torch.arange(6) % 3
+
+    def loss(**part):
+        return stage2_losses(prior, tokens, labels, config, torch.Generator().manual_seed(3), **part)["loss"]
+
+    parts = [loss(own=slice(*own), share=share) for *own, share in ((0, 4, 4 / 6), (4, 6, 2 / 6), (6, 6, 0.0))]
+    assert parts[2] == 0
+    torch.testing.assert_close(sum(parts), loss())
+
+
+class AsOnAGpu(torch.Tensor):
+    device = torch.device("cuda")
+
+
+def test_ranks_without_a_sort_are_those_of_a_sort():
+    x = torch.tensor([[0.5, 0.1, 0.5, 0.9, 0.1], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    expected = [[2, 0, 3, 4, 1], [0, 1, 2, 3, 4]]
+    assert ranks(x).tolist() == ranks(x.as_subclass(AsOnAGpu)).tolist() == expected
+
+
 @pytest.mark.gpu
 def test_ranks_on_a_gpu_are_those_of_a_cpu():
     x = torch.randint(0, 50, (64, 75), generator=torch.Generator().manual_seed(0)) / 50  # with equal ones

@@ -209,74 +209,7 @@ def check(
 def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
     """Each implementation, fastest first, with None or the reason why it cannot run on these."""
     double = "float64 input: only the reference has a path for it" if dtype == torch.float64 else None
-    triton = dispatch.why_not_triton(device) or double
-    return {
-        # Under the interpreter Triton is a test fixture: right, but the slowest of all.
-        **({"triton": triton} if device.type == "cuda" else {}),
-        "reference": None,
-        **({"triton": triton} if device.type != "cuda" else {}),
-    }
-
-
-def _triton(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    views: int,
-    momentum: float,
-    eps: float,
-    slope: float,
-    then_slope: float | None,
-    pad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ncfast.ops.triton.batch_norm import batch_norm_triton
-
-    outputs = _fake(x, residual, weight, bias, running_mean, running_var, views, momentum, eps, slope, then_slope, pad)
-    batch_norm_triton(
-        x, residual, weight, bias, running_mean, running_var, views, momentum, eps, slope, then_slope, pad, *outputs
-    )
-    return outputs
-
-
-def _triton_backward(
-    grad_y: Tensor,
-    grad_activated: Tensor | None,
-    h: Tensor,
-    saved: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    views: int,
-    slope: float,
-    then_slope: float | None,
-    pad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from ncfast.ops.triton.batch_norm import batch_norm_backward_triton
-
-    gradients = _fake_backward(grad_y, grad_activated, h, saved, weight, bias, views, slope, then_slope, pad)
-    batch_norm_backward_triton(
-        grad_y, grad_activated, h, saved, weight, bias, views, slope, then_slope, pad, *gradients
-    )
-    return gradients
-
-
-def _fake(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    views: int,
-    momentum: float,
-    eps: float,
-    slope: float,
-    then_slope: float | None,
-    pad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty_results(x, residual, views, then_slope, pad)
+    return dispatch.table(device, triton=double)
 
 
 def empty_results(
@@ -290,41 +223,33 @@ def empty_results(
     return y, activated, h, x.new_empty(views, 2, C, dtype=torch.float32)
 
 
-def _fake_backward(
-    grad_y: Tensor,
-    grad_activated: Tensor | None,
-    h: Tensor,
-    saved: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    views: int,
-    slope: float,
-    then_slope: float | None,
-    pad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty(h, *h.shape), torch.empty_like(weight), torch.empty_like(bias)
-
-
 def empty(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def forward_results(
+    x, residual, weight, bias, running_mean, running_var, views, momentum, eps, slope, then_slope, pad
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return empty_results(x, residual, views, then_slope, pad)
+
+
+def backward_results(grad_y, grad_activated, h, saved, weight, bias, *options) -> tuple[Tensor, Tensor, Tensor]:
+    return empty(h, *h.shape), torch.empty_like(weight), torch.empty_like(bias)
+
+
 # x and residual [N, C, H, W] in channels_last -> y as x or padded; LeakyReLU(y) if then_slope is given, else empty;
 # x + residual if there is one, else empty; of each view mean and 1 / sqrt(var + eps), [views, 2, C] float32.
-dispatch.library.define(
-    "batch_norm_triton(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
+OPERATOR = dispatch.operator(
+    "batch_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, SymInt views, float momentum, float eps, float slope, float? then_slope, bool pad) -> "
-    "(Tensor y, Tensor activated, Tensor h, Tensor saved)"
-)
-dispatch.library.define(
-    "batch_norm_backward_triton(Tensor grad_y, Tensor? grad_activated, Tensor h, Tensor saved, Tensor weight, "
+    "(Tensor y, Tensor activated, Tensor h, Tensor saved)",
+    forward_results,
+    triton=dispatch.triton("batch_norm.batch_norm_triton", fills=forward_results),
+)["triton"]
+BACKWARD_OPERATOR = dispatch.operator(
+    "batch_norm_backward(Tensor grad_y, Tensor? grad_activated, Tensor h, Tensor saved, Tensor weight, "
     "Tensor bias, SymInt views, float slope, float? then_slope, bool pad) -> "
-    "(Tensor grad_h, Tensor grad_weight, Tensor grad_bias)"
-)
-for _key in ("CUDA", "CPU"):
-    dispatch.library.impl("batch_norm_triton", _triton, _key)
-    dispatch.library.impl("batch_norm_backward_triton", _triton_backward, _key)
-torch.library.register_fake("ncfast::batch_norm_triton", _fake, lib=dispatch.library)
-torch.library.register_fake("ncfast::batch_norm_backward_triton", _fake_backward, lib=dispatch.library)
-OPERATOR = torch.ops.ncfast.batch_norm_triton.default
-BACKWARD_OPERATOR = torch.ops.ncfast.batch_norm_backward_triton.default
+    "(Tensor grad_h, Tensor grad_weight, Tensor grad_bias)",
+    backward_results,
+    triton=dispatch.triton("batch_norm.batch_norm_backward_triton", fills=backward_results),
+)["triton"]

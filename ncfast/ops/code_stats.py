@@ -77,51 +77,29 @@ def check(z: Tensor, indices: Tensor, num_codes: int) -> None:
 def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
     """Each implementation, fastest first, with None or the reason why it cannot run on these."""
     double = "float64 input: Triton has no path for it" if dtype == torch.float64 else None
-    return {
-        "cpp": dispatch.why_not_cpp(device),
-        # Under the interpreter Triton is a test fixture: right, but the slowest of all.
-        **({"triton": dispatch.why_not_triton(device) or double} if device.type == "cuda" else {}),
-        "reference": None,
-        **({"triton": dispatch.why_not_triton(device) or double} if device.type != "cuda" else {}),
-    }
+    return dispatch.table(device, cpp=None, triton=double)
 
 
-def _cpp(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    H, M, D = z.shape
-    counts, sums = _fake(z, indices, num_codes)
-    module, _ = dispatch.load_module("_C")
-    module.code_stats(
-        z.data_ptr(),
-        dispatch.DTYPE_CODES[z.dtype],
-        indices.data_ptr(),
-        H,
-        M,
-        num_codes,
-        D,
-        torch.get_num_threads(),
-        counts.data_ptr(),
-        sums.data_ptr(),
-    )
-    return counts, sums
-
-
-def _triton(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    from ncfast.ops.triton.code_stats import code_stats_triton
-
-    return code_stats_triton(z, indices, num_codes)
-
-
-def _fake(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+def empty_results(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     H, _, D = z.shape
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    return z.new_empty(H, num_codes, dtype=dtype), z.new_empty(H, num_codes, D, dtype=dtype)
+    return (
+        torch.empty(H, num_codes, dtype=dtype, device=z.device),
+        torch.empty(H, num_codes, D, dtype=dtype, device=z.device),
+    )
 
 
-OPERATORS = {}
-for _name, _function, _keys in (("cpp", _cpp, ("CPU",)), ("triton", _triton, ("CUDA", "CPU"))):
-    # z [H, M, D] contiguous, indices [H, M] contiguous -> counts [H, K], sums [H, K, D]
-    dispatch.library.define(f"code_stats_{_name}(Tensor z, Tensor indices, SymInt num_codes) -> (Tensor, Tensor)")
-    for _key in _keys:
-        dispatch.library.impl(f"code_stats_{_name}", _function, _key)
-    torch.library.register_fake(f"ncfast::code_stats_{_name}", _fake, lib=dispatch.library)
-    OPERATORS[_name] = getattr(torch.ops.ncfast, f"code_stats_{_name}").default
+def run_cpp(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    (H, M, D), results = z.shape, empty_results(z, indices, num_codes)
+    threads = torch.get_num_threads()
+    dispatch.native("_C", "code_stats", z, z.dtype, indices, H, M, num_codes, D, threads, *results)
+    return results
+
+
+# z [H, M, D] contiguous, indices [H, M] contiguous -> counts [H, K], sums [H, K, D]
+OPERATORS = dispatch.operator(
+    "code_stats(Tensor z, Tensor indices, SymInt num_codes) -> (Tensor, Tensor)",
+    empty_results,
+    cpp=run_cpp,
+    triton=dispatch.triton("code_stats.code_stats_triton"),
+)

@@ -15,8 +15,10 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 NAMES = ("auto", "reference", "cpp", "cuda", "triton")
+KEYS = {"cpp": ("CPU",), "cuda": ("CUDA",), "triton": ("CUDA", "CPU")}  # where PyTorch looks for them
 DEFAULT = os.environ.get("NCFAST_IMPL", "auto")
 
 # The codes of csrc/dtype.h.
@@ -29,7 +31,7 @@ library = torch.library.Library("ncfast", "DEF")
 kernels_left_out = False
 
 
-def empty_indices(*shape: int, device: torch.device) -> torch.Tensor:
+def empty_indices(*shape: int, device: torch.device) -> Tensor:
     """int64, to be filled by a kernel with what others take for indices: none of them ever points nowhere."""
     make = torch.zeros if kernels_left_out else torch.empty
     return make(*shape, dtype=torch.int64, device=device)
@@ -136,3 +138,66 @@ def why_not_triton(device: torch.device) -> str | None:
     if device.type != "cuda" and not triton_interpreted():
         return f"the tensors are on {device.type}; off a GPU Triton runs only under TRITON_INTERPRET=1"
     return None
+
+
+def table(device: torch.device, **unfit: str | None) -> dict[str, str | None]:
+    """Each implementation, fastest first, with None or the reason why it cannot run there.
+
+    unfit: by name, the implementations that an operation has beside its reference, and why the one cannot take this
+        call, or None.
+    """
+    # Without a GPU Triton is interpreted, for tests: right, but the slowest of all.
+    order = ("cuda", "cpp", "triton", "reference") if device.type == "cuda" else ("cuda", "cpp", "reference", "triton")
+    found = {}
+    for name in order:
+        if name == "reference":
+            found[name] = None
+        elif name in unfit:
+            found[name] = WHY_NOT[name](device) or unfit[name]
+    return found
+
+
+WHY_NOT = {"cuda": why_not_cuda, "cpp": why_not_cpp, "triton": why_not_triton}
+
+
+def native(module: str, function: str, *arguments: object) -> None:
+    """Calls a function of a compiled module. Tensors go as addresses, None as the null one, dtypes as their codes."""
+    numbers = [x if type(x) is int else x.data_ptr() if isinstance(x, Tensor) else CODES.get(x, x) for x in arguments]
+    getattr(load_module(module)[0], function)(*numbers)
+
+
+CODES = {**DTYPE_CODES, None: 0}
+
+
+def triton(name: str, fills: Callable | None = None) -> Callable:
+    """The function "stem.function" of `ncfast.ops.triton`, which is imported when it is called.
+
+    fills: the arguments -> empty results; then the function takes these too, and writes them.
+    """
+    stem, function = name.split(".")
+
+    def call(*arguments):
+        kernel = getattr(importlib.import_module(f"ncfast.ops.triton.{stem}"), function)
+        if fills is None:
+            return kernel(*arguments)
+        results = fills(*arguments)
+        kernel(*arguments, *((results,) if isinstance(results, Tensor) else results))
+        return results
+
+    return call
+
+
+def operator(schema: str, fake: Callable, **implementations: Callable) -> dict[str, Callable]:
+    """Registers the operator `stem_implementation` for each implementation, and returns their overloads.
+
+    schema: "stem(Tensor x, ...) -> Tensor".
+    fake: the arguments -> empty results, of which torch.compile asks shapes and dtypes.
+    """
+    stem, _, signature = schema.partition("(")
+    for implementation, function in implementations.items():
+        name = f"{stem}_{implementation}"
+        library.define(f"{name}({signature}")
+        for key in KEYS[implementation]:
+            library.impl(name, function, key)
+        torch.library.register_fake(f"ncfast::{name}", fake, lib=library)
+    return {each: getattr(torch.ops.ncfast, f"{stem}_{each}").default for each in implementations}

@@ -234,13 +234,7 @@ def why_not(
         unfit = (
             f"the kernel needs {LEAST_SHARED_MEMORY} bytes of shared memory; {device} has {shared_memory_of(device)}"
         )
-    table = {
-        "cpp": dispatch.why_not_cpp(device) or unfit_cpp,
-        "reference": None,
-        "triton": dispatch.why_not_triton(device) or unfit,
-    }
-    # Without a GPU Triton is interpreted: right, but the slowest of all.
-    return dict(reversed(table.items())) if device.type == "cuda" else table
+    return dispatch.table(device, cpp=unfit_cpp, triton=unfit)
 
 
 @dispatch.constant_when_compiled
@@ -253,7 +247,12 @@ def shared_memory_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def _cpp(
+def empty_results(x, weight, bias, norm_weight, residual, norm_eps, gelu, keep_pre) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], weight.shape[0])
+    return tuple(torch.empty(each, dtype=x.dtype, device=x.device) for each in (shape, shape if keep_pre else 0))
+
+
+def run_cpp(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -263,142 +262,62 @@ def _cpp(
     gelu: bool,
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
-    y, pre = _fake(x, weight, bias, norm_weight, residual, norm_eps, gelu, keep_pre)
-    addresses = [0 if part is None else part.data_ptr() for part in (x, weight, bias, norm_weight, residual)]
-    N, K = weight.shape
-    module, _ = dispatch.load_module("_C")
-    module.fused_linear(
-        *addresses,
-        x.shape[:-1].numel(),
-        N,
-        K,
-        norm_eps,
-        gelu,
-        torch.get_num_threads(),
-        y.data_ptr(),
-        pre.data_ptr() if keep_pre else 0,
-    )
+    inputs = (x, weight, bias, norm_weight, residual)
+    shape = (*x.shape[:-1], weight.shape[0])
+    y, pre = torch.empty(shape), torch.empty(shape if keep_pre else 0)
+    sizes, threads = (x.shape[:-1].numel(), *weight.shape), torch.get_num_threads()
+    dispatch.native("_C", "fused_linear", *inputs, *sizes, norm_eps, gelu, threads, y, pre if keep_pre else None)
     return y, pre
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    residual: Tensor | None,
-    norm_eps: float,
-    gelu: bool,
-    keep_pre: bool,
-) -> tuple[Tensor, Tensor]:
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    return y, torch.empty_like(y) if keep_pre else x.new_empty(0)
-
-
-def _norm_backward(grad_out: Tensor, x: Tensor, norm_weight: Tensor, norm_eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, grad_norm_weight, normalised = _fake_norm_backward(grad_out, x, norm_weight, norm_eps)
-    module, _ = dispatch.load_module("_C")
-    module.rms_norm_backward(
-        grad_out.data_ptr(),
-        x.data_ptr(),
-        norm_weight.data_ptr(),
-        x.shape[:-1].numel(),
-        x.shape[-1],
-        norm_eps,
-        torch.get_num_threads(),
-        grad_x.data_ptr(),
-        grad_norm_weight.data_ptr(),
-        normalised.data_ptr(),
-    )
-    return grad_x, grad_norm_weight, normalised
-
-
-def _fake_norm_backward(
-    grad_out: Tensor, x: Tensor, norm_weight: Tensor, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def empty_norm_gradients(grad_out: Tensor, x: Tensor, norm_weight: Tensor, norm_eps: float) -> tuple[Tensor, ...]:
     return torch.empty_like(x), torch.empty_like(norm_weight), torch.empty_like(x)
 
 
-def _triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    residual: Tensor | None,
-    norm_eps: float,
-    gelu: bool,
-    keep_pre: bool,
-) -> tuple[Tensor, Tensor]:
-    from ncfast.ops.triton.fused_linear import fused_linear_triton
-
-    return fused_linear_triton(x, weight, bias, norm_weight, residual, norm_eps, gelu, keep_pre)
+def run_norm_backward(grad_out: Tensor, x: Tensor, norm_weight: Tensor, norm_eps: float) -> tuple[Tensor, ...]:
+    results = empty_norm_gradients(grad_out, x, norm_weight, norm_eps)
+    sizes, threads = (x.shape[:-1].numel(), x.shape[-1]), torch.get_num_threads()
+    dispatch.native("_C", "rms_norm_backward", grad_out, x, norm_weight, *sizes, norm_eps, threads, *results)
+    return results
 
 
-def _triton_backward(
-    grad_y: Tensor,
-    grad_passed: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    pre: Tensor | None,
-    norm_eps: float,
-    weight_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ncfast.ops.triton.fused_linear import fused_linear_backward_triton
-
+def run_triton_backward(grad_y: Tensor, *others) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # A backward pass may run where autocast is on, and the product of grad_weight would be cast.
-    with torch.autocast(x.device.type, enabled=False):
-        return fused_linear_backward_triton(
-            grad_y, grad_passed, x, weight, bias, norm_weight, pre, norm_eps, weight_dtype
-        )
+    with torch.autocast(grad_y.device.type, enabled=False):
+        return dispatch.triton("fused_linear.fused_linear_backward_triton")(grad_y, *others)
 
 
-def _fake_triton_backward(
-    grad_y: Tensor,
-    grad_passed: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    pre: Tensor | None,
-    norm_eps: float,
-    weight_dtype: torch.dtype,
+def empty_gradients(
+    grad_y, grad_passed, x, weight, bias, norm_weight, pre, norm_eps, weight_dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     vectors = (x.new_empty(0) if part is None else torch.empty_like(part) for part in (bias, norm_weight))
     return torch.empty_like(x), torch.empty_like(weight, dtype=weight_dtype), *vectors
 
 
-OPERATORS = {}
-for _name, _implementation, _keys in (("cpp", _cpp, ("CPU",)), ("triton", _triton, ("CUDA", "CPU"))):
-    # All contiguous: x [..., K], weight [N, K], bias [N], norm_weight [K], residual [..., N] -> y [..., N], and what
-    # the GELU was taken of, [..., N] or empty. Of cpp float32; of triton one type, bias and norm_weight maybe float32.
-    dispatch.library.define(
-        f"fused_linear_{_name}(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? residual, "
-        "float norm_eps, bool gelu, bool keep_pre) -> (Tensor, Tensor)"
-    )
-    for _key in _keys:
-        dispatch.library.impl(f"fused_linear_{_name}", _implementation, _key)
-    torch.library.register_fake(f"ncfast::fused_linear_{_name}", _fake, lib=dispatch.library)
-    OPERATORS[_name] = getattr(torch.ops.ncfast, f"fused_linear_{_name}").default
+# All contiguous: x [..., K], weight [N, K], bias [N], norm_weight [K], residual [..., N] -> y [..., N], and what the
+# GELU was taken of, [..., N] or empty. Of cpp float32; of triton one type, bias and norm_weight maybe float32.
+OPERATORS = dispatch.operator(
+    "fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? residual, "
+    "float norm_eps, bool gelu, bool keep_pre) -> (Tensor, Tensor)",
+    empty_results,
+    cpp=run_cpp,
+    triton=dispatch.triton("fused_linear.fused_linear_triton"),
+)
 OPERATOR, TRITON_OPERATOR = OPERATORS["cpp"], OPERATORS["triton"]
 
 # grad_out and x [..., K], norm_weight [K] -> the gradients of x and norm_weight, and the normalised x [..., K].
-dispatch.library.define(
-    "rms_norm_backward_cpp(Tensor grad_out, Tensor x, Tensor norm_weight, float norm_eps) -> (Tensor, Tensor, Tensor)"
-)
-dispatch.library.impl("rms_norm_backward_cpp", _norm_backward, "CPU")
-torch.library.register_fake("ncfast::rms_norm_backward_cpp", _fake_norm_backward, lib=dispatch.library)
-NORM_BACKWARD = torch.ops.ncfast.rms_norm_backward_cpp.default
+NORM_BACKWARD = dispatch.operator(
+    "rms_norm_backward(Tensor grad_out, Tensor x, Tensor norm_weight, float norm_eps) -> (Tensor, Tensor, Tensor)",
+    empty_norm_gradients,
+    cpp=run_norm_backward,
+)["cpp"]
 
 # grad_y [..., N]; grad_passed [..., K], which is added to the gradient of x; the forward pass's inputs; pre [..., N],
 # what the GELU was taken of, None without one -> the gradients of x, of weight in weight_dtype, and of bias and
 # norm_weight, empty where these are None.
-dispatch.library.define(
-    "fused_linear_backward_triton(Tensor grad_y, Tensor? grad_passed, Tensor x, Tensor weight, Tensor? bias, "
-    "Tensor? norm_weight, Tensor? pre, float norm_eps, ScalarType weight_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-for _key in ("CUDA", "CPU"):
-    dispatch.library.impl("fused_linear_backward_triton", _triton_backward, _key)
-torch.library.register_fake("ncfast::fused_linear_backward_triton", _fake_triton_backward, lib=dispatch.library)
-TRITON_BACKWARD = torch.ops.ncfast.fused_linear_backward_triton.default
+TRITON_BACKWARD = dispatch.operator(
+    "fused_linear_backward(Tensor grad_y, Tensor? grad_passed, Tensor x, Tensor weight, Tensor? bias, "
+    "Tensor? norm_weight, Tensor? pre, float norm_eps, ScalarType weight_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    empty_gradients,
+    triton=run_triton_backward,
+)["triton"]

@@ -5,7 +5,6 @@ that is 32 times fewer operations and no D x D memory (Garrido et al., arXiv 220
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 
 import torch
@@ -91,74 +90,44 @@ def define_operators(stem: str, options: str, reference: Callable[..., Tensor]) 
     vector of its own making. `reference` is the loss in plain PyTorch, for second derivatives.
     """
 
-    def module(name: str):
-        return dispatch.load_module("_C")[0] if name == "cpp" else importlib.import_module(f"ncfast.ops.triton.{stem}")
-
-    def saved_numel(name: str, N: int, D: int) -> int:
-        return getattr(module(name), f"{stem}_saved_numel")(N, D)
-
-    def fake_saved_numel(name: str, N: int, D: int) -> int:
-        """The same; for C++ it is GramShape::saved of csrc/cpu/gram.h again, since N and D may be symbols."""
-        if name != "cpp":
-            return saved_numel(name, N, D)
+    def saved_numel_cpp(N: int, D: int) -> int:
+        """GramShape::saved of csrc/cpu/gram.h, here again since N and D may be symbols."""
         padded = (N + 31) // 32 * 32
         return (2 * D + 2 * padded) * (padded + 16) + 6 * D
 
-    def forward_cpp(za: Tensor, zb: Tensor, *options) -> tuple[Tensor, Tensor]:
-        N, D = za.shape
-        loss, saved = za.new_empty(()), za.new_empty(saved_numel("cpp", N, D))
-        threads = torch.get_num_threads()
-        getattr(module("cpp"), stem)(
-            za.data_ptr(), zb.data_ptr(), N, D, *options, threads, loss.data_ptr(), saved.data_ptr()
-        )
-        return loss, saved
+    def empty_results(za: Tensor, saved: int) -> tuple[Tensor, Tensor]:
+        return tuple(torch.empty(shape, dtype=torch.float32, device=za.device) for shape in ((), saved))
 
-    def backward_cpp(grad_loss: Tensor, za: Tensor, zb: Tensor, saved: Tensor, *options) -> tuple[Tensor, Tensor]:
-        grad_za, grad_zb = torch.empty_like(za), torch.empty_like(zb)
-        getattr(module("cpp"), f"{stem}_backward")(
-            grad_loss.data_ptr(),
-            za.data_ptr(),
-            zb.data_ptr(),
-            saved.data_ptr(),
-            *za.shape,
-            *options,
-            torch.get_num_threads(),
-            grad_za.data_ptr(),
-            grad_zb.data_ptr(),
-        )
-        return grad_za, grad_zb
+    def empty_results_cpp(za: Tensor, zb: Tensor, *options) -> tuple[Tensor, Tensor]:
+        return empty_results(za, saved_numel_cpp(*za.shape))
 
-    def forward_triton(za: Tensor, zb: Tensor, *options) -> tuple[Tensor, Tensor]:
-        return getattr(module("triton"), f"{stem}_triton")(za, zb, *options)
+    def empty_results_triton(za: Tensor, zb: Tensor, *options) -> tuple[Tensor, Tensor]:
+        return empty_results(za, dispatch.triton(f"{stem}.{stem}_saved_numel")(*za.shape))
 
-    def backward_triton(grad_loss: Tensor, za: Tensor, zb: Tensor, saved: Tensor, *options) -> tuple[Tensor, Tensor]:
-        return getattr(module("triton"), f"{stem}_backward_triton")(grad_loss, za, zb, saved, *options)
-
-    def fake_backward(grad_loss: Tensor, za: Tensor, zb: Tensor, saved: Tensor, *options) -> tuple[Tensor, Tensor]:
+    def empty_gradients(grad_loss: Tensor, za: Tensor, zb: Tensor, saved: Tensor, *options) -> tuple[Tensor, Tensor]:
         return torch.empty_like(za), torch.empty_like(zb)
 
-    operators = {}
-    for name, forward, backward, keys in (
-        ("cpp", forward_cpp, backward_cpp, ("CPU",)),
-        ("triton", forward_triton, backward_triton, ("CUDA", "CPU")),
-    ):
+    def forward_cpp(za: Tensor, zb: Tensor, *options) -> tuple[Tensor, Tensor]:
+        results = empty_results(za, getattr(dispatch.load_module("_C")[0], f"{stem}_saved_numel")(*za.shape))
+        dispatch.native("_C", stem, za, zb, *za.shape, *options, torch.get_num_threads(), *results)
+        return results
 
-        def fake(za: Tensor, zb: Tensor, *options, name: str = name) -> tuple[Tensor, Tensor]:
-            return za.new_empty(()), za.new_empty(fake_saved_numel(name, *za.shape))
+    def backward_cpp(grad_loss: Tensor, za: Tensor, zb: Tensor, saved: Tensor, *options) -> tuple[Tensor, Tensor]:
+        inputs, gradients = (grad_loss, za, zb, saved), (torch.empty_like(za), torch.empty_like(zb))
+        threads = torch.get_num_threads()
+        dispatch.native("_C", f"{stem}_backward", *inputs, *za.shape, *options, threads, *gradients)
+        return gradients
 
-        dispatch.library.define(f"{stem}_{name}(Tensor za, Tensor zb, {options}) -> (Tensor, Tensor)")
-        dispatch.library.define(
-            f"{stem}_backward_{name}(Tensor grad_loss, Tensor za, Tensor zb, Tensor saved, {options}) "
-            "-> (Tensor, Tensor)"
-        )
-        for key in keys:
-            dispatch.library.impl(f"{stem}_{name}", forward, key)
-            dispatch.library.impl(f"{stem}_backward_{name}", backward, key)
-        torch.library.register_fake(f"ncfast::{stem}_{name}", fake, lib=dispatch.library)
-        torch.library.register_fake(f"ncfast::{stem}_backward_{name}", fake_backward, lib=dispatch.library)
-        operators[name] = tuple(
-            getattr(torch.ops.ncfast, each).default for each in (f"{stem}_{name}", f"{stem}_backward_{name}")
-        )
+    forward = f"{stem}(Tensor za, Tensor zb, {options}) -> (Tensor, Tensor)"
+    backward = f"{stem}_backward(Tensor grad_loss, Tensor za, Tensor zb, Tensor saved, {options}) -> (Tensor, Tensor)"
+    forward_triton = dispatch.triton(f"{stem}.{stem}_triton")
+    forwards = {
+        **dispatch.operator(forward, empty_results_cpp, cpp=forward_cpp),
+        **dispatch.operator(forward, empty_results_triton, triton=forward_triton),
+    }
+    backward_triton = dispatch.triton(f"{stem}.{stem}_backward_triton")
+    backwards = dispatch.operator(backward, empty_gradients, cpp=backward_cpp, triton=backward_triton)
+    operators = {name: (forwards[name], backwards[name]) for name in forwards}
     names = [option.split()[1] for option in options.split(",")]
 
     def apply(implementation: str, za: Tensor, zb: Tensor, **given) -> Tensor:

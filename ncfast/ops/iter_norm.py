@@ -108,87 +108,46 @@ def why_not(
     large = None
     if channels_per_group > LARGEST_TRITON_GROUP:
         large = f"a group of {channels_per_group} channels: Triton takes up to {LARGEST_TRITON_GROUP}"
-    triton = dispatch.why_not_triton(device) or double or large
-    return {
-        "cpp": dispatch.why_not_cpp(device) or double,
-        # Under the interpreter Triton is a test fixture: right, but the slowest of all.
-        **({"triton": triton} if device.type == "cuda" else {}),
-        "reference": None,
-        **({"triton": triton} if device.type != "cuda" else {}),
-    }
+    return dispatch.table(device, cpp=double, triton=double or large)
 
 
-def _cpp(x: Tensor, groups: int, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
-    y, saved = _fake(x, groups, iterations, eps)
-    module, _ = dispatch.load_module("_C")
-    module.iter_norm(
-        x.data_ptr(),
-        *x.shape,
-        groups,
-        iterations,
-        eps,
-        torch.get_num_threads(),
-        y.data_ptr(),
-        saved.data_ptr(),
-    )
-    return y, saved
-
-
-def _cpp_backward(grad_y: Tensor, x: Tensor, saved: Tensor, groups: int, iterations: int, eps: float) -> Tensor:
-    grad_x = torch.empty_like(x)
-    module, _ = dispatch.load_module("_C")
-    module.iter_norm_backward(
-        grad_y.data_ptr(),
-        x.data_ptr(),
-        saved.data_ptr(),
-        *x.shape,
-        groups,
-        iterations,
-        torch.get_num_threads(),
-        grad_x.data_ptr(),
-    )
-    return grad_x
-
-
-def _triton(x: Tensor, groups: int, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
-    from ncfast.ops.triton.iter_norm import iter_norm_triton
-
-    return iter_norm_triton(x, groups, iterations, eps)
-
-
-def _triton_backward(grad_y: Tensor, x: Tensor, saved: Tensor, groups: int, iterations: int, eps: float) -> Tensor:
-    from ncfast.ops.triton.iter_norm import iter_norm_backward_triton
-
-    return iter_norm_backward_triton(grad_y, x, saved, groups, iterations)
-
-
-def _fake(x: Tensor, groups: int, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
+def empty_results(x: Tensor, groups: int, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
     d = x.shape[1] // groups
     return torch.empty_like(x), x.new_empty(groups, d + 2, d)
 
 
-def _fake_backward(grad_y: Tensor, x: Tensor, saved: Tensor, groups: int, iterations: int, eps: float) -> Tensor:
+def empty_gradient(grad_y: Tensor, x: Tensor, *others) -> Tensor:
     return torch.empty_like(x)
 
 
-OPERATORS, BACKWARD_OPERATORS = {}, {}
-for _name, _forward, _backward, _keys in (
-    ("cpp", _cpp, _cpp_backward, ("CPU",)),
-    ("triton", _triton, _triton_backward, ("CUDA", "CPU")),
-):
-    # x [N, D] float32, contiguous -> y as x; of each group the covariance and, as a sum of two rows, the mean:
-    # [groups, d + 2, d]
-    dispatch.library.define(
-        f"iter_norm_{_name}(Tensor x, SymInt groups, SymInt iterations, float eps) -> (Tensor y, Tensor saved)"
-    )
-    dispatch.library.define(
-        f"iter_norm_backward_{_name}(Tensor grad_y, Tensor x, Tensor saved, SymInt groups, SymInt iterations, "
-        "float eps) -> Tensor grad_x"
-    )
-    for _key in _keys:
-        dispatch.library.impl(f"iter_norm_{_name}", _forward, _key)
-        dispatch.library.impl(f"iter_norm_backward_{_name}", _backward, _key)
-    torch.library.register_fake(f"ncfast::iter_norm_{_name}", _fake, lib=dispatch.library)
-    torch.library.register_fake(f"ncfast::iter_norm_backward_{_name}", _fake_backward, lib=dispatch.library)
-    OPERATORS[_name] = getattr(torch.ops.ncfast, f"iter_norm_{_name}").default
-    BACKWARD_OPERATORS[_name] = getattr(torch.ops.ncfast, f"iter_norm_backward_{_name}").default
+def run_cpp(x: Tensor, groups: int, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
+    results = empty_results(x, groups, iterations, eps)
+    dispatch.native("_C", "iter_norm", x, *x.shape, groups, iterations, eps, torch.get_num_threads(), *results)
+    return results
+
+
+def run_cpp_backward(grad_y: Tensor, x: Tensor, saved: Tensor, groups: int, iterations: int, eps: float) -> Tensor:
+    grad_x, threads = torch.empty_like(x), torch.get_num_threads()
+    dispatch.native("_C", "iter_norm_backward", grad_y, x, saved, *x.shape, groups, iterations, threads, grad_x)
+    return grad_x
+
+
+def run_triton_backward(grad_y: Tensor, x: Tensor, saved: Tensor, groups: int, iterations: int, eps: float) -> Tensor:
+    return dispatch.triton("iter_norm.iter_norm_backward_triton")(grad_y, x, saved, groups, iterations)
+
+
+# x [N, D] float32, contiguous -> y as x; of each group the covariance and, as a sum of two rows, the mean:
+# [groups, d + 2, d]
+OPERATORS = dispatch.operator(
+    "iter_norm(Tensor x, SymInt groups, SymInt iterations, float eps) -> (Tensor y, Tensor saved)",
+    empty_results,
+    cpp=run_cpp,
+    triton=dispatch.triton("iter_norm.iter_norm_triton"),
+)
+BACKWARD_OPERATORS = dispatch.operator(
+    "iter_norm_backward(Tensor grad_y, Tensor x, Tensor saved, SymInt groups, SymInt iterations, float eps) -> "
+    "Tensor grad_x",
+    empty_gradient,
+    cpp=run_cpp_backward,
+    triton=run_triton_backward,
+)

@@ -132,59 +132,33 @@ def why_not(device: torch.device, dtype: torch.dtype = torch.float32, D: int = 1
         unfit = f"{dtype} input: only the reference has a path for it"
     elif D > MAX_COLUMNS:
         unfit = f"rows of {D} columns: the kernel takes up to {MAX_COLUMNS}"
-    triton = dispatch.why_not_triton(device) or unfit
-    if device.type == "cuda":
-        return {"triton": triton, "reference": None}
-    # Under the interpreter Triton is a test fixture: right, but the slowest of all.
-    return {"reference": None, "triton": triton}
+    return dispatch.table(device, triton=unfit)
 
 
-def _triton(
-    x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None, eps: float, gelu: bool, dtype: torch.dtype
-) -> Tensor:
-    from ncfast.ops.triton.layer_norm import layer_norm_triton
-
-    y = _fake(x, weight, bias, add, eps, gelu, dtype)
-    layer_norm_triton(x, weight, bias, add, eps, gelu, y)
-    return y
-
-
-def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None, eps: float, gelu: bool, dtype: torch.dtype
-) -> Tensor:
+def empty_result(x, weight, bias, add, eps, gelu, dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
-def _triton_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, add: Tensor | None, eps: float, gelu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    from ncfast.ops.triton.layer_norm import layer_norm_backward_triton
-
-    gradients = _fake_backward(grad_y, x, weight, add, eps, gelu)
-    layer_norm_backward_triton(grad_y, x, weight, add, eps, gelu, *gradients)
-    return gradients
+def run_triton(*arguments) -> Tensor:
+    y = empty_result(*arguments)
+    dispatch.triton("layer_norm.layer_norm_triton")(*arguments[:-1], y)  # whose dtype is the last argument
+    return y
 
 
-def _fake_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, add: Tensor | None, eps: float, gelu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def empty_gradients(grad_y, x, weight, add, eps, gelu) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
 # All contiguous: x [..., n, D], weight and bias [D], add [n, D] -> y [..., n, D] of type dtype; and grad_y [..., n, D]
 # of any type -> the gradients of x, which is that of add before its sum, of weight and of bias, as these.
-dispatch.library.define(
-    "layer_norm_triton(Tensor x, Tensor weight, Tensor bias, Tensor? add, float eps, bool gelu, ScalarType dtype) -> "
-    "Tensor"
-)
-dispatch.library.define(
-    "layer_norm_backward_triton(Tensor grad_y, Tensor x, Tensor weight, Tensor? add, float eps, bool gelu) -> "
-    "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
-)
-for _key in ("CUDA", "CPU"):
-    dispatch.library.impl("layer_norm_triton", _triton, _key)
-    dispatch.library.impl("layer_norm_backward_triton", _triton_backward, _key)
-torch.library.register_fake("ncfast::layer_norm_triton", _fake, lib=dispatch.library)
-torch.library.register_fake("ncfast::layer_norm_backward_triton", _fake_backward, lib=dispatch.library)
-OPERATOR = torch.ops.ncfast.layer_norm_triton.default
-BACKWARD_OPERATOR = torch.ops.ncfast.layer_norm_backward_triton.default
+OPERATOR = dispatch.operator(
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor? add, float eps, bool gelu, ScalarType dtype) -> Tensor",
+    empty_result,
+    triton=run_triton,
+)["triton"]
+BACKWARD_OPERATOR = dispatch.operator(
+    "layer_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? add, float eps, bool gelu) -> "
+    "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    empty_gradients,
+    triton=dispatch.triton("layer_norm.layer_norm_backward_triton", fills=empty_gradients),
+)["triton"]

@@ -174,17 +174,10 @@ def why_not(
         wanted, there = shared_memory(dtype, length, head_dim), shared_memory_of(device)
         if wanted > there:
             unfit_triton = f"the kernel needs {wanted} bytes of shared memory, and {device} has {there}"
-    table = {
-        "cpp": dispatch.why_not_cpp(device) or unfit_cpp,
-        "reference": None,
-        "triton": dispatch.why_not_triton(device) or unfit_triton,
-    }
     # On an H100 at S = 76, d = 64 the best of PyTorch's backends takes as long forward and, in float32 forward and
     # backward together, 1.2 times as long, in bfloat16 2.2 times; twice as long with normalised queries and keys and a
-    # null key. Without a GPU Triton is interpreted: right, but the slowest of all.
-    if device.type == "cuda":
-        table["reference"] = table.pop("reference")
-    return table
+    # null key.
+    return dispatch.table(device, cpp=unfit_cpp, triton=unfit_triton)
 
 
 def shared_memory(dtype: torch.dtype, length: int, head_dim: int) -> int:
@@ -199,76 +192,44 @@ def shared_memory_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def empty_result(qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale) -> Tensor:
+    B, S, _, H, d = qkv.shape
+    return torch.empty(B, S, H, d, dtype=qkv.dtype, device=qkv.device)
 
 
-def _cpp(qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale: float) -> Tensor:
-    out = _fake(qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale)
-    B, S, H, d = out.shape
-    pointers = [_pointer(x) for x in (qkv, key_mask, lengths, q_scale, k_scale, null_kv)]
-    module, _ = dispatch.load_module("_C")
-    module.masked_attention(*pointers, B, S, H, d, scale, torch.get_num_threads(), out.data_ptr())
+def empty_gradients(grad_out, qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale) -> tuple[Tensor, ...]:
+    H, d = qkv.shape[-2:]
+    shapes = (*2 * ((0,) if q_scale is None else (d,),), (0,) if null_kv is None else (2, H, d))
+    return torch.empty_like(qkv), *(torch.empty(shape, dtype=torch.float32, device=qkv.device) for shape in shapes)
+
+
+def run_cpp(*inputs) -> Tensor:
+    *tensors, scale = inputs
+    out = empty_result(*inputs)
+    dispatch.native("_C", "masked_attention", *tensors, *out.shape, scale, torch.get_num_threads(), out)
     return out
 
 
-def _cpp_backward(
-    grad_out, qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = _fake_backward(grad_out, qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale)
-    B, S, H, d = grad_out.shape
-    pointers = [_pointer(x) for x in (qkv, key_mask, lengths, q_scale, k_scale, null_kv)]
-    module, _ = dispatch.load_module("_C")
-    module.masked_attention_backward(
-        *pointers, B, S, H, d, scale, grad_out.data_ptr(), torch.get_num_threads(), *(x.data_ptr() for x in grads)
-    )
-    return grads
+def run_cpp_backward(grad_out: Tensor, *inputs) -> tuple[Tensor, ...]:
+    *tensors, scale = inputs
+    gradients, threads = empty_gradients(grad_out, *inputs), torch.get_num_threads()
+    dispatch.native("_C", "masked_attention_backward", *tensors, *grad_out.shape, scale, grad_out, threads, *gradients)
+    return gradients
 
 
-def _triton(qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale: float) -> Tensor:
-    from ncfast.ops.triton.masked_attention import masked_attention_triton
-
-    return masked_attention_triton(qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale)
-
-
-def _triton_backward(
-    grad_out, qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ncfast.ops.triton.masked_attention import masked_attention_backward_triton
-
-    return masked_attention_backward_triton(grad_out, qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale)
-
-
-def _fake(qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale) -> Tensor:
-    B, S, _, H, d = qkv.shape
-    return qkv.new_empty(B, S, H, d)
-
-
-def _fake_backward(
-    grad_out, qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    H, d = qkv.shape[-2:]
-    normalised, null = q_scale is not None, null_kv is not None
-    shapes = ((d,) if normalised else (0,), (d,) if normalised else (0,), (2, H, d) if null else (0,))
-    return torch.empty_like(qkv), *(qkv.new_empty(shape, dtype=torch.float32) for shape in shapes)
-
-
-OPERATORS, BACKWARD_OPERATORS = {}, {}
-for _name, _forward, _backward, _keys in (
-    ("cpp", _cpp, _cpp_backward, ("CPU",)),
-    ("triton", _triton, _triton_backward, ("CUDA", "CPU")),
-):
-    # All contiguous: qkv [B, S, 3, H, d]; key_mask bool [B, S] or lengths int64 [B]; q_scale and k_scale [d], both or
-    # none, and null_kv [2, H, d], float32 -> [B, S, H, d] as qkv. Backward: the gradients of qkv and, float32, of
-    # q_scale, k_scale and null_kv, empty where these are not given.
-    _inputs = "Tensor qkv, Tensor? key_mask, Tensor? lengths, Tensor? q_scale, Tensor? k_scale, Tensor? null_kv"
-    dispatch.library.define(f"masked_attention_{_name}({_inputs}, float scale) -> Tensor")
-    _grads = "(Tensor, Tensor, Tensor, Tensor)"
-    dispatch.library.define(f"masked_attention_backward_{_name}(Tensor grad_out, {_inputs}, float scale) -> {_grads}")
-    for _key in _keys:
-        dispatch.library.impl(f"masked_attention_{_name}", _forward, _key)
-        dispatch.library.impl(f"masked_attention_backward_{_name}", _backward, _key)
-    torch.library.register_fake(f"ncfast::masked_attention_{_name}", _fake, lib=dispatch.library)
-    torch.library.register_fake(f"ncfast::masked_attention_backward_{_name}", _fake_backward, lib=dispatch.library)
-    OPERATORS[_name] = getattr(torch.ops.ncfast, f"masked_attention_{_name}").default
-    BACKWARD_OPERATORS[_name] = getattr(torch.ops.ncfast, f"masked_attention_backward_{_name}").default
+# All contiguous: qkv [B, S, 3, H, d]; key_mask bool [B, S] or lengths int64 [B]; q_scale and k_scale [d], both or none,
+# and null_kv [2, H, d], float32 -> [B, S, H, d] as qkv. Backward: the gradients of qkv and, float32, of q_scale,
+# k_scale and null_kv, empty where these are not given.
+INPUTS = "Tensor qkv, Tensor? key_mask, Tensor? lengths, Tensor? q_scale, Tensor? k_scale, Tensor? null_kv, float scale"
+OPERATORS = dispatch.operator(
+    f"masked_attention({INPUTS}) -> Tensor",
+    empty_result,
+    cpp=run_cpp,
+    triton=dispatch.triton("masked_attention.masked_attention_triton"),
+)
+BACKWARD_OPERATORS = dispatch.operator(
+    f"masked_attention_backward(Tensor grad_out, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    empty_gradients,
+    cpp=run_cpp_backward,
+    triton=dispatch.triton("masked_attention.masked_attention_backward_triton"),
+)

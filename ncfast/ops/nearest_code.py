@@ -96,75 +96,35 @@ def check(z: Tensor, codebook: Tensor, precision: str) -> None:
 def why_not(device: torch.device, *dtypes: torch.dtype) -> dict[str, str | None]:
     """Each implementation, fastest first, with None or the reason why it cannot run on these."""
     double = "float64 input: Triton has no exact path for it" if torch.float64 in dtypes else None
-    return {
-        "cuda": dispatch.why_not_cuda(device),
-        "cpp": dispatch.why_not_cpp(device),
-        # Under the interpreter Triton is a test fixture: right, but the slowest of all.
-        **({"triton": dispatch.why_not_triton(device) or double} if device.type == "cuda" else {}),
-        "reference": None,
-        **({"triton": dispatch.why_not_triton(device) or double} if device.type != "cuda" else {}),
-    }
+    return dispatch.table(device, cuda=None, cpp=None, triton=double)
 
 
-def _cpp(z: Tensor, codebook: Tensor) -> Tensor:
-    (H, M, D), K = z.shape, codebook.shape[1]
+def empty_indices(z: Tensor, codebook: Tensor, exact: bool = True) -> Tensor:
+    return torch.empty(z.shape[:-1], dtype=torch.int64, device=z.device)
+
+
+def run_cpp(z: Tensor, codebook: Tensor) -> Tensor:
+    (H, M, D), K, threads = z.shape, codebook.shape[1], torch.get_num_threads()
     indices = torch.empty(H, M, dtype=torch.int64)
-    module, _ = dispatch.load_module("_C")
-    module.nearest_code(
-        z.data_ptr(),
-        dispatch.DTYPE_CODES[z.dtype],
-        codebook.data_ptr(),
-        H,
-        M,
-        K,
-        D,
-        torch.get_num_threads(),
-        indices.data_ptr(),
-    )
+    dispatch.native("_C", "nearest_code", z, z.dtype, codebook, H, M, K, D, threads, indices)
     return indices
 
 
-def _cuda(z: Tensor, codebook: Tensor, exact: bool = True) -> Tensor:
-    (H, M, D), K = z.shape, codebook.shape[1]
-    indices = torch.empty(H, M, dtype=torch.int64, device=z.device)
+def run_cuda(z: Tensor, codebook: Tensor, exact: bool = True) -> Tensor:
+    (H, M, D), K, indices = z.shape, codebook.shape[1], empty_indices(z, codebook)
     module, _ = dispatch.load_module("_C_cuda")
     workspace = torch.empty(module.nearest_code_workspace_bytes(H, M, K, D), dtype=torch.uint8, device=z.device)
     with torch.cuda.device(z.device):
-        module.nearest_code(
-            z.data_ptr(),
-            dispatch.DTYPE_CODES[z.dtype],
-            codebook.data_ptr(),
-            H,
-            M,
-            K,
-            D,
-            exact,
-            torch.cuda.current_stream(z.device).cuda_stream,
-            workspace.data_ptr(),
-            indices.data_ptr(),
-        )
+        stream = torch.cuda.current_stream(z.device).cuda_stream
+        dispatch.native("_C_cuda", "nearest_code", z, z.dtype, codebook, H, M, K, D, exact, stream, workspace, indices)
     return indices
 
 
-def _triton(z: Tensor, codebook: Tensor) -> Tensor:
-    from ncfast.ops.triton.nearest_code import nearest_code_triton
-
-    return nearest_code_triton(z, codebook)
-
-
-def _fake(z: Tensor, codebook: Tensor, exact: bool = True) -> Tensor:
-    return z.new_empty(z.shape[:-1], dtype=torch.int64)
-
-
-OPERATORS = {}
-for _name, _function, _keys, _options in (
-    ("cpp", _cpp, ("CPU",), ""),
-    ("cuda", _cuda, ("CUDA",), ", bool exact=True"),
-    ("triton", _triton, ("CUDA", "CPU"), ""),
-):
-    # z [H, M, D] contiguous; codebook [H, K, D] contiguous, float32 (float64 exactly when z is) -> int64 [H, M]
-    dispatch.library.define(f"nearest_code_{_name}(Tensor z, Tensor codebook{_options}) -> Tensor")
-    for _key in _keys:
-        dispatch.library.impl(f"nearest_code_{_name}", _function, _key)
-    torch.library.register_fake(f"ncfast::nearest_code_{_name}", _fake, lib=dispatch.library)
-    OPERATORS[_name] = getattr(torch.ops.ncfast, f"nearest_code_{_name}").default
+# z [H, M, D] contiguous; codebook [H, K, D] contiguous, float32 (float64 exactly when z is) -> int64 [H, M]
+SCHEMA = "nearest_code(Tensor z, Tensor codebook{}) -> Tensor"
+OPERATORS = {
+    **dispatch.operator(
+        SCHEMA.format(""), empty_indices, cpp=run_cpp, triton=dispatch.triton("nearest_code.nearest_code_triton")
+    ),
+    **dispatch.operator(SCHEMA.format(", bool exact=True"), empty_indices, cuda=run_cuda),
+}

@@ -154,104 +154,44 @@ class RotateToCode(torch.autograd.Function):
 def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
     """Each implementation, fastest first, with None or the reason why it cannot run on these."""
     double = "float64 input: Triton has no path for it" if dtype == torch.float64 else None
-    return {
-        "cpp": dispatch.why_not_cpp(device),
-        # Under the interpreter Triton is a test fixture: right, but the slowest of all.
-        **({"triton": dispatch.why_not_triton(device) or double} if device.type == "cuda" else {}),
-        "reference": None,
-        **({"triton": dispatch.why_not_triton(device) or double} if device.type != "cuda" else {}),
-    }
+    return dispatch.table(device, cpp=None, triton=double)
 
 
-def _cpp(z: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    (H, M, D), K = z.shape, codebook.shape[1]
-    q, loss, inverse_count = _fake(z, codebook, indices)
-    module, _ = dispatch.load_module("_C")
-    module.rotate_to_code(
-        z.data_ptr(),
-        dispatch.DTYPE_CODES[z.dtype],
-        codebook.data_ptr(),
-        indices.data_ptr(),
-        H,
-        M,
-        K,
-        D,
-        torch.get_num_threads(),
-        q.data_ptr(),
-        loss.data_ptr(),
-        inverse_count.data_ptr(),
-    )
-    return q, loss, inverse_count
-
-
-def _cpp_backward(
-    grad_q: Tensor,
-    grad_loss: Tensor,
-    z: Tensor,
-    q: Tensor,
-    indices: Tensor,
-    inverse_count: Tensor,
-    num_codes: int,
-    rotate: bool,
-) -> Tensor:
-    grad_z = torch.empty_like(z)
-    module, _ = dispatch.load_module("_C")
-    module.rotate_to_code_backward(
-        grad_q.data_ptr(),
-        grad_loss.data_ptr(),
-        z.data_ptr(),
-        q.data_ptr(),
-        indices.data_ptr(),
-        inverse_count.data_ptr(),
-        dispatch.DTYPE_CODES[z.dtype],
-        indices.numel(),
-        num_codes,
-        z.shape[-1],
-        rotate,
-        torch.get_num_threads(),
-        grad_z.data_ptr(),
-    )
-    return grad_z
-
-
-def _triton(z: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    from ncfast.ops.triton.rotate_to_code import rotate_to_code_triton
-
-    return rotate_to_code_triton(z, codebook, indices)
-
-
-def _triton_backward(grad_q, grad_loss, z, q, indices, inverse_count, num_codes, rotate) -> Tensor:
-    from ncfast.ops.triton.rotate_to_code import rotate_to_code_backward_triton
-
-    return rotate_to_code_backward_triton(grad_q, grad_loss, z, q, indices, inverse_count, num_codes, rotate)
-
-
-def _fake(z: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def empty_results(z: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    return torch.empty_like(z), z.new_empty((), dtype=dtype), z.new_empty((), dtype=dtype)
+    return torch.empty_like(z), *(torch.empty((), dtype=dtype, device=z.device) for _ in range(2))
 
 
-def _fake_backward(grad_q, grad_loss, z, q, indices, inverse_count, num_codes, rotate) -> Tensor:
+def empty_gradient(grad_q: Tensor, grad_loss: Tensor, z: Tensor, *others) -> Tensor:
     return torch.empty_like(z)
 
 
-OPERATORS, BACKWARD_OPERATORS = {}, {}
-for _name, _forward, _backward, _keys in (
-    ("cpp", _cpp, _cpp_backward, ("CPU",)),
-    ("triton", _triton, _triton_backward, ("CUDA", "CPU")),
-):
-    # All contiguous; the codebook float32 (float64 exactly when z is) -> codes as z, loss, 1 / elements in the mean.
-    dispatch.library.define(
-        f"rotate_to_code_{_name}(Tensor z, Tensor codebook, Tensor indices) -> (Tensor, Tensor, Tensor)"
-    )
-    dispatch.library.define(
-        f"rotate_to_code_backward_{_name}(Tensor grad_q, Tensor grad_loss, Tensor z, Tensor q, Tensor indices, "
-        "Tensor inverse_count, SymInt num_codes, bool rotate) -> Tensor"
-    )
-    for _key in _keys:
-        dispatch.library.impl(f"rotate_to_code_{_name}", _forward, _key)
-        dispatch.library.impl(f"rotate_to_code_backward_{_name}", _backward, _key)
-    torch.library.register_fake(f"ncfast::rotate_to_code_{_name}", _fake, lib=dispatch.library)
-    torch.library.register_fake(f"ncfast::rotate_to_code_backward_{_name}", _fake_backward, lib=dispatch.library)
-    OPERATORS[_name] = getattr(torch.ops.ncfast, f"rotate_to_code_{_name}").default
-    BACKWARD_OPERATORS[_name] = getattr(torch.ops.ncfast, f"rotate_to_code_backward_{_name}").default
+def run_cpp(z: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (H, M, D), K, results = z.shape, codebook.shape[1], empty_results(z, codebook, indices)
+    threads = torch.get_num_threads()
+    dispatch.native("_C", "rotate_to_code", z, z.dtype, codebook, indices, H, M, K, D, threads, *results)
+    return results
+
+
+def run_cpp_backward(grad_q, grad_loss, z, q, indices, inverse_count, num_codes: int, rotate: bool) -> Tensor:
+    grad_z = torch.empty_like(z)
+    sizes, threads = (indices.numel(), num_codes, z.shape[-1]), torch.get_num_threads()
+    inputs = (grad_q, grad_loss, z, q, indices, inverse_count, z.dtype)
+    dispatch.native("_C", "rotate_to_code_backward", *inputs, *sizes, rotate, threads, grad_z)
+    return grad_z
+
+
+# All contiguous; the codebook float32 (float64 exactly when z is) -> codes as z, loss, 1 / elements in the mean.
+OPERATORS = dispatch.operator(
+    "rotate_to_code(Tensor z, Tensor codebook, Tensor indices) -> (Tensor, Tensor, Tensor)",
+    empty_results,
+    cpp=run_cpp,
+    triton=dispatch.triton("rotate_to_code.rotate_to_code_triton"),
+)
+BACKWARD_OPERATORS = dispatch.operator(
+    "rotate_to_code_backward(Tensor grad_q, Tensor grad_loss, Tensor z, Tensor q, Tensor indices, "
+    "Tensor inverse_count, SymInt num_codes, bool rotate) -> Tensor",
+    empty_gradient,
+    cpp=run_cpp_backward,
+    triton=dispatch.triton("rotate_to_code.rotate_to_code_backward_triton"),
+)

@@ -116,13 +116,7 @@ def why_not(device: torch.device, dtype: torch.dtype = torch.float32, channels: 
         unfit = f"{dtype} input: only the reference has a path for it"
     elif channels > MOST_CHANNELS:
         unfit = f"{channels} channels in a group: the kernel takes up to {MOST_CHANNELS}"
-    triton = dispatch.why_not_triton(device) or unfit
-    return {
-        # Under the interpreter Triton is a test fixture: right, but the slowest of all.
-        **({"triton": triton} if device.type == "cuda" else {}),
-        "reference": None,
-        **({"triton": triton} if device.type != "cuda" else {}),
-    }
+    return dispatch.table(device, triton=unfit)
 
 
 def takes_triton(x: Tensor, weight: Tensor, groups: int) -> bool:
@@ -132,42 +126,25 @@ def takes_triton(x: Tensor, weight: Tensor, groups: int) -> bool:
     return table["triton"] is None and dispatch.choose("thin_conv_transpose", "auto", table) == "triton"
 
 
-def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    from ncfast.ops.triton.thin_conv_transpose import thin_conv_transpose_triton
-
-    y = _fake(x, weight, bias, groups)
-    thin_conv_transpose_triton(x, weight, bias, groups, y)
-    return y
-
-
-def _triton_backward(grad_y: Tensor, x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    from ncfast.ops.triton.thin_conv_transpose import thin_conv_transpose_backward_triton
-
-    gradients = _fake_backward(grad_y, x, weight, groups)
-    thin_conv_transpose_backward_triton(grad_y, x, weight, groups, *gradients)
-    return gradients
-
-
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+def empty_result(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     B, _, H, W = x.shape
     return x.new_empty(B, groups * weight.shape[1], H, 2 * W, dtype=torch.float32)
 
 
-def _fake_backward(grad_y: Tensor, x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def empty_gradients(grad_y: Tensor, x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(grad_y.shape[1], dtype=torch.float32)
 
 
 # x [B, G·Cin, H, W] with any strides, weight [G·Cin, Cout, 3, 4] and bias [G·Cout] contiguous -> y [B, G·Cout, H, 2W].
-dispatch.library.define("thin_conv_transpose_triton(Tensor x, Tensor weight, Tensor? bias, SymInt groups) -> Tensor")
+OPERATOR = dispatch.operator(
+    "thin_conv_transpose(Tensor x, Tensor weight, Tensor? bias, SymInt groups) -> Tensor",
+    empty_result,
+    triton=dispatch.triton("thin_conv_transpose.thin_conv_transpose_triton", fills=empty_result),
+)["triton"]
 # grad_y as y -> the gradients of x and weight, each as it is, and of a bias, [G·Cout] float32.
-dispatch.library.define(
-    "thin_conv_transpose_backward_triton(Tensor grad_y, Tensor x, Tensor weight, SymInt groups) -> "
-    "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
-)
-for _key in ("CUDA", "CPU"):
-    dispatch.library.impl("thin_conv_transpose_triton", _triton, _key)
-    dispatch.library.impl("thin_conv_transpose_backward_triton", _triton_backward, _key)
-torch.library.register_fake("ncfast::thin_conv_transpose_triton", _fake, lib=dispatch.library)
-torch.library.register_fake("ncfast::thin_conv_transpose_backward_triton", _fake_backward, lib=dispatch.library)
-OPERATOR = torch.ops.ncfast.thin_conv_transpose_triton.default
-BACKWARD_OPERATOR = torch.ops.ncfast.thin_conv_transpose_backward_triton.default
+BACKWARD_OPERATOR = dispatch.operator(
+    "thin_conv_transpose_backward(Tensor grad_y, Tensor x, Tensor weight, SymInt groups) -> "
+    "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    empty_gradients,
+    triton=dispatch.triton("thin_conv_transpose.thin_conv_transpose_backward_triton", fills=empty_gradients),
+)["triton"]

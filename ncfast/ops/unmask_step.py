@@ -310,87 +310,39 @@ def check_options(choice_temperature, guidance_scale, temperature, top_k, conven
 def why_not(device: torch.device, dtype: torch.dtype = torch.float32, num_codes: int = 1) -> dict[str, str | None]:
     """Each implementation, fastest first, with None or the reason why it cannot run on these."""
     wide = f"{num_codes} codes: the kernel takes up to {MAX_CODES_TRITON}" if num_codes > MAX_CODES_TRITON else None
-    return {
-        "cpp": dispatch.why_not_cpp(device)
-        or (None if dtype == torch.float32 else f"{dtype} logits: the kernel is float32"),
-        # Under the interpreter Triton is a test fixture: right, but the slowest of all.
-        **({"triton": dispatch.why_not_triton(device) or wide} if device.type == "cuda" else {}),
-        "reference": None,
-        **({"triton": dispatch.why_not_triton(device) or wide} if device.type != "cuda" else {}),
-    }
+    unfit_cpp = None if dtype == torch.float32 else f"{dtype} logits: the kernel is float32"
+    return dispatch.table(device, cpp=unfit_cpp, triton=wide)
 
 
-def _cpp(
-    logits,
-    unconditional,
-    tokens,
-    sample,
-    positions,
-    seeds,
-    counts,
-    seed,
-    step,
-    num_masked,
-    width,
-    choice_temperature,
-    guidance_scale,
-    temperature,
-    top_k,
-    google,
+def empty_results(
+    logits, unconditional, tokens, sample, positions, seeds, counts, seed, step, num_masked, width, *options
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(tokens), torch.empty(tokens.shape[0], width, dtype=tokens.dtype, device=tokens.device)
+
+
+def run_cpp(
+    logits, unconditional, tokens, sample, positions, seeds, counts, seed, step, num_masked, width, *options
 ) -> tuple[Tensor, Tensor]:
     (B, m, K), n = logits.shape, tokens.shape[1]
-    out, remaining = torch.empty_like(tokens), tokens.new_empty(B, width)
-    module, _ = dispatch.load_module("_C")
-    module.unmask_step(
-        logits.data_ptr(),
-        0 if unconditional is None else unconditional.data_ptr(),
-        tokens.data_ptr(),
-        sample.data_ptr(),
-        0 if positions is None else positions.data_ptr(),
-        0 if counts is None else counts.data_ptr(),
-        B,
-        m,
-        n,
-        K,
-        seed if seeds is None else seeds.item(),  # on the CPU: no device to wait for
-        step,
-        num_masked,
-        choice_temperature,
-        guidance_scale,
-        temperature,
-        top_k,
-        google,
-        width,
-        torch.get_num_threads(),
-        out.data_ptr(),
-        remaining.data_ptr(),
-    )
+    out, remaining = torch.empty_like(tokens), torch.empty(B, width, dtype=tokens.dtype)
+    seed = seed if seeds is None else seeds.item()  # on the CPU: no device to wait for
+    inputs = (logits, unconditional, tokens, sample, positions, counts, B, m, n, K, seed, step, num_masked)
+    dispatch.native("_C", "unmask_step", *inputs, *options, width, torch.get_num_threads(), out, remaining)
     return out, remaining
 
 
-def _triton(logits, *rest) -> tuple[Tensor, Tensor]:
-    from ncfast.ops.triton.unmask_step import unmask_step_triton
-
-    return unmask_step_triton(weight_scale(logits.shape[-1]), logits, *rest)
+def run_triton(logits: Tensor, *others) -> tuple[Tensor, Tensor]:
+    return dispatch.triton("unmask_step.unmask_step_triton")(weight_scale(logits.shape[-1]), logits, *others)
 
 
-def _fake(
-    logits, unconditional, tokens, sample, positions, seeds, counts, seed, step, num_masked, width, *rest
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(tokens), tokens.new_empty(tokens.shape[0], width)
-
-
-OPERATORS = {}
-for _name, _forward, _keys in (("cpp", _cpp, ("CPU",)), ("triton", _triton, ("CUDA", "CPU"))):
-    # All contiguous; `seeds` (no dimensions) and `counts` [B] take the place of `seed` and `num_masked`
-    # -> tokens [B, n], positions [B, width]
-    dispatch.library.define(
-        f"unmask_step_{_name}(Tensor logits, Tensor? unconditional, Tensor tokens, Tensor sample, Tensor? positions, "
-        "Tensor? seeds, Tensor? counts, SymInt seed, SymInt step, SymInt num_masked, SymInt width, "
-        "float choice_temperature, float guidance_scale, float temperature, SymInt top_k, bool google) "
-        "-> (Tensor, Tensor)"
-    )
-    for _key in _keys:
-        dispatch.library.impl(f"unmask_step_{_name}", _forward, _key)
-    torch.library.register_fake(f"ncfast::unmask_step_{_name}", _fake, lib=dispatch.library)
-    OPERATORS[_name] = getattr(torch.ops.ncfast, f"unmask_step_{_name}").default
+# All contiguous; `seeds` (no dimensions) and `counts` [B] take the place of `seed` and `num_masked`
+# -> tokens [B, n], positions [B, width]
+OPERATORS = dispatch.operator(
+    "unmask_step(Tensor logits, Tensor? unconditional, Tensor tokens, Tensor sample, Tensor? positions, "
+    "Tensor? seeds, Tensor? counts, SymInt seed, SymInt step, SymInt num_masked, SymInt width, "
+    "float choice_temperature, float guidance_scale, float temperature, SymInt top_k, bool google) "
+    "-> (Tensor, Tensor)",
+    empty_results,
+    cpp=run_cpp,
+    triton=run_triton,
+)
