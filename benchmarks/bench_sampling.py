@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncfast.config import make_config
-from ncfast.sampling import ChunkDecoder, Sampler, WorkSavers, mask_schedule
-from ncfast.stage1 import VQVAE
-from ncfast.stage2 import Prior
+from ncfast.models.prior import Prior
+from ncfast.models.vqvae import VQVAE
+from ncfast.sampling.maskgit import ChunkDecoder, Sampler, WorkSavers, mask_schedule
 
 LENGTH, TOKENS, CLASSES = 500, 75, 2
 KINDS = {  # class of the series, guidance scale

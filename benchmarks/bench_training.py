@@ -13,13 +13,13 @@ import torch
 from common import OURS, Timing, flat, machine, peak_memory, rows, table, timings
 from torch import Tensor
 
-from ncfast import training
 from ncfast.config import make_config
 from ncfast.data.augment import Augment
 from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
 from ncfast.engine.precision import PRECISIONS, computing
 from ncfast.engine.step import TrainingStep
+from ncfast.training import fit, stages
 
 LENGTH, CLASSES, SERIES = 500, 2, 3601  # FordA
 
@@ -51,15 +51,15 @@ class Step:
         x, y = generator.normal(size=(SERIES, LENGTH)), np.arange(SERIES) % CLASSES
         dataset = from_arrays(x.astype(np.float32), y)
         config = make_config("paper", ssl=ssl, seed=0, precision=precision)
-        config = training.resolve_config(config, dataset, self.device)
+        config = fit.resolve_config(config, dataset, self.device)
         data = DataFacts.of(dataset)
         x, labels = data.normalise(dataset.X_train, self.device), torch.from_numpy(dataset.y_train).to(self.device)
-        self.vqvae = training.new_vqvae(config, data).to(self.device).eval()
+        self.vqvae = stages.new_vqvae(config, data).to(self.device).eval()
         if number == 1:
-            stage = training.stage1(config, self.vqvae, x, self.device)
+            stage = stages.make_stage1(config, self.vqvae, x, self.device)
         else:
-            prior = training.new_prior(config, self.vqvae, data)
-            stage = training.stage2(config, self.vqvae, prior, x, labels, self.device)
+            prior = stages.new_prior(config, self.vqvae, data)
+            stage = stages.make_stage2(config, self.vqvae, prior, x, labels, self.device)
         stage.modules.train()
         self.config, self.modules, self.x = config, stage.modules, x
         self.batch_size = stage.batch_size

@@ -16,11 +16,11 @@ import h5py
 import numpy as np
 from common import table
 
-from ncfast.cli import choose_device
-from ncfast.drawing import Batch, Drawing
+from ncfast.cli.startup import choose_device
 from ncfast.engine.background import Background
+from ncfast.jobs.writer import Job, ShardWriter
 from ncfast.ncvqvae import load
-from ncfast.shards import Job, ShardWriter
+from ncfast.sampling.series import Batch, Drawing
 
 BATCH = 4096
 

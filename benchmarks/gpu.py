@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import torch
 from common import OURS, machine, show, table
 
-from ncfast.cli import Parser, run
+from ncfast.cli.parser import Parser, run
 from ncfast.engine.checkpoint import atomic_path, read_json, write_json
 from ncfast.errors import UserError
 from ncfast.info import version

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from common import table
 
-from ncfast import training
-from ncfast.cli import choose_device
+from ncfast.cli.startup import choose_device
+from ncfast.cli.torchrun import launched, local_rank
 from ncfast.config import make_config
 from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
@@ -22,8 +22,8 @@ from ncfast.engine.device import kind
 from ncfast.engine.precision import computing
 from ncfast.engine.processes import ALONE, Processes
 from ncfast.engine.step import TrainingStep
-from ncfast.launch import launched, local_rank
 from ncfast.nn.synchronised import synchronised
+from ncfast.training import fit, stages
 
 LENGTH, CLASSES, SERIES = 500, 2, 3601  # FordA
 ROUNDS = 7
@@ -35,14 +35,14 @@ def step_seconds(number: int, options: argparse.Namespace, batch: int, device: t
     dataset = from_arrays(x, np.arange(SERIES) % CLASSES)
     batches = {"batch_size": batch, "stage2_batch_size": batch}
     config = make_config(options.preset, ssl=options.ssl, precision=options.precision, **batches)
-    config, data = training.resolve_config(config, dataset, device), DataFacts.of(dataset)
+    config, data = fit.resolve_config(config, dataset, device), DataFacts.of(dataset)
     series, labels = data.normalise(dataset.X_train, device), torch.from_numpy(dataset.y_train).to(device)
-    vqvae = training.new_vqvae(config, data).to(device).eval()
+    vqvae = stages.new_vqvae(config, data).to(device).eval()
     if number == 1:
-        stage = training.stage1(config, vqvae, series, device, processes)
+        stage = stages.make_stage1(config, vqvae, series, device, processes)
     else:
-        prior = training.new_prior(config, vqvae, data)
-        stage = training.stage2(config, vqvae, prior, series, labels, device, processes)
+        prior = stages.new_prior(config, vqvae, data)
+        stage = stages.make_stage2(config, vqvae, prior, series, labels, device, processes)
     stage.modules.train()
     step = TrainingStep(
         stage.losses,

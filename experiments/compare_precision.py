@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.common import machine, table
-from ncfast.cli import choose_device
+from ncfast.cli.startup import choose_device
 from ncfast.config import Config, make_config
 from ncfast.data.sources import Dataset, load_dataset
 from ncfast.engine.precision import PRECISIONS, computing, why_not
 from ncfast.ncvqvae import NCVQVAE
-from ncfast.training import resolve_config, train
+from ncfast.training.fit import resolve_config, train
 
 
 @torch.no_grad()

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import machine, table
 from experiments.lost_networks import TwoBands, WithWideDecoder
-from ncfast.cells import hold_out, shortened
-from ncfast.cli import choose_device
+from ncfast.cli.startup import choose_device
 from ncfast.config import PRESETS, Config, add_config_arguments, given_config_values, make_config, sampling_config
 from ncfast.data.dataset import Dataset
 from ncfast.data.facts import DataFacts
@@ -29,10 +28,12 @@ from ncfast.engine.loop import Stage, train_stage
 from ncfast.engine.precision import computing
 from ncfast.evaluation import evaluate
 from ncfast.evaluation.fcn_cache import default_folder
+from ncfast.jobs.reproduction import hold_out, shortened
+from ncfast.models.vqvae import VQVAE
 from ncfast.ncvqvae import NCVQVAE
 from ncfast.nn.encoder_decoder import num_downsampling_blocks
-from ncfast.stage1 import VQVAE
-from ncfast.training import new_prior, resolve_config, seeded, stage1, stage2
+from ncfast.training.fit import resolve_config
+from ncfast.training.stages import make_stage1, make_stage2, new_prior, seeded
 
 REVIVED = {"codebook_init": "kmeans", "dead_code_threshold": 1.0}
 # Options, and what no option says: "network", "halvings_more".
@@ -190,14 +191,14 @@ def trained(
 
     with seeded(seed, 1):
         vqvae = network(config, data.channels, data.length)
-    first = stage1(config, vqvae, x, device)
+    first = make_stage1(config, vqvae, x, device)
     seconds = run(first)
     del first  # the projector
     vqvae.eval()
 
     def with_prior(config: Config, average: float | None = None) -> tuple[NCVQVAE, float]:
         prior = new_prior(config, vqvae, data)
-        stage = stage2(config, vqvae, prior, x, labels, device)
+        stage = make_stage2(config, vqvae, prior, x, labels, device)
         if average is None:
             taken = run(stage)
         else:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncfast.config import Config
+from ncfast.models.vqvae import VQVAE
 from ncfast.nn.encoder_decoder import (
     SLOPE,
     Decoder,
@@ -16,7 +17,6 @@ from ncfast.nn.encoder_decoder import (
     run_residual_stack,
     up_block,
 )
-from ncfast.stage1 import VQVAE
 
 
 class TwoBands(VQVAE):

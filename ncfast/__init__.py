@@ -7,11 +7,11 @@ from ncfast.version import __version__
 
 if TYPE_CHECKING:
     from ncfast.errors import UserError
-    from ncfast.generated import Generated, open_generated
+    from ncfast.jobs.reader import Generated, open_generated
     from ncfast.ncvqvae import NCVQVAE, load
     from ncfast.nn.vector_quantize import VectorQuantize
     from ncfast.ops import nearest_code
-    from ncfast.training import fit
+    from ncfast.training.fit import fit
 
 __all__ = [
     "NCVQVAE",
@@ -28,13 +28,13 @@ __all__ = [
 # Imported when they are asked for: torch alone takes seconds, which `--help` need not.
 _MODULES = {
     "NCVQVAE": "ncfast.ncvqvae",
-    "Generated": "ncfast.generated",
+    "Generated": "ncfast.jobs.reader",
     "UserError": "ncfast.errors",
     "VectorQuantize": "ncfast.nn.vector_quantize",
-    "fit": "ncfast.training",
+    "fit": "ncfast.training.fit",
     "load": "ncfast.ncvqvae",
     "nearest_code": "ncfast.ops",
-    "open_generated": "ncfast.generated",
+    "open_generated": "ncfast.jobs.reader",
 }
 _ROOMS = ("data", "evaluation", "nn", "ops")
 

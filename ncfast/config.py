@@ -70,7 +70,10 @@ class Config:
         0.0, "a code whose moving count falls below is replaced by a latent of the batch; 0: never", "VQVAE", minimum=0
     )
     halvings: int | None = option(
-        None, "how often the encoder halves the time axis [by the length: 8 to 15 columns remain]", "VQVAE", minimum=1
+        None,
+        "how often the encoder halves the time axis [by the length: 7 to 15 columns remain of 70 samples and more]",
+        "VQVAE",
+        minimum=1,
     )
     codebook_decay: float = option(0.9, "decay of the codebook's moving averages", "VQVAE", minimum=0, maximum=1)
 

@@ -6,7 +6,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ncfast.cli import Parser, choose_device, run, start_driver
+from ncfast.cli.parser import Parser, run
+from ncfast.cli.startup import choose_device, start_driver
 from ncfast.config import MEASURES
 from ncfast.errors import UserError
 
@@ -71,7 +72,8 @@ def main() -> None:
     from ncfast.evaluation.fcn_cache import default_folder
     from ncfast.evaluation.material import Material
     from ncfast.evaluation.protocol import chosen, measure
-    from ncfast.ncvqvae import load, weights_sha256
+    from ncfast.models.trained import weights_sha256
+    from ncfast.ncvqvae import load
 
     names = chosen(arguments.measures)
     out = arguments.out or arguments.run

@@ -7,7 +7,8 @@ import os
 import platform
 from typing import TYPE_CHECKING
 
-from ncfast.cli import Parser, choose_device, run
+from ncfast.cli.parser import Parser, run
+from ncfast.cli.startup import choose_device
 from ncfast.version import __version__
 
 if TYPE_CHECKING:

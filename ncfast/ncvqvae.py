@@ -1,8 +1,5 @@
-"""A trained NC-VQVAE: both stages, and what it takes to return series in data units. Kept in a run folder."""
+"""The public face of a trained NC-VQVAE: load it, draw series, decode, reconstruct, save."""
 
-import dataclasses
-import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,25 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ncfast.config import Config, make_config
 from ncfast.data.dataset import series, to_numpy
-from ncfast.data.facts import DataFacts
-from ncfast.drawing import Batch, Drawing, checked_index
-from ncfast.engine.checkpoint import make_folder, read_json, read_tensors, reason, write_json, write_tensors
+from ncfast.engine.checkpoint import make_folder, reason, write_tensors
 from ncfast.engine.device import usable_device
 from ncfast.engine.memory import check_fits, human
-from ncfast.engine.precision import autocast, computing, resolve_precision
+from ncfast.engine.precision import autocast, computing
 from ncfast.errors import UserError
-from ncfast.labels import TRAIN
-from ncfast.nn.meta import without_memory
-from ncfast.stage1 import VQVAE
-from ncfast.stage2 import Prior
-from ncfast.version import __version__
-
-FORMAT = 1
+from ncfast.models.trained import TrainedModel, build_models, load_weights, on_meta, read_config, size_of, write_config
+from ncfast.sampling.class_plan import TRAIN
+from ncfast.sampling.series import Batch, Drawing, checked_index
 
 
-class NCVQVAE:
+class NCVQVAE(TrainedModel):
     """Draws new series.
 
     Attributes:
@@ -37,33 +27,6 @@ class NCVQVAE:
         device: where it runs.
         precision: of products and convolutions (`engine.precision`).
     """
-
-    def __init__(
-        self,
-        config: Config,
-        data: DataFacts,
-        vqvae: VQVAE,
-        prior: Prior,
-        device: torch.device,
-        precision: str | None = None,
-    ) -> None:
-        """precision: None for that of the training, where the device has it."""
-        self.config = config
-        self.data = data
-        self.device = device
-        asked = config.precision if precision is None else precision
-        self.precision = resolve_precision(asked, device, fall_back=precision is None)
-        self.vqvae = vqvae.to(device).eval()
-        self.prior = prior.to(device).eval()
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.data.class_names
-
-    @property
-    def chunk_size(self) -> int:
-        """Rows a forward pass when drawing (`ncfast.drawing`)."""
-        return 64 if self.device.type == "cpu" else 1024
 
     def sample(
         self,
@@ -82,8 +45,8 @@ class NCVQVAE:
         indices gives the same series bit for bit.
 
         With `context`, series are completed: what is observed stays as it is, and the rest is drawn given the tokens
-        that the observed samples determine (`ncfast.context`). Imputation, interpolation and forecasting differ only in
-        where the gap is.
+        that the observed samples determine (`sampling.completion`). Imputation, interpolation and forecasting differ
+        only in where the gap is.
 
         Args:
             n: how many; with counts in `labels`, or with `context`, it may be left out.
@@ -211,71 +174,3 @@ def load(run: str | Path, device: str | torch.device = "auto", precision: str | 
     for name, module in (("stage1", vqvae), ("stage2", prior)):
         load_weights(folder / f"{name}.safetensors", module)
     return NCVQVAE(config, data, vqvae, prior, device, precision)
-
-
-def build_models(config: Config, data: DataFacts) -> tuple[VQVAE, Prior]:
-    vqvae = VQVAE(config, data.channels, data.length)
-    return vqvae, Prior(config, vqvae.vq.codebook, vqvae.num_tokens, len(data.class_names))
-
-
-def on_meta(config: Config, channels: int, length: int, num_classes: int) -> tuple[VQVAE, Prior]:
-    """The models' shapes, without memory for them."""
-    with without_memory():
-        vqvae = VQVAE(config, channels, length)
-        return vqvae, Prior(config, vqvae.vq.codebook, vqvae.num_tokens, num_classes)
-
-
-def size_of(*modules: torch.nn.Module) -> int:
-    """Numbers in parameters and buffers."""
-    return sum(t.numel() for module in modules for t in (*module.parameters(), *module.buffers()))
-
-
-def load_weights(path: Path, module: torch.nn.Module) -> None:
-    tensors = read_tensors(path)
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{path} is damaged: its {name} is not finite; train the run again, or restore the file")
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit its config.json: {str(error).splitlines()[-1].strip()}") from error
-
-
-def write_config(folder: Path, config: Config, data: DataFacts) -> None:
-    content = {
-        "format": FORMAT,
-        "ncfast": __version__,
-        "config": dataclasses.asdict(config),
-        "data": dataclasses.asdict(data),
-    }
-    write_json(folder / "config.json", content)
-
-
-def read_config(folder: Path) -> tuple[Config, DataFacts]:
-    path = folder / "config.json"
-    if not os.path.exists(path):  # unlike Path.exists it takes any name
-        # Of `train --seeds` of earlier versions.
-        hint = "; it holds one for each seed, such as seed1" if (folder / "seeds.json").exists() else ""
-        raise UserError(f"{folder} is not the folder of a run: it has no config.json{hint}")
-    content = read_json(path)
-    try:
-        if content["format"] != FORMAT:
-            raise UserError(
-                f"it has format {content['format']}, and this ncfast {__version__} reads format {FORMAT}; use the "
-                f"version that wrote it, {content.get('ncfast')}"
-            )
-        return make_config(**content["config"]), DataFacts.from_json(content["data"])
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{path} is not a run's configuration ({error!r}); it is damaged or of another format"
-        ) from error
-
-
-def weights_sha256(folder: Path) -> str:
-    """One hash over both weight files."""
-    digest = hashlib.sha256()
-    for stage in (1, 2):
-        digest.update((folder / f"stage{stage}.safetensors").read_bytes())
-    return digest.hexdigest()

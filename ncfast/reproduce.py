@@ -9,7 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ncfast.cli import Parser, run, start_driver
+from ncfast.cli.parser import Parser, run
+from ncfast.cli.startup import start_driver
 from ncfast.config import MEASURES, METHODS, PRESETS, add_config_arguments
 
 PAPER = (
@@ -95,7 +96,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser.answer_help(command_line)
     arguments = parser.parse_args(command_line)
     start_driver(arguments.device)
-    from ncfast.cells import reproduce
+    from ncfast.jobs.reproduction import reproduce
 
     reproduce(arguments, sys.argv[1:] if command_line is None else command_line)
 

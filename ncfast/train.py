@@ -8,7 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ncfast.cli import Parser, choose_device, leave_compiler_out, run, start_driver
+from ncfast.cli.parser import Parser, run
+from ncfast.cli.startup import choose_device, leave_compiler_out, start_driver
 from ncfast.config import PRESETS, Config, add_config_arguments, given_config_values, make_config
 from ncfast.errors import UserError
 from ncfast.version import __version__
@@ -50,7 +51,7 @@ def make_parser() -> Parser:
 def main(command_line: list[str] | None = None) -> None:
     make_parser().answer_help(command_line)
     start_driver("cpu" if "cpu" in (sys.argv if command_line is None else command_line) else "auto")
-    from ncfast.launch import launched
+    from ncfast.cli.torchrun import launched
 
     leave_compiler_out()
     with launched() as processes:
@@ -58,9 +59,9 @@ def main(command_line: list[str] | None = None) -> None:
 
 
 def train_program(processes: "Processes", command_line: list[str] | None = None) -> None:
+    from ncfast.cli.torchrun import local_rank
     from ncfast.data.sources import load_dataset
-    from ncfast.launch import local_rank
-    from ncfast.training import resolve_config, train
+    from ncfast.training.fit import resolve_config, train
 
     arguments = make_parser().parse_args(command_line)
     if arguments.checkpoint_every is not None and arguments.checkpoint_every < 1:
@@ -119,11 +120,11 @@ def describe(
 
     from ncfast.data.facts import DataFacts
     from ncfast.engine.loop import batch_ends
-    from ncfast.ncvqvae import build_models
+    from ncfast.models.trained import build_models
     from ncfast.nn.meta import without_memory
     from ncfast.ops import dispatch
     from ncfast.ops.nearest_code import why_not
-    from ncfast.stage1 import WITHOUT_LOSS, SelfSupervision
+    from ncfast.training.stage1 import WITHOUT_LOSS, SelfSupervision
 
     data = DataFacts.of(dataset)
     with without_memory():

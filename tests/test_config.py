@@ -88,3 +88,61 @@ def test_bad_values_are_refused(values, message):
     with pytest.raises(UserError) as error:
         make_config(**values)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "smallest", "largest"),
+    [
+        ("projector_dim", 1, 2**20),
+        ("n_fft", 4, None),
+        ("dim", 1, 2**16),
+        ("residual_blocks", 0, 1000),
+        ("codebook_size", 2, 65535),  # a token is a uint16 on disk
+        ("dead_code_threshold", 0, None),
+        ("halvings", 1, None),
+        ("codebook_decay", 0, 1),
+        ("prior_dim", 1, 2**16),
+        ("prior_layers", 1, 1000),
+        ("prior_heads", 1, 4096),
+        ("prior_head_dim", 1, 4096),
+        ("prior_ff_mult", 1, 1024),
+        ("class_dropout", 0, 1),
+        ("decoding_steps", 1, 1000),
+        ("choice_temperature", 0, None),
+        ("guidance_scale", 0, None),
+        ("temperature", 1e-3, None),
+        ("top_k", 0, 2**31 - 1),  # an int of C++
+        ("stage1_epochs", 1, 10**7),
+        ("stage2_epochs", 1, 10**7),
+        ("stage1_steps", 1, 10**8),
+        ("stage2_steps", 1, 10**8),
+        ("batch_size", 2, None),
+        ("stage2_batch_size", 1, None),
+        ("learning_rate", 0, None),
+        ("weight_decay", 0, None),
+        ("seed", 0, 2**63 - 1),  # an int64
+    ],
+)
+def test_limits_are_allowed_and_nothing_beyond_them(name, smallest, largest):
+    step = 1e-9 if isinstance(getattr(make_config(), name), float) else 1
+    for limit, beyond in ((smallest, smallest - step), (largest, None if largest is None else largest + step)):
+        if limit is None:
+            continue
+        assert getattr(make_config(**{name: limit}), name) == limit
+        with pytest.raises(UserError, match=f"at (least|most) {limit}"):
+            make_config(**{name: beyond})
+
+
+def test_the_default_preset_is_what_the_experiments_chose():
+    """docs/experiments.md; everything else is as the authors have it."""
+    default, paper = dataclasses.asdict(make_config()), dataclasses.asdict(make_config("paper"))
+    assert {name: value for name, value in default.items() if value != paper[name]} == {
+        "n_fft": 4,
+        "codebook_size": 128,
+        "projector_dim": 1024,
+        "decoding_steps": 20,
+        "choice_temperature": 8.0,
+        "stage1_epochs": None,
+        "stage2_epochs": None,
+    }
+    assert (default["stage1_steps"], default["stage2_steps"], default["seed"]) == (2000, 2000, 0)

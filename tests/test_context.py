@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from ncfast.config import make_config
-from ncfast.context import Context, interpolate
 from ncfast.data.facts import DataFacts
 from ncfast.errors import UserError
-from ncfast.ncvqvae import NCVQVAE, build_models
+from ncfast.models.trained import build_models
+from ncfast.ncvqvae import NCVQVAE
+from ncfast.sampling.completion import Context, interpolate
 
 SMALL = {
     "dim": 8,

@@ -9,8 +9,8 @@ import torch
 from test_generate import save_run
 
 import ncfast
-from ncfast import drawing
 from ncfast.engine import device as device_module
+from ncfast.sampling import series as drawing
 
 PACKAGE = Path(ncfast.__file__).parent
 SECOND = torch.device("cuda", 1)

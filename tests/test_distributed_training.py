@@ -17,7 +17,8 @@ from processes import on_processes
 from test_training import SMALL, train_arguments, waves
 
 import ncfast
-from ncfast import cli, train, training
+from ncfast import train
+from ncfast.cli.startup import choose_device
 from ncfast.config import make_config
 from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
@@ -27,6 +28,7 @@ from ncfast.engine.precision import computing
 from ncfast.engine.processes import ALONE, Processes, current_processes
 from ncfast.errors import UserError
 from ncfast.nn.synchronised import synchronised
+from ncfast.training import fit, stages
 
 CPU = torch.device("cpu")
 METHODS = ("none", "barlow", "vicreg", "vibcreg")
@@ -55,12 +57,12 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     for name in ("auto", "cuda"):
-        assert cli.choose_device(name, 1)[0] == torch.device("cuda:1") == current[-1]
-    assert cli.choose_device("cpu", 1)[0] == CPU
+        assert choose_device(name, 1)[0] == torch.device("cuda:1") == current[-1]
+    assert choose_device("cpu", 1)[0] == CPU
     with pytest.raises(UserError, match="torch sees 2 GPUs for 3 processes or more"):
-        cli.choose_device("auto", 2)
+        choose_device("auto", 2)
     with pytest.raises(UserError, match="--device cuda:0: of several processes"):
-        cli.choose_device("cuda:0", 1)
+        choose_device("cuda:0", 1)
 
 
 def trained(ssl, num_series, dtype, device=CPU, steps=STEPS, graph=True):
@@ -69,19 +71,19 @@ def trained(ssl, num_series, dtype, device=CPU, steps=STEPS, graph=True):
     dataset = from_arrays(*waves(num_series))
     epochs = -(-steps // len(batch_ends(num_series, SMALL["batch_size"])))
     config = make_config(ssl=ssl, stage1_epochs=epochs, stage2_epochs=epochs, precision="fp32", **SMALL)
-    config, data = training.resolve_config(config, dataset, device), DataFacts.of(dataset)
+    config, data = fit.resolve_config(config, dataset, device), DataFacts.of(dataset)
     x, labels = data.normalise(dataset.X_train, device).to(dtype), torch.from_numpy(dataset.y_train).to(device)
     loop = {"seed": 0, "device": device, "state_path": None, "state": None, "quiet": True, "processes": processes}
     loop |= {"graph": graph, "log": RunLog(None)}
 
     with computing("fp32", device):
-        first = training.stage1(config, training.new_vqvae(config, data), x, device, processes)
+        first = stages.make_stage1(config, stages.new_vqvae(config, data), x, device, processes)
         first.modules.to(dtype)
         with synchronised(first.modules["vqvae"], processes.group):
             losses1 = train_stage(first, **loop).losses
         # Another VQVAE, the same for all, as the tokens that are drawn are discontinuous in its weights.
-        vqvae = training.new_vqvae(config, data).to(device, dtype).eval()
-        second = training.stage2(config, vqvae, training.new_prior(config, vqvae, data), x, labels, device, processes)
+        vqvae = stages.new_vqvae(config, data).to(device, dtype).eval()
+        second = stages.make_stage2(config, vqvae, stages.new_prior(config, vqvae, data), x, labels, device, processes)
         second.modules.to(dtype)
         losses2 = train_stage(second, **loop).losses
     return {
@@ -145,7 +147,7 @@ class Stopped(Exception):
 
 
 def fit_until(out, stop, resume):
-    """`training.train` as the program calls it, ended as (stage, epoch) is logged: before its state is saved."""
+    """`train` as the program calls it, ended as (stage, epoch) is logged: before its state is saved."""
 
     def write(log, stage, epoch, *values):
         original(log, stage, epoch, *values)
@@ -154,11 +156,11 @@ def fit_until(out, stop, resume):
 
     dataset = from_arrays(*waves(41))
     config = make_config(ssl="vicreg", stage1_epochs=4, stage2_epochs=4, **SMALL)
-    config = training.resolve_config(config, dataset, CPU)
+    config = fit.resolve_config(config, dataset, CPU)
     original = RunLog.write
     RunLog.write = write
     try:
-        model = training.train(config, dataset, out=out, device=CPU, resume=resume, checkpoint_every=1, quiet=True)
+        model = fit.train(config, dataset, out=out, device=CPU, resume=resume, checkpoint_every=1, quiet=True)
         return model.vqvae.state_dict(), model.prior.state_dict()
     except Stopped:
         return None
@@ -316,7 +318,7 @@ def test_processes_that_one_has_left_end_though_they_wait():
     code = """
 import os, sys, threading, time
 from torch import distributed
-from ncfast.launch import end_when_told
+from ncfast.cli.torchrun import end_when_told
 store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 end_when_told(store)
 print("ready", flush=True)

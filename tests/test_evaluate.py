@@ -15,8 +15,8 @@ from ncfast.config import make_config
 from ncfast.data.sources import load_dataset
 from ncfast.errors import UserError
 from ncfast.evaluation import fcn_cache
-from ncfast.ncvqvae import weights_sha256
-from ncfast.training import resolve_config, train
+from ncfast.models.trained import weights_sha256
+from ncfast.training.fit import resolve_config, train
 
 SMALL = {"dim": 8, "residual_blocks": 1, "codebook_size": 8, "prior_dim": 32, "prior_layers": 1, "prior_head_dim": 16}
 QUICK = ["--fcn-epochs=1", "--num-samples=20", "--repeats=2", "--device=cpu"]

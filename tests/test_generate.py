@@ -19,10 +19,13 @@ import pytest
 import torch
 
 import ncfast
-from ncfast import drawing, generate, generation, shards
+from ncfast import generate
 from ncfast.config import make_config
 from ncfast.data.facts import DataFacts
-from ncfast.ncvqvae import build_models
+from ncfast.jobs import plan as generation
+from ncfast.jobs import writer as shards
+from ncfast.models.trained import build_models
+from ncfast.sampling import series as drawing
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("x", "y", "tokens", "index")

@@ -18,11 +18,14 @@ from test_generate import save_run
 from test_training import FLAGS, SMALL, waves
 
 import ncfast
-from ncfast import cli, generate, info, ops, shards, train, training
+from ncfast import generate, info, ops, train
+from ncfast.cli import parser as cli
 from ncfast.engine import lock
 from ncfast.engine.logging import RunLog
 from ncfast.engine.memory import exhaustion_explained
+from ncfast.jobs import writer as shards
 from ncfast.ops import dispatch
+from ncfast.training import fit as training
 
 OPTIONS = {**SMALL, "stage1_epochs": 1, "stage2_epochs": 1, "quiet": True}
 X, Y = waves(12, 32)

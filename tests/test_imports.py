@@ -1,7 +1,10 @@
 """What programs and the package import: torch takes seconds, and what torch can import takes more."""
 
+import ast
+import graphlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +15,12 @@ from ncfast.config import IMPLEMENTATIONS, MEASURES, make_config
 from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
 from ncfast.evaluation import protocol
-from ncfast.ncvqvae import build_models
+from ncfast.models.trained import build_models
 from ncfast.nn.meta import without_memory
 from ncfast.ops import dispatch
-from ncfast.stage1 import SelfSupervision
+from ncfast.training.stage1 import SelfSupervision
 
+PACKAGE = Path(ncfast.__file__).parent
 PROGRAMS = ("train", "generate", "evaluate", "reproduce", "info")
 HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "matplotlib", "sklearn", "tensorboard", "aeon", "triton")
 
@@ -114,3 +118,60 @@ def test_a_word_that_names_nothing_is_one_line(program, variable, message, monke
 
 def test_implementations_have_the_same_names_everywhere():
     assert dispatch.NAMES == IMPLEMENTATIONS
+
+
+LEVELS = (
+    ("ops",),
+    ("nn",),
+    ("models",),
+    ("sampling",),
+    ("ncvqvae",),
+    ("training", "evaluation", "cli"),
+    ("jobs",),
+    ("train", "generate", "evaluate", "reproduce", "info", "__init__"),
+)
+SERVE_ALL_BUT_OPS_AND_NN = ("data", "engine")
+SERVE_ALL = ("config", "errors", "version")
+
+
+def imports_of(path):
+    """Rooms and top modules of the package that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ncfast"):
+            names = [node.module] if "." in node.module else [f"ncfast.{alias.name}" for alias in node.names]
+            yield from (name.split(".")[1] for name in names)
+
+
+def test_imports_point_one_way():
+    level = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for other in set(imports_of(path)) - {room, *SERVE_ALL}:
+            if other in SERVE_ALL_BUT_OPS_AND_NN:
+                right = room not in ("ops", "nn")
+            elif room in SERVE_ALL_BUT_OPS_AND_NN:
+                right = other in ("ops", "data", "engine")
+            else:
+                right = room in level and level.get(other, 99) < level[room]
+            if not right:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {other}")
+    assert not wrong
+
+
+def test_no_module_imports_itself_through_others():
+    """At import, that is: an import within a function is made when all are there."""
+    graph = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(("ncfast", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        found = graph.setdefault(name, set())
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ncfast"):
+                found.add(node.module)
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    # A package that is still being imported is there for its own modules.
+    graph = {
+        name: {other for other in found & graph.keys() if not name.startswith(f"{other}.")}
+        for name, found in graph.items()
+    }
+    assert list(graphlib.TopologicalSorter(graph).static_order())

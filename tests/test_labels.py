@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from ncfast.errors import UserError
-from ncfast.labels import LabelPlan, parse_labels
 from ncfast.ops import philox
+from ncfast.sampling.class_plan import LabelPlan, parse_labels
 
 NAMES, COUNTS = ("a", "b", "c"), (10, 70, 20)
 

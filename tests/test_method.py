@@ -13,24 +13,26 @@ from test_generate import save_run
 from test_sampling import make_sampler
 
 import ncfast
-from ncfast import generation, sampling, stage2
 from ncfast.config import make_config
-from ncfast.context import Context
 from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
 from ncfast.engine import checkpoint
 from ncfast.engine.loop import Stage
 from ncfast.evaluation import comparison
+from ncfast.jobs import plan as generation
+from ncfast.jobs.writer import Job, ShardWriter
 from ncfast.ops.gram import resolve_route
-from ncfast.shards import Job, ShardWriter
-from ncfast.stage1 import SSL_WEIGHTS
+from ncfast.sampling import maskgit as sampling
+from ncfast.sampling.completion import Context
+from ncfast.training import stage2
+from ncfast.training.stage1 import SSL_WEIGHTS
 
 
 @pytest.mark.parametrize(("t", "masking", "masked"), [(0.0, "masked", 10), (0.5, "masked", 7), (0.5, "kept", 3)])
 def test_a_batch_masks_as_many_tokens_as_the_cosine_says(t, masking, masked, monkeypatch):
     """floor(n cos(pi t / 2)) of each row (MaskGIT, section 3.1); of 10 tokens at t = 1/2 these are 7."""
     draws = iter([torch.tensor(t, dtype=torch.float64), torch.rand(6, 10)])
-    monkeypatch.setattr(stage2, "uniform", lambda *_: next(draws))
+    monkeypatch.setattr(torch, "rand", lambda *_, **options: next(draws))
     mask = stage2.random_mask((6, 10), masking, torch.Generator(), torch.device("cpu"))
     assert (mask.sum(1) == masked).all()
 
@@ -130,7 +132,7 @@ def test_a_flush_that_fails_gives_a_shard_no_name(tmp_path, monkeypatch):
     made = job(tmp_path, 64, 1, model.prior.num_tokens)
     batch = next(model.sample_batches(64, "none", batch_size=64))
     writer = ShardWriter(made.shard(0))
-    monkeypatch.setattr("ncfast.shards.FLUSH_BYTES", 1)
+    monkeypatch.setattr("ncfast.jobs.writer.FLUSH_BYTES", 1)
 
     def fail(_):
         raise OSError(5, "Input/output error")

@@ -11,10 +11,10 @@ import pytest
 from test_training import FLAGS, waves
 
 import ncfast
-from ncfast import cells as cells_module
 from ncfast import reproduce
 from ncfast.data.sources import from_arrays
 from ncfast.evaluation import comparison
+from ncfast.jobs import reproduction as cells_module
 
 TINY = [*FLAGS, "--stage1-epochs=3", "--stage2-epochs=4", "--fcn-epochs=2", "--decoding-steps=2"]
 

@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from ncfast.config import make_config
-from ncfast.sampling import ChunkDecoder, Sampler, WorkSavers, mask_schedule
-from ncfast.stage1 import VQVAE
-from ncfast.stage2 import Prior
+from ncfast.models.prior import Prior
+from ncfast.models.vqvae import VQVAE
+from ncfast.sampling.maskgit import ChunkDecoder, Sampler, WorkSavers, mask_schedule
 
 SMALL = {
     "dim": 8,
@@ -210,7 +210,7 @@ def test_the_distribution_is_the_plain_samplers(options):
 
 
 def test_known_tokens_stay_and_rows_have_their_own_schedule(monkeypatch):
-    from ncfast import sampling
+    from ncfast.sampling import maskgit as sampling
 
     prior = make_prior()
     tokens, _, labels = some_tokens()
@@ -260,7 +260,7 @@ def test_a_graph_that_cannot_be_captured_is_said_and_done_without(monkeypatch):
     def refuse(*arguments, **options):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr("ncfast.sampling.CudaGraph", refuse)
+    monkeypatch.setattr("ncfast.sampling.maskgit.CudaGraph", refuse)
     decoder, plain = make_decoder(graph=True), make_decoder(graph=False)
     assert not decoder.wants_graph  # there is no GPU
     decoder.wants_graph = True

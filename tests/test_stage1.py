@@ -3,10 +3,11 @@ import torch
 from torch.nn import functional as F
 
 from ncfast.config import make_config
+from ncfast.models.vqvae import VQVAE
 from ncfast.nn import encoder_decoder
 from ncfast.nn.projector import pool
 from ncfast.ops import vicreg_loss
-from ncfast.stage1 import VQVAE, SelfSupervision, mean_squared_error, stage1_losses
+from ncfast.training.stage1 import SelfSupervision, mean_squared_error, stage1_losses
 
 
 def small_config(**options):

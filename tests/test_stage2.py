@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ncfast import stage2
 from ncfast.config import make_config
+from ncfast.models import prior as prior_module
+from ncfast.models.prior import Prior
+from ncfast.models.vqvae import VQVAE
 from ncfast.ops import dispatch, layer_norm
-from ncfast.stage1 import VQVAE
-from ncfast.stage2 import Prior, TokenDistribution, random_mask, ranks, stage2_losses
+from ncfast.training.stage2 import TokenDistribution, random_mask, ranks, stage2_losses
 
 SMALL = {"dim": 8, "residual_blocks": 1, "codebook_size": 5, "prior_dim": 16, "prior_layers": 2, "prior_head_dim": 8}
 
@@ -53,7 +54,7 @@ def test_norms_of_triton(monkeypatch, lower):
         return embedded, logits, *torch.autograd.grad((embedded.square().sum(), logits.square().sum()), inputs)
 
     expected = results()
-    monkeypatch.setattr(stage2, "layer_norm", functools.partial(layer_norm, impl="triton"))
+    monkeypatch.setattr(prior_module, "layer_norm", functools.partial(layer_norm, impl="triton"))
     for ours, theirs in zip(results(), expected, strict=True):
         assert ours.dtype == torch.float32
         assert (ours - theirs).norm() <= (1e-5 if lower is None else 1e-2) * theirs.norm()

@@ -18,8 +18,13 @@ import safetensors.torch
 import torch
 
 import ncfast
+from ncfast.config import make_config
+from ncfast.data.facts import DataFacts
+from ncfast.data.sources import from_arrays
 from ncfast.engine.checkpoint import read_state
 from ncfast.engine.loop import batch_ends
+from ncfast.engine.processes import Processes
+from ncfast.training import fit, stages
 
 SMALL = {
     "dim": 8,
@@ -383,6 +388,46 @@ def test_halvings_set_the_width(tmp_path):
     assert model.vqvae.grid == (3, 61 >> 3)
     with pytest.raises(ncfast.UserError, match="--halvings 9 leaves nothing"):
         ncfast.fit(*waves(20), halvings=9, **SMALL)
+
+
+def prepared(**options):
+    """A resolved configuration, a data set and its facts."""
+    dataset = from_arrays(*waves(20))
+    config = fit.resolve_config(make_config(**{**SMALL, **options}), dataset, torch.device("cpu"))
+    return config, dataset, DataFacts.of(dataset)
+
+
+def test_the_memory_asked_for_is_weights_moments_and_the_largest_tensors(monkeypatch):
+    """Float32 weights, gradients and two moments: 16 bytes a number. Then 8 bytes, a value and its gradient, for each
+    number of the first layer's output, 3 bins x 31 columns, and of the logits, 3 x 7 tokens.
+    """
+    config, dataset, data = prepared(ssl="barlow", batch_size=16, stage2_batch_size=12, codebook_size=10)
+    asked = []
+    monkeypatch.setattr(fit, "check_fits", lambda needed, *_: asked.append(needed))
+    fit.check_memory(config, dataset, torch.device("cpu"))
+    vqvae = stages.new_vqvae(config, data)
+    ssl, prior = stages.new_self_supervision(config), stages.new_prior(config, vqvae, data)
+    a, b, c = (sum(t.numel() for t in [*m.parameters(), *m.buffers()]) for m in (vqvae, ssl, prior))
+    assert asked == [16 * (a + b) + 8 * 16 * 8 * 3 * 31, 4 * a + 16 * c + 8 * 12 * 3 * 7 * 10]
+
+
+@pytest.mark.parametrize(("kinds", "alike"), [(["A", "A"], True), (["A", "B"], False)])
+def test_only_processes_of_one_kind_keep_a_projector_each_without_a_word(kinds, alike, monkeypatch):
+    config, dataset, data = prepared(ssl="barlow")
+    monkeypatch.setattr(Processes, "gathered", lambda *_: kinds)
+    x = torch.from_numpy(dataset.X_train)
+    stage = stages.make_stage1(config, stages.new_vqvae(config, data), x, torch.device("cpu"), Processes(0, 2))
+    assert stage.whole is (stage.modules["ssl"] if alike else None)
+
+
+def test_a_training_shows_its_progress_unless_quiet(capsys):
+    config, dataset, _ = prepared(ssl="none", stage1_epochs=1, stage2_epochs=1)
+    options = {"out": None, "device": torch.device("cpu")}
+    fit.train(config, dataset, **options, quiet=True)
+    assert capsys.readouterr().err == ""
+    fit.train(config, dataset, **options)
+    told = capsys.readouterr().err
+    assert "stage 1 (VQVAE)" in told and "stage 2 (prior)" in told
 
 
 @pytest.mark.slow

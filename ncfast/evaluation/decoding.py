@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncfast.engine.precision import autocast, computing
-from ncfast.labels import LabelPlan
 from ncfast.ncvqvae import NCVQVAE
-from ncfast.sampling import Sampler, WorkSavers
+from ncfast.sampling.class_plan import LabelPlan
+from ncfast.sampling.maskgit import Sampler, WorkSavers
 
 
 class Trace(NamedTuple):

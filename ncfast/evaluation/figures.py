@@ -8,7 +8,7 @@ from ncfast.evaluation import measures
 from ncfast.evaluation.decoding import trace_decoding
 from ncfast.evaluation.material import Material
 from ncfast.evaluation.plots import draw_samples, make_figure
-from ncfast.labels import BALANCED
+from ncfast.sampling.class_plan import BALANCED
 
 REAL, GENERATED, TRAIN = "C0", "C3", "0.6"
 MASKED = "0.85"

@@ -17,8 +17,8 @@ from ncfast.engine.precision import computing
 from ncfast.errors import UserError
 from ncfast.evaluation.fcn import Recipe
 from ncfast.evaluation.fcn_cache import Evaluator, cached_fcn
-from ncfast.labels import NONE
 from ncfast.ncvqvae import NCVQVAE
+from ncfast.sampling.class_plan import NONE
 
 # Fewer series than that do not train a classifier.
 LEAST_LABELLED_SAMPLES = 1000

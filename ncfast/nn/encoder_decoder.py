@@ -21,7 +21,7 @@ SLOPE = nn.LeakyReLU().negative_slope
 def num_downsampling_blocks(length: int, n_fft: int = 8) -> int:
     """How often the encoder halves the time axis: log2(length / (8 (log2 n_fft - 1))) times, at least once.
 
-    Truncated as in the authors' runs, so that 8 to 15 columns of latents remain of 70 samples and more.
+    Truncated as in the authors' runs, so that 7 to 15 columns of latents remain of 70 samples and more.
     """
     rate = max(1, round(length / (math.log2(n_fft) - 1) / 8))
     return 1 + max(0, int(math.log2(rate)) - 1)

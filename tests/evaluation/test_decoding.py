@@ -3,7 +3,7 @@ import pytest
 
 import ncfast
 from ncfast.evaluation.decoding import trace_decoding
-from ncfast.sampling import mask_schedule
+from ncfast.sampling.maskgit import mask_schedule
 
 SMALL = {"dim": 8, "residual_blocks": 1, "codebook_size": 8, "prior_dim": 32, "prior_layers": 1, "prior_head_dim": 16}
 

@@ -47,7 +47,9 @@ def test_frechet_distance_in_closed_form():
     assert measures.frechet_distance((a + 1000).astype(np.float32), a + 1000) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("a, b", [((1, 3), (5, 3)), ((5, 3), (5, 4)), ((5,), (5,))])
+@pytest.mark.parametrize(
+    "a, b", [((1, 3), (5, 3)), ((5, 3), (1, 3)), ((5, 3), (5, 4)), ((5, 4), (5, 3)), ((5,), (5,)), ((5, 3, 3), (5, 3))]
+)
 def test_frechet_distance_refuses_other_shapes(a, b):
     with pytest.raises(ValueError, match="two rows"):
         measures.frechet_distance(np.zeros(a), np.zeros(b))

@@ -136,6 +136,11 @@ def test_figures_of_the_codes_are_those_of_the_whole_test_set(model, dataset, re
     p = np.array(list(counts.values())) / tokens.numel()
     assert taken["test_perplexity"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-9)
     assert taken["test_code_usage"] == len(counts) / 8
+    usage = np.stack([np.bincount(row, minlength=8) for row in tokens.numpy()])
+    resampled = np.random.default_rng(0).multinomial(45, np.full(45, 1 / 45), size=200) @ usage
+    shares = np.maximum(resampled / (45 * tokens.shape[1]), 1e-300)
+    own = figure_of(result, "test_perplexity")
+    assert own["std"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum(1)).std(ddof=1), rel=1e-9)
     spectrum = torch.stft(x[:, 0], 4, 1, window=torch.hann_window(4), return_complex=True)
     rebuilt = model.vqvae.decode(model.vqvae.vq.codebook[tokens])
     expected = (torch.view_as_real(spectrum).permute(0, 3, 1, 2) - rebuilt).square().mean()
@@ -191,6 +196,7 @@ def test_evaluating_changes_no_weight_statistic_or_code(model, dataset):
 
 def test_result_is_json_and_rows_have_the_layout_of_the_authors(result):
     assert json.loads(json.dumps(result))["measures"] == result["measures"]
+    assert result["format"] == 1  # of evaluation.json; another layout counts on
     rows = csv_rows(result, "regular", "run7")
     assert list(rows[0]) == ["dataset", "stage", "method", "run_id", "metric", "value"]
     assert {(row["dataset"], row["method"], row["run_id"]) for row in rows} == {("waves", "regular", "run7")}

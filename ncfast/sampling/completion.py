@@ -9,7 +9,7 @@ from torch import Tensor
 from ncfast.data.dataset import FLOAT32_MAX, to_numpy
 from ncfast.data.facts import DataFacts
 from ncfast.errors import UserError
-from ncfast.stage1 import VQVAE
+from ncfast.models.vqvae import VQVAE
 
 
 class Context:

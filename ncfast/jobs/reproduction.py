@@ -18,7 +18,8 @@ import torch
 from torch import distributed
 
 import ncfast
-from ncfast.cli import choose_device, leave_compiler_out
+from ncfast.cli.startup import choose_device, leave_compiler_out
+from ncfast.cli.torchrun import local_rank
 from ncfast.config import METHODS, Config, given_config_values, make_config
 from ncfast.data.dataset import Dataset
 from ncfast.data.facts import DataFacts
@@ -29,9 +30,8 @@ from ncfast.evaluation.comparison import COLUMNS, as_markdown
 from ncfast.evaluation.fcn import Recipe
 from ncfast.evaluation.fcn_cache import default_folder
 from ncfast.evaluation.protocol import chosen, csv_rows, evaluate
-from ncfast.launch import local_rank
-from ncfast.ncvqvae import read_config
-from ncfast.training import resolve_config, train
+from ncfast.models.trained import read_config
+from ncfast.training.fit import resolve_config, train
 from ncfast.version import __version__
 
 

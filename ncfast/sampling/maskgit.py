@@ -12,9 +12,9 @@ from ncfast.config import Config
 from ncfast.engine.compile_ahead import compile_ahead
 from ncfast.engine.cuda_graph import CudaGraph
 from ncfast.engine.precision import autocast, computing
+from ncfast.models.prior import Prior
+from ncfast.models.vqvae import VQVAE
 from ncfast.ops import unmask_step
-from ncfast.stage1 import VQVAE
-from ncfast.stage2 import Prior
 
 
 @dataclass(frozen=True)

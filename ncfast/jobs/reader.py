@@ -12,10 +12,10 @@ import torch
 from ncfast.engine.checkpoint import reason
 from ncfast.engine.device import kind
 from ncfast.errors import UserError
-from ncfast.shards import changed_column, first_difference_of, manifest_path, read_manifest, runs, shard_path
+from ncfast.jobs.writer import changed_column, first_difference_of, manifest_path, read_manifest, runs, shard_path
 
 if TYPE_CHECKING:
-    from ncfast.drawing import Drawing
+    from ncfast.sampling.series import Drawing
 
 
 class Column:
@@ -141,8 +141,9 @@ class Generated(torch.utils.data.Dataset):
     def drawing(self, run: str | Path | None) -> "Drawing":
         """How the series were drawn."""
         from ncfast.config import make_config, sampling_values
-        from ncfast.drawing import Drawing
-        from ncfast.ncvqvae import load, weights_sha256
+        from ncfast.models.trained import weights_sha256
+        from ncfast.ncvqvae import load
+        from ncfast.sampling.series import Drawing
 
         facts = self.attributes
         run = Path(facts.get("run", "") if run is None else run)

@@ -1,58 +1,16 @@
-"""What every program shares: one-line errors, exit codes, the choice of device."""
+"""How a program starts: the choice of device, and what can begin beside the imports."""
 
-import argparse
 import contextlib
 import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from ncfast.config import IMPLEMENTATIONS
 from ncfast.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
-
-    def answer_help(self, command_line: Sequence[str] | None) -> None:
-        """Prints the help and ends, if that is asked for: before the imports that take a second."""
-        if {"-h", "--help"} & set(sys.argv[1:] if command_line is None else command_line):
-            self.parse_args(["--help"])
-
-
-def run(main: Callable[[], None], on_interrupt: str = "interrupted") -> NoReturn:
-    """Runs a program: 0 when done, 2 and one line after a user's mistake, 130 after Ctrl-C."""
-    try:
-        check_implementation()
-        main()
-    except UserError as error:
-        print_error(error)
-        sys.exit(2)
-    except OSError as error:
-        # About a file that is named it is the system's word on what the user asked for, not a mistake in the program.
-        if error.filename is None or error.strerror is None:
-            raise
-        print_error(UserError(f"{error.filename}: {error.strerror}; check this path"))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(on_interrupt, file=sys.stderr)
-        sys.exit(130)
-    end(0)
-
-
-def check_implementation() -> None:
-    """Raises UserError for a word in NCFAST_IMPL that names none."""
-    asked = os.environ.get("NCFAST_IMPL", "auto")
-    if asked not in IMPLEMENTATIONS:
-        raise UserError(f"NCFAST_IMPL is one of {', '.join(IMPLEMENTATIONS)}; got {asked!r}")
 
 
 def check_instruction_set() -> None:
@@ -65,15 +23,6 @@ def check_instruction_set() -> None:
         raise UserError(f"NCFAST_ISA is one of {', '.join(module.isas())} on this machine; got {asked!r}")
 
 
-def end(code: int) -> NoReturn:
-    """Ends the process at once: everything is written, and taking libraries down takes half a second. Where other
-    processes may be gone, it would also wait for their messages."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-            stream.flush()
-    os._exit(code)
-
-
 def start_driver(device: str) -> None:
     """Has the driver of a GPU start beside the imports that follow: it takes half a second."""
     if device == "cpu" or sys.platform != "linux":
@@ -84,10 +33,6 @@ def start_driver(device: str) -> None:
             ctypes.CDLL("libcuda.so.1").cuInit(0)
 
     threading.Thread(target=start, daemon=True).start()
-
-
-def print_error(error: UserError) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def choose_device(name: str, local_rank: int | None = None) -> "tuple[torch.device, str]":

@@ -15,19 +15,19 @@ import h5py
 import numpy as np
 import torch
 
-from ncfast import shards
-from ncfast.cli import choose_device
+from ncfast.cli.startup import choose_device
+from ncfast.cli.torchrun import local_rank
 from ncfast.config import sampling_values
-from ncfast.drawing import Drawing
 from ncfast.engine.background import Background
 from ncfast.engine.device import kind
 from ncfast.engine.logging import progress_bar
 from ncfast.engine.memory import check_fits, exhaustion_explained, human
 from ncfast.errors import UserError
-from ncfast.labels import parse_labels
-from ncfast.launch import local_rank
-from ncfast.ncvqvae import NCVQVAE, load, weights_sha256
-from ncfast.shards import Job, Shard, ShardWriter
+from ncfast.jobs.writer import FORMAT, Job, Shard, ShardWriter, claim, filters, finish, read_manifest, refuse_another
+from ncfast.models.trained import weights_sha256
+from ncfast.ncvqvae import NCVQVAE, load
+from ncfast.sampling.class_plan import parse_labels
+from ncfast.sampling.series import Drawing
 from ncfast.version import __version__
 
 # Where nobody says how many: files of about this size, and a few for each process, so that all end about together.
@@ -75,7 +75,7 @@ def generate(arguments: argparse.Namespace) -> None:
         write_shards(drawing, todo, progress, batch_size, arguments.overwrite)
         progress.wait_for_others()
     rate = progress.rows / (time.monotonic() - begin)
-    counts = shards.finish(job)
+    counts = finish(job)
     if counts is None:
         left = sum(not shard.path.exists() for shard in job.all_shards())
         if leads:
@@ -107,7 +107,7 @@ def check(arguments: argparse.Namespace, parts: int) -> None:
         raise UserError("--overwrite is for one process: several would remove each other's shards; remove the files")
     if not arguments.dry_run and not os.access(arguments.out.parent, os.W_OK):
         raise UserError(f"the folder {arguments.out.parent} of --out cannot be written to; choose another --out")
-    shards.filters(arguments.compression)
+    filters(arguments.compression)
 
 
 def make_job(arguments: argparse.Namespace, drawing: Drawing, labels: Any, parts: int) -> Job:
@@ -158,7 +158,7 @@ def make_job(arguments: argparse.Namespace, drawing: Drawing, labels: Any, parts
 def provenance(model: NCVQVAE, run: Path, drawing: Drawing, labels: Any, job: Job, made_from: dict) -> dict[str, Any]:
     """What a lone file needs to explain itself."""
     return {
-        "format": shards.FORMAT,
+        "format": FORMAT,
         "ncfast": __version__,
         "torch": str(torch.__version__),
         "device": str(model.device.type),
@@ -186,8 +186,8 @@ def choose_num_shards(job: Job, asked: int | None, parts: int, overwrite: bool, 
     """
     begun = None
     if job.manifest.exists() and not overwrite:
-        manifest = shards.read_manifest(job.manifest)
-        shards.refuse_another(job.manifest, manifest["made_from"], job)
+        manifest = read_manifest(job.manifest)
+        refuse_another(job.manifest, manifest["made_from"], job)
         begun = manifest["num_shards"]
     if asked is not None:
         if not 1 <= asked <= min(job.rows, 99999):
@@ -239,7 +239,7 @@ def prepare(job: Job, own: list[Shard], overwrite: bool) -> set[int]:
     if overwrite:
         remove_job(job)
     if job.shards > 1:
-        shards.claim(job)
+        claim(job)
     if job.out.exists() and not same_job(job):
         raise UserError(
             f"{job.out} exists and is not of this job; add --overwrite to replace it, or choose another --out"
@@ -267,7 +267,7 @@ def remove_job(job: Job) -> None:
     manifest = job.manifest
     if manifest.exists():
         try:
-            content = shards.read_manifest(manifest)
+            content = read_manifest(manifest)
             same = content["made_from"] == job.made_from and content["num_shards"] == job.shards
         except UserError:
             same = False

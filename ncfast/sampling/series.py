@@ -2,23 +2,20 @@
 
 import operator
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ncfast.config import Config, sampling_config
-from ncfast.context import Context
 from ncfast.engine.device import current
 from ncfast.engine.precision import computing
 from ncfast.errors import UserError
-from ncfast.labels import NONE, TRAIN, LabelPlan
-from ncfast.sampling import ChunkDecoder, Sampler
-
-if TYPE_CHECKING:
-    from ncfast.ncvqvae import NCVQVAE
-
+from ncfast.models.trained import TrainedModel
+from ncfast.sampling.class_plan import NONE, TRAIN, LabelPlan
+from ncfast.sampling.completion import Context
+from ncfast.sampling.maskgit import ChunkDecoder, Sampler
 
 WORTH_A_GRAPH = 5  # chunks; on an H200, 4 took as long either way and 8 took 0.7 s launched, 0.4 s captured
 # Of a data set no series has this index or a higher one: contexts are filled with these.
@@ -45,7 +42,7 @@ class Drawing:
 
     def __init__(
         self,
-        model: "NCVQVAE",
+        model: TrainedModel,
         labels: Any = TRAIN,
         seed: int = 0,
         *,

@@ -2,37 +2,35 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from ncfast.config import Config, make_config
 from ncfast.data.augment import MIN_LENGTH, Augment
 from ncfast.data.facts import MAX_LENGTH, DataFacts
 from ncfast.data.sources import Dataset, from_arrays
-from ncfast.engine.checkpoint import make_folder, read_json, read_state, write_json, write_tensors
-from ncfast.engine.device import kind, usable_device
+from ncfast.engine.checkpoint import write_tensors
+from ncfast.engine.device import usable_device
 from ncfast.engine.lock import sole_writer
 from ncfast.engine.logging import RunLog
-from ncfast.engine.loop import Progress, Stage, batch_ends, derived_seed, train_stage
+from ncfast.engine.loop import batch_ends, train_stage
 from ncfast.engine.memory import check_fits, exhaustion_explained
 from ncfast.engine.precision import computing, resolve_precision
-from ncfast.engine.processes import ALONE, Processes, current_processes
-from ncfast.engine.step import Losses
+from ncfast.engine.processes import Processes, current_processes
 from ncfast.errors import UserError
-from ncfast.ncvqvae import NCVQVAE, build_models, load_weights, on_meta, read_config, size_of, write_config
+from ncfast.models.trained import load_weights, on_meta, size_of
+from ncfast.models.vqvae import VQVAE
+from ncfast.ncvqvae import NCVQVAE
 from ncfast.nn.meta import without_memory
 from ncfast.nn.synchronised import synchronised
-from ncfast.stage1 import VQVAE, WITHOUT_LOSS, SelfSupervision, stage1_losses
-from ncfast.stage2 import Prior, TokenDistribution, stage2_losses
+from ncfast.training.run_folder import prepare_run, record_metrics, run_sha256, saved_state, summary
+from ncfast.training.stage1 import WITHOUT_LOSS, SelfSupervision
+from ncfast.training.stages import make_stage1, make_stage2, new_prior, new_vqvae
 
 # Training draws initial weights, and replaces dead codes, with torch's global generators, which it seeds and puts back:
 # trainings in threads of one process take turns.
@@ -204,7 +202,7 @@ def train_stages(
             processes.on_all(lambda: load_weights(out / "stage1.safetensors", vqvae))
             vqvae = vqvae.to(device).eval()
         else:
-            first = stage1(config, vqvae, x, device, processes)
+            first = make_stage1(config, vqvae, x, device, processes)
             with synchronised(vqvae, processes.group):
                 progress = train_stage(first, log=log, state=state, **loop)
             state = None
@@ -215,157 +213,12 @@ def train_stages(
                 record_metrics(folder, "stage1", {**summary(progress), **reconstruction(vqvae, data, dataset)})
 
         prior = new_prior(config, vqvae, data)
-        second = stage2(config, vqvae, prior, x, labels, device, processes)
+        second = make_stage2(config, vqvae, prior, x, labels, device, processes)
         progress = train_stage(second, log=log, state=state, **loop)
         if folder is not None:
             write_tensors(folder / "stage2.safetensors", prior.state_dict())
             record_metrics(folder, "stage2", summary(progress))
     return NCVQVAE(config, data, vqvae, prior, device)
-
-
-def new_vqvae(config: Config, data: DataFacts) -> VQVAE:
-    with seeded(config.seed, 1):
-        return build_models(config, data)[0]
-
-
-def new_self_supervision(config: Config) -> SelfSupervision | None:
-    with seeded(config.seed, 1, 1):
-        return None if config.ssl in WITHOUT_LOSS else SelfSupervision(config)
-
-
-def new_prior(config: Config, vqvae: VQVAE, data: DataFacts) -> Prior:
-    with seeded(config.seed, 2):
-        return Prior(config, vqvae.vq.codebook.cpu(), vqvae.num_tokens, len(data.class_names))
-
-
-def stage1(config: Config, vqvae: VQVAE, x: Tensor, device: torch.device, processes: Processes = ALONE) -> Stage:
-    ssl = new_self_supervision(config)
-    augment = None if config.ssl == "none" else Augment(config.augment)
-    modules = on_device(nn.ModuleDict({"vqvae": vqvae} if ssl is None else {"vqvae": vqvae, "ssl": ssl}), device)
-
-    def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        batch = x[rows]
-        view = None if augment is None else augment(batch, generator)
-        view_weight, B = config.view_weight, len(rows)
-        if processes.is_alone:
-            return stage1_losses(vqvae, ssl, batch, view, view_weight)
-        own, share = processes.own(B), processes.share(B)
-        view = None if view is None else view[own]
-        return stage1_losses(vqvae, ssl, batch[own], view, view_weight, share, lambda own: processes.all_rows(own, B))
-
-    # Processes that round alike keep the same projector without a word; others have to agree on its gradients.
-    whole = ssl if processes.is_alone or len(set(processes.gathered(kind(device)))) == 1 else None
-    return dataclasses.replace(stage(1, config, modules, losses, len(x)), whole=whole)
-
-
-def on_device(modules: nn.Module, device: torch.device) -> nn.Module:
-    """Moved there; on a GPU with the weights of convolutions in the order that its tensor cores take."""
-    if device.type == "cuda":
-        return modules.to(device, memory_format=torch.channels_last)
-    return modules.to(device)
-
-
-def stage2(
-    config: Config,
-    vqvae: VQVAE,
-    prior: Prior,
-    x: Tensor,
-    labels: Tensor | None,
-    device: torch.device,
-    processes: Processes = ALONE,
-) -> Stage:
-    distribution = TokenDistribution(vqvae, x)
-    modules = nn.ModuleDict({"prior": prior}).to(device)
-
-    def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        tokens = distribution.draw(rows, generator)
-        own, share = processes.own(len(rows)), processes.share(len(rows))
-        return stage2_losses(prior, tokens, None if labels is None else labels[rows], config, generator, own, share)
-
-    return stage(2, config, modules, losses, len(x))
-
-
-def stage(number: int, config: Config, modules: nn.ModuleDict, losses: Losses, num_series: int) -> Stage:
-    name, batch_size, epochs = {
-        1: ("stage 1 (VQVAE)", config.batch_size, config.stage1_epochs),
-        2: ("stage 2 (prior)", config.stage2_batch_size, config.stage2_epochs),
-    }[number]
-    return Stage(
-        number=number,
-        name=name,
-        modules=modules,
-        losses=losses,
-        num_series=num_series,
-        batch_size=batch_size,
-        epochs=epochs,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        precision=config.precision,
-    )
-
-
-@contextlib.contextmanager
-def seeded(*words: int) -> Iterator[None]:
-    """Torch's CPU generator set from `words` inside the block and put back after it: for initial weights."""
-    previous = torch.get_rng_state()
-    torch.default_generator.manual_seed(derived_seed(*words))
-    try:
-        yield
-    finally:
-        torch.set_rng_state(previous)
-
-
-def prepare_run(out: Path, config: Config, data: DataFacts, resume: bool) -> None:
-    """A new folder for a new run, or the check that `out` holds this very run."""
-    for folder in (out, out.parent) if out.name.startswith("seed") else (out,):
-        if (folder / "seeds.json").exists():  # of `train --seeds` of earlier versions
-            raise UserError(f"{folder} holds runs of several seeds, which cannot be continued; choose another --out")
-    make_folder(out)
-    if not (out / "config.json").exists():
-        write_config(out, config, data)
-        return
-    if not resume:
-        raise UserError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
-    old_config, old_data = read_config(out)
-    changed = [
-        f"{f.name} was {getattr(old_config, f.name)!r} and is {getattr(config, f.name)!r}"
-        for f in dataclasses.fields(Config)
-        if getattr(old_config, f.name) != getattr(config, f.name)
-    ]
-    if changed:
-        raise UserError(f"{out} was started with other options ({'; '.join(changed)}); use the same, or another --out")
-    if old_data.identity != data.identity:
-        raise UserError(
-            f"{out} was trained on other data ({old_data.name}, {old_data.num_series} series); choose another --out"
-        )
-    read_metrics(out)  # what is damaged is better known before the training than after it
-
-
-def run_sha256(config: Config, data: DataFacts) -> str:
-    """Equal for equal runs: options and data."""
-    facts = [dataclasses.asdict(config), dataclasses.asdict(data.identity)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def saved_state(out: Path, device: torch.device, run: str) -> dict[str, Any] | None:
-    """What `train_stage` goes on from, where a run was started before.
-
-    Raises:
-        UserError: a file that is damaged, or of another run than this one.
-    """
-    path = out / "state.pt"
-    if not path.exists():
-        return None
-    state = read_state(path, device)
-    if not isinstance(state, dict) or not {"stage", "epoch", "run"} <= state.keys():
-        raise UserError(f"{path} is no state of a training; restore it, or remove it to begin again")
-    if state["run"] != run:
-        raise UserError(f"{path} is of a run with other options or data; restore it, or remove it to begin again")
-    return state
-
-
-def summary(progress: Progress) -> dict[str, Any]:
-    return {"epochs": progress.epochs, "seconds": round(progress.seconds, 1), **progress.losses}
 
 
 @torch.no_grad()
@@ -376,15 +229,3 @@ def reconstruction(vqvae: VQVAE, data: DataFacts, dataset: Dataset) -> dict[str,
     x = data.normalise(dataset.X_test, next(vqvae.parameters()).device)
     error = sum(float((vqvae.reconstruct(block) - block).square().sum()) for block in x.split(256))
     return {"test_reconstruction_mse": error / x.numel()}
-
-
-def record_metrics(out: Path, name: str, values: dict[str, Any]) -> None:
-    write_json(out / "metrics.json", {**read_metrics(out), name: values})
-
-
-def read_metrics(out: Path) -> dict[str, Any]:
-    path = out / "metrics.json"
-    metrics = read_json(path) if path.exists() else {}
-    if not isinstance(metrics, dict):
-        raise UserError(f"{path} holds no metrics of a run; remove it")
-    return metrics

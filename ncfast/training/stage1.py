@@ -1,4 +1,4 @@
-"""Stage 1: a VQVAE over spectrograms whose codes also obey a self-supervised loss (NC-VQVAE, arXiv 2408.16613)."""
+"""Stage 1: what trains the VQVAE, its reconstruction and its self-supervised loss (NC-VQVAE, arXiv 2408.16613)."""
 
 from collections.abc import Callable
 
@@ -7,77 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncfast.config import Config
-from ncfast.nn.encoder_decoder import Decoder, Encoder, num_downsampling_blocks
+from ncfast.models.vqvae import VQVAE
 from ncfast.nn.projector import Projector, pool
-from ncfast.nn.stft import STFT
-from ncfast.nn.vector_quantize import VectorQuantize
-from ncfast.ops import barlow_twins_loss, nearest_code, vibcreg_loss, vicreg_loss
-
-
-class VQVAE(nn.Module):
-    """x [B, C, L] --STFT--> u --encoder--> z [B, D, H, W'] --nearest code--> tokens [B, n] --decoder, ISTFT--> x̂."""
-
-    def __init__(self, config: Config, channels: int, length: int) -> None:
-        super().__init__()
-        self.stft = STFT(length, config.n_fft)
-        spectrum_size = (self.stft.num_bins, self.stft.num_frames)
-        num_down = self.num_down = config.halvings or num_downsampling_blocks(length, config.n_fft)
-        width = spectrum_size[1] >> num_down
-        if width < 1:
-            raise ValueError(f"series of length {length} leave no latent column after {num_down} halvings")
-        self.grid = (spectrum_size[0], width)  # (H, W')
-        self.encoder = Encoder(2 * channels, config.dim, num_down, config.residual_blocks)
-        self.vq = VectorQuantize(
-            config.dim,
-            config.codebook_size,
-            decay=config.codebook_decay,
-            rotation_trick=False,
-            kmeans_init=config.codebook_init == "kmeans",
-            threshold_ema_dead_code=config.dead_code_threshold,
-        )
-        if config.codebook_init == "random":
-            # As far apart as the paper's, whose counts start at zero: a code that no latent has chosen yet is then its
-            # moving average over eps, up to 1e6 long, and decodes to spikes. Here each counts as chosen once, so that
-            # it stays between where it began and the latents that choose it.
-            self.vq.codebook = torch.randn(config.codebook_size, config.dim)
-        self.decoder = Decoder(2 * channels, config.dim, num_down, config.residual_blocks, spectrum_size)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def samples_per_column(self) -> int:
-        """How many samples of a series one column of the grid stands for; the last one also has what is left over."""
-        return self.stft.hop << self.num_down
-
-    def encode(self, u: Tensor, views: int = 1) -> Tensor:
-        """u [B, 2C, H, W] -> continuous latents z [B, n, D]; `views` of equal size may be in a batch, see Encoder."""
-        return self.encoder(u, views).flatten(2).mT
-
-    def decode(self, z: Tensor, views: int = 1) -> Tensor:
-        """Latents z [B, n, D], quantised or not -> spectrogram û [B, 2C, H, W]."""
-        return self.decoder(self.as_grid(z), views)
-
-    def as_grid(self, z: Tensor) -> Tensor:
-        """z [B, n, D] -> [B, D, H, W']."""
-        return z.mT.unflatten(2, self.grid)
-
-    @torch.no_grad()
-    def tokenize(self, x: Tensor) -> Tensor:
-        """x [B, C, L] -> tokens [B, n]: the nearest codes."""
-        return nearest_code(self.encode(self.stft(x)), self.vq.codebook)
-
-    @torch.no_grad()
-    def detokenize(self, tokens: Tensor) -> Tensor:
-        """tokens [B, n] -> series [B, C, L]."""
-        return self.stft.inverse(self.decode(F.embedding(tokens, self.vq.codebook)))
-
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """x [B, C, L] -> x̂ [B, C, L] through the codebook."""
-        return self.detokenize(self.tokenize(x))
-
+from ncfast.ops import barlow_twins_loss, vibcreg_loss, vicreg_loss
 
 SSL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "barlow": barlow_twins_loss,

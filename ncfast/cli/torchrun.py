@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
-from ncfast.cli import end, print_error
+from ncfast.cli.parser import end, print_error
 from ncfast.engine.processes import ALONE, Processes, current_processes
 from ncfast.errors import UserError
 

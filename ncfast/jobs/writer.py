@@ -24,7 +24,6 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ncfast.drawing import Batch
 from ncfast.engine.checkpoint import (
     atomic_path,
     put_in_place,
@@ -35,6 +34,7 @@ from ncfast.engine.checkpoint import (
     write_json,
 )
 from ncfast.errors import UserError
+from ncfast.sampling.series import Batch
 
 FORMAT = 2
 CHUNK_BYTES = 2**20

@@ -1,0 +1,66 @@
+"""What every program shares: one-line errors and exit codes."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from ncfast.config import IMPLEMENTATIONS
+from ncfast.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+    def answer_help(self, command_line: Sequence[str] | None) -> None:
+        """Prints the help and ends, if that is asked for: before the imports that take a second."""
+        if {"-h", "--help"} & set(sys.argv[1:] if command_line is None else command_line):
+            self.parse_args(["--help"])
+
+
+def run(main: Callable[[], None], on_interrupt: str = "interrupted") -> NoReturn:
+    """Runs a program: 0 when done, 2 and one line after a user's mistake, 130 after Ctrl-C."""
+    try:
+        check_implementation()
+        main()
+    except UserError as error:
+        print_error(error)
+        sys.exit(2)
+    except OSError as error:
+        # About a file that is named it is the system's word on what the user asked for, not a mistake in the program.
+        if error.filename is None or error.strerror is None:
+            raise
+        print_error(UserError(f"{error.filename}: {error.strerror}; check this path"))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(on_interrupt, file=sys.stderr)
+        sys.exit(130)
+    end(0)
+
+
+def check_implementation() -> None:
+    """Raises UserError for a word in NCFAST_IMPL that names none."""
+    asked = os.environ.get("NCFAST_IMPL", "auto")
+    if asked not in IMPLEMENTATIONS:
+        raise UserError(f"NCFAST_IMPL is one of {', '.join(IMPLEMENTATIONS)}; got {asked!r}")
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process at once: everything is written, and taking libraries down takes half a second. Where other
+    processes may be gone, it would also wait for their messages."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
+
+
+def print_error(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)

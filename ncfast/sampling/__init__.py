@@ -1,0 +1,1 @@
+"""How series are drawn: MaskGIT's steps, series by their index, completion, which class each gets."""

@@ -1,0 +1,1 @@
+"""How a model is trained: both stages, and the run folder."""

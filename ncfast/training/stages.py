@@ -1,0 +1,113 @@
+"""Both stages as the training loop takes them: modules, losses and initial weights of a configuration."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ncfast.config import Config
+from ncfast.data.augment import Augment
+from ncfast.data.facts import DataFacts
+from ncfast.engine.device import kind
+from ncfast.engine.loop import Stage, derived_seed
+from ncfast.engine.processes import ALONE, Processes
+from ncfast.engine.step import Losses
+from ncfast.models.prior import Prior
+from ncfast.models.trained import build_models
+from ncfast.models.vqvae import VQVAE
+from ncfast.training.stage1 import WITHOUT_LOSS, SelfSupervision, stage1_losses
+from ncfast.training.stage2 import TokenDistribution, stage2_losses
+
+
+def new_vqvae(config: Config, data: DataFacts) -> VQVAE:
+    with seeded(config.seed, 1):
+        return build_models(config, data)[0]
+
+
+def new_self_supervision(config: Config) -> SelfSupervision | None:
+    with seeded(config.seed, 1, 1):
+        return None if config.ssl in WITHOUT_LOSS else SelfSupervision(config)
+
+
+def new_prior(config: Config, vqvae: VQVAE, data: DataFacts) -> Prior:
+    with seeded(config.seed, 2):
+        return Prior(config, vqvae.vq.codebook.cpu(), vqvae.num_tokens, len(data.class_names))
+
+
+def make_stage1(config: Config, vqvae: VQVAE, x: Tensor, device: torch.device, processes: Processes = ALONE) -> Stage:
+    ssl = new_self_supervision(config)
+    augment = None if config.ssl == "none" else Augment(config.augment)
+    modules = on_device(nn.ModuleDict({"vqvae": vqvae} if ssl is None else {"vqvae": vqvae, "ssl": ssl}), device)
+
+    def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        batch = x[rows]
+        view = None if augment is None else augment(batch, generator)
+        view_weight, B = config.view_weight, len(rows)
+        if processes.is_alone:
+            return stage1_losses(vqvae, ssl, batch, view, view_weight)
+        own, share = processes.own(B), processes.share(B)
+        view = None if view is None else view[own]
+        return stage1_losses(vqvae, ssl, batch[own], view, view_weight, share, lambda own: processes.all_rows(own, B))
+
+    # Processes that round alike keep the same projector without a word; others have to agree on its gradients.
+    whole = ssl if processes.is_alone or len(set(processes.gathered(kind(device)))) == 1 else None
+    return dataclasses.replace(make_stage(1, config, modules, losses, len(x)), whole=whole)
+
+
+def on_device(modules: nn.Module, device: torch.device) -> nn.Module:
+    """Moved there; on a GPU with the weights of convolutions in the order that its tensor cores take."""
+    if device.type == "cuda":
+        return modules.to(device, memory_format=torch.channels_last)
+    return modules.to(device)
+
+
+def make_stage2(
+    config: Config,
+    vqvae: VQVAE,
+    prior: Prior,
+    x: Tensor,
+    labels: Tensor | None,
+    device: torch.device,
+    processes: Processes = ALONE,
+) -> Stage:
+    distribution = TokenDistribution(vqvae, x)
+    modules = nn.ModuleDict({"prior": prior}).to(device)
+
+    def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        tokens = distribution.draw(rows, generator)
+        own, share = processes.own(len(rows)), processes.share(len(rows))
+        return stage2_losses(prior, tokens, None if labels is None else labels[rows], config, generator, own, share)
+
+    return make_stage(2, config, modules, losses, len(x))
+
+
+def make_stage(number: int, config: Config, modules: nn.ModuleDict, losses: Losses, num_series: int) -> Stage:
+    name, batch_size, epochs = {
+        1: ("stage 1 (VQVAE)", config.batch_size, config.stage1_epochs),
+        2: ("stage 2 (prior)", config.stage2_batch_size, config.stage2_epochs),
+    }[number]
+    return Stage(
+        number=number,
+        name=name,
+        modules=modules,
+        losses=losses,
+        num_series=num_series,
+        batch_size=batch_size,
+        epochs=epochs,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        precision=config.precision,
+    )
+
+
+@contextlib.contextmanager
+def seeded(*words: int) -> Iterator[None]:
+    """Torch's CPU generator set from `words` inside the block and put back after it: for initial weights."""
+    previous = torch.get_rng_state()
+    torch.default_generator.manual_seed(derived_seed(*words))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(previous)
