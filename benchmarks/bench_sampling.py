@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from ncfast.config import make_config
 from ncfast.models.prior import Prior
 from ncfast.models.vqvae import VQVAE
-from ncfast.sampling.maskgit import ChunkDecoder, Sampler, WorkSavers, mask_schedule
+from ncfast.sampling.maskgit import ChunkDecoder, Sampler, SamplerOptimizations, mask_schedule
 
 LENGTH, TOKENS, CLASSES = 500, 75, 2
 KINDS = {  # class of the series, guidance scale
@@ -86,7 +86,12 @@ def plain(models: Models, rows: int, label: int, guidance: float) -> Tensor:
 
 
 def ours(
-    models: Models, rows: int, label: int, guidance: float, savers: WorkSavers | None = None, precision: str = "fp32"
+    models: Models,
+    rows: int,
+    label: int,
+    guidance: float,
+    savers: SamplerOptimizations | None = None,
+    precision: str = "fp32",
 ) -> Callable:
     """A call that makes `rows` series in chunks, as `generate` does."""
     config = dataclasses.replace(models.config, guidance_scale=guidance)
@@ -107,10 +112,10 @@ def calls(models: Models, rows: int, label: int, guidance: float, all_savers: bo
         for precision in ("tf32", "bf16"):
             peers[f"{OURS}, {precision}"] = ours(models, rows, label, guidance, precision=precision)
     if all_savers:
-        for field in dataclasses.fields(WorkSavers):
-            savers = WorkSavers(**{field.name: False})
+        for field in dataclasses.fields(SamplerOptimizations):
+            savers = SamplerOptimizations(**{field.name: False})
             peers[f"without {field.name}"] = ours(models, rows, label, guidance, savers)
-    peers["without any of them"] = ours(models, rows, label, guidance, WorkSavers.none())
+    peers["without any of them"] = ours(models, rows, label, guidance, SamplerOptimizations.none())
     peers["plain sampler"] = lambda: plain(models, rows, label, guidance)
     return peers
 

@@ -124,7 +124,7 @@ class Config:
     precision: Literal[PRECISIONS] | None = option(
         None, "number format of products and convolutions [fp32 on a CPU, tf32 on a GPU]", "Training"
     )
-    seed: int = option(0, "of everything random in the run", "Training", minimum=0, maximum=2**63 - 1)
+    seed: int = option(0, "random seed", "Training", minimum=0, maximum=2**63 - 1)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

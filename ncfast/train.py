@@ -38,7 +38,7 @@ def make_parser() -> Parser:
         "--checkpoint-every",
         type=int,
         metavar="N",
-        help="epochs between two saved states [as often as costs at most a twentieth of the time]",
+        help="epochs between two saved states [checkpointing takes at most 5 %% of the time]",
     )
     parser.add_argument(
         "--no-graph", action="store_true", help="on a GPU, launch each kernel of a step, instead of one CUDA graph"
@@ -67,14 +67,14 @@ def train_program(processes: "Processes", command_line: list[str] | None = None)
     if arguments.checkpoint_every is not None and arguments.checkpoint_every < 1:
         raise UserError(f"--checkpoint-every is at least 1; got {arguments.checkpoint_every}")
     config = make_config(arguments.preset, **given_config_values(arguments))
-    device, device_reason = processes.on_all(lambda: choose_device(arguments.device, local_rank()))
+    device, device_reason = processes.on_every_rank(lambda: choose_device(arguments.device, local_rank()))
 
     def load() -> "Dataset":
         return load_dataset(arguments.dataset, arguments.data_dir)
 
     # The first process before the others: where it has to download, they find the file.
-    loaded = processes.on_first(load)
-    dataset = processes.on_all(lambda: loaded or load())
+    loaded = processes.on_rank0(load)
+    dataset = processes.on_every_rank(lambda: loaded or load())
     for note in dataset.notes:
         print(f"warning: {note}")
     config = resolve_config(config, dataset, device)

@@ -39,15 +39,20 @@ STEPS = 20
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 129])
 def test_slices_cover_the_batch_and_weigh_as_one(rows, size):
     each = [Processes(rank, size) for rank in range(size)]
-    taken = [list(range(rows)[process.own(rows)]) for process in each]
+    taken = [list(range(rows)[process.local_slice(rows)]) for process in each]
     assert [row for part in taken for row in part] == list(range(rows))
     assert max(map(len, taken)) - min(map(len, taken)) <= 1
-    assert [process.share(rows) * rows / size for process in each] == pytest.approx([len(part) for part in taken])
+    assert [process.loss_weight(rows) * rows / size for process in each] == pytest.approx([len(part) for part in taken])
 
 
 def test_one_process_is_alone():
-    assert current_processes() == ALONE and ALONE.is_first and ALONE.own(5) == slice(0, 5) and ALONE.share(5) == 1
-    assert ALONE.on_all(lambda: 3) == ALONE.on_first(lambda: 3) == 3
+    assert (
+        current_processes() == ALONE
+        and ALONE.is_first
+        and ALONE.local_slice(5) == slice(0, 5)
+        and ALONE.loss_weight(5) == 1
+    )
+    assert ALONE.on_every_rank(lambda: 3) == ALONE.on_rank0(lambda: 3) == 3
 
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):

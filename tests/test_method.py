@@ -47,7 +47,7 @@ def test_the_noise_of_the_choice_anneals_to_nothing(monkeypatch):
         return step(*args, **options)
 
     monkeypatch.setattr(sampling, "unmask_step", record)
-    sampler = make_sampler(savers=sampling.WorkSavers.none(), decoding_steps=5, choice_temperature=4.0)
+    sampler = make_sampler(savers=sampling.SamplerOptimizations.none(), decoding_steps=5, choice_temperature=4.0)
     sampler.decode(torch.zeros(2, dtype=torch.int64), torch.arange(2), 0)
     assert seen == pytest.approx({0: 3.2, 1: 2.4, 2: 1.6, 3: 0.8, 4: 0.0})
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ncfast.config import make_config
 from ncfast.models.prior import Prior
 from ncfast.models.vqvae import VQVAE
-from ncfast.sampling.maskgit import ChunkDecoder, Sampler, WorkSavers, mask_schedule
+from ncfast.sampling.maskgit import ChunkDecoder, Sampler, SamplerOptimizations, mask_schedule
 
 SMALL = {
     "dim": 8,
@@ -23,7 +23,7 @@ SMALL = {
     "decoding_steps": 10,
     "choice_temperature": 4.0,
 }
-SAVERS = [field.name for field in dataclasses.fields(WorkSavers)]
+SAVERS = [field.name for field in dataclasses.fields(SamplerOptimizations)]
 n, K, C = 10, 5, 3
 
 
@@ -47,7 +47,7 @@ def some_tokens(rows=6, seed=1):
 @pytest.mark.parametrize("off", [None, "masked_positions_only", "first_layer_table"])
 def test_logits_equal_the_plain_path(off):
     prior = make_prior()
-    sampler = make_sampler(prior, WorkSavers(**({off: False} if off else {})))
+    sampler = make_sampler(prior, SamplerOptimizations(**({off: False} if off else {})))
     tokens, masked, labels = some_tokens()
     expected = prior(tokens, labels)
     torch.testing.assert_close(sampler.logits(tokens, labels), expected, rtol=2e-5, atol=2e-5)
@@ -70,9 +70,9 @@ def test_first_logits_equal_the_plain_path():
 def test_tokens_are_the_same_whatever_is_left_out(options):
     prior = make_prior().double()  # so that nothing hangs on rounding
     labels, sample = torch.arange(40) % (C + 1), torch.arange(100, 140)
-    plain = make_sampler(prior, WorkSavers.none(), **options).decode(labels, sample, seed=3)
+    plain = make_sampler(prior, SamplerOptimizations.none(), **options).decode(labels, sample, seed=3)
     assert plain.shape == (40, n) and plain.min() >= 0 and plain.max() < K
-    for savers in [WorkSavers(), *(WorkSavers(**{name: False}) for name in SAVERS)]:
+    for savers in [SamplerOptimizations(), *(SamplerOptimizations(**{name: False}) for name in SAVERS)]:
         assert torch.equal(make_sampler(prior, savers, **options).decode(labels, sample, seed=3), plain), savers
     assert not torch.equal(make_sampler(prior, **options).decode(labels, sample, seed=4), plain)
 
@@ -94,18 +94,18 @@ def test_the_work_is_saved(monkeypatch):
     labels, sample = torch.zeros(4, dtype=torch.int64), torch.arange(4)
     expected = {
         # Of n = 10 in 10 steps: 9 9 8 8 7 5 4 3 1 0 stay masked.
-        WorkSavers(): [(4, m) for m in (9, 8, 7, 5, 4, 3, 1)],
-        WorkSavers(drop_idle_steps=False): [(4, m) for m in (9, 9, 8, 8, 7, 5, 4, 3, 1)],
-        WorkSavers(first_step_by_class=False): [(4, m) for m in (10, 9, 8, 7, 5, 4, 3, 1)],
-        WorkSavers(masked_positions_only=False): [(4, 10)] * 7,
-        WorkSavers(conditional_pass_only=False): [(8, m) for m in (9, 8, 7, 5, 4, 3, 1)],
+        SamplerOptimizations(): [(4, m) for m in (9, 8, 7, 5, 4, 3, 1)],
+        SamplerOptimizations(drop_idle_steps=False): [(4, m) for m in (9, 9, 8, 8, 7, 5, 4, 3, 1)],
+        SamplerOptimizations(first_step_by_class=False): [(4, m) for m in (10, 9, 8, 7, 5, 4, 3, 1)],
+        SamplerOptimizations(masked_positions_only=False): [(4, 10)] * 7,
+        SamplerOptimizations(conditional_pass_only=False): [(8, m) for m in (9, 8, 7, 5, 4, 3, 1)],
     }
     for savers, shapes in expected.items():
         sampler = make_sampler(savers=savers)
         seen = count_rows(monkeypatch, sampler)
         sampler.decode(labels, sample, seed=0)
         assert seen == shapes, savers
-    assert make_sampler().table is not None and make_sampler(savers=WorkSavers.none()).table is None
+    assert make_sampler().table is not None and make_sampler(savers=SamplerOptimizations.none()).table is None
 
 
 def test_a_table_that_would_be_too_large_is_not_made(monkeypatch):

@@ -125,7 +125,7 @@ def test_losses_of_a_share_of_the_rows_are_that_share():
     codes = {name: value.clone() for name, value in model.vq.state_dict().items()}
     whole = stage1_losses(model, None, x, view, 0.1)
     model.vq.load_state_dict(codes)
-    for name, loss in stage1_losses(model, None, x, view, 0.1, share=0.25).items():
+    for name, loss in stage1_losses(model, None, x, view, 0.1, loss_weight=0.25).items():
         torch.testing.assert_close(loss, whole[name] if name == "perplexity" else 0.25 * whole[name], msg=name)
 
 

@@ -141,7 +141,10 @@ def test_losses_of_the_parts_of_a_batch_add_up():
     def loss(**part):
         return stage2_losses(prior, tokens, labels, config, torch.Generator().manual_seed(3), **part)["loss"]
 
-    parts = [loss(own=slice(*own), share=share) for *own, share in ((0, 4, 4 / 6), (4, 6, 2 / 6), (6, 6, 0.0))]
+    parts = [
+        loss(local_slice=slice(*own), loss_weight=weight)
+        for *own, weight in ((0, 4, 4 / 6), (4, 6, 2 / 6), (6, 6, 0.0))
+    ]
     assert parts[2] == 0
     torch.testing.assert_close(sum(parts), loss())
 

@@ -115,7 +115,7 @@ def train_stage(
         run: of which run the state is; it goes into it.
         state_path: where the state goes every `checkpoint_every` epochs and after the last; None keeps none.
         state: as read from there.
-        checkpoint_every: None: as often as costs no more than a twentieth of the time.
+        checkpoint_every: None: checkpointing takes at most 5 % of the time.
         graph: on a GPU, make the step one CUDA graph.
         processes: those that train together, all with the same arguments, but for log, state_path and quiet.
 

@@ -2,8 +2,8 @@
 
 The batch is that of one process, and so is what comes of it, up to rounding: every process draws the random numbers of
 the whole batch, statistics are of all its rows (`nn.synchronised`), and the loss is the mean of the processes' losses,
-each of which counts its rows by their `share`. What is cheaper to compute than to send, each process computes from all
-rows (`all_rows`). All hold the same weights and take the same steps; the first one writes and shows.
+each multiplied by its `loss_weight`. What is cheaper to compute than to send, each process computes from all rows
+(`all_rows`). All hold the same weights and take the same steps; the first one writes and shows.
 
 Tensors travel by the default group: NCCL between GPUs, so that a step with its messages can be one CUDA graph, gloo
 between CPUs. Other values travel by gloo.
@@ -46,16 +46,16 @@ class Processes:
     def is_alone(self) -> bool:
         return self.size == 1
 
-    def own(self, rows: int) -> slice:
+    def local_slice(self, rows: int) -> slice:
         """This process's rows of a batch: slices differ by one row at most, and some are empty of fewer than `size`."""
         return slice(self.rank * rows // self.size, (self.rank + 1) * rows // self.size)
 
-    def share(self, rows: int) -> float:
+    def loss_weight(self, rows: int) -> float:
         """This process's number of rows over the processes' mean number.
 
         With means over rows weighted so, the mean of the processes' losses is the loss of the batch.
         """
-        own = self.own(rows)
+        own = self.local_slice(rows)
         return (own.stop - own.start) * self.size / rows
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
@@ -77,14 +77,14 @@ class Processes:
         With the gradient that `average_` takes: the mean over the processes is that of the whole batch, for what is
         computed alike on all of them from here on.
         """
-        slices = (Processes(rank, self.size).own(rows) for rank in range(self.size))
+        slices = (Processes(rank, self.size).local_slice(rows) for rank in range(self.size))
         return GatheredRows.apply(own, [part.stop - part.start for part in slices], self.group, self.size)
 
     def can_be_captured(self, device: torch.device) -> bool:
         """Whether messages between these devices may be part of a CUDA graph."""
         return self.is_alone or self.group._get_backend(device).name() == "nccl"
 
-    def on_all(self, function: Callable[[], T]) -> T:
+    def on_every_rank(self, function: Callable[[], T]) -> T:
         """function() on every process; a UserError on any of them is raised on all, since nobody waits for the others
         in vain then."""
         if self.is_alone:
@@ -99,9 +99,9 @@ class Processes:
             raise UserError(errors[0])
         return result
 
-    def on_first(self, function: Callable[[], T]) -> T | None:
-        """function() on the first process while the others wait, None on them; errors as of `on_all`."""
-        return self.on_all(function if self.is_first else lambda: None)
+    def on_rank0(self, function: Callable[[], T]) -> T | None:
+        """function() on the first process while the others wait, None on them; errors as of `on_every_rank`."""
+        return self.on_every_rank(function if self.is_first else lambda: None)
 
     def check_alike(self, what: str, value: Any) -> None:
         """Raises UserError on every process unless all have the same value."""

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ncfast.engine.precision import autocast, computing
 from ncfast.ncvqvae import NCVQVAE
 from ncfast.sampling.class_plan import LabelPlan
-from ncfast.sampling.maskgit import Sampler, WorkSavers
+from ncfast.sampling.maskgit import Sampler, SamplerOptimizations
 
 
 class Trace(NamedTuple):
@@ -25,7 +25,9 @@ class WatchedSampler(Sampler):
 
     def __init__(self, *arguments, **options) -> None:
         # The first step's logits would come from a table, unseen.
-        super().__init__(*arguments, savers=dataclasses.replace(WorkSavers(), first_step_by_class=False), **options)
+        super().__init__(
+            *arguments, savers=dataclasses.replace(SamplerOptimizations(), first_step_by_class=False), **options
+        )
         self.seen: list[Tensor] = []
 
     def logits(self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ncfast.nn.synchronised import group_of
 from ncfast.ops import batch_norm, thin_conv_transpose
-from ncfast.ops.batch_norm import finished
+from ncfast.ops.batch_norm import activate_and_pad
 from ncfast.ops.thin_conv_transpose import takes_triton
 
 SLOPE = nn.LeakyReLU().negative_slope
@@ -80,7 +80,7 @@ def normalised(
             group=group_of(norm),
         )
     y = norm(x if residual is None else x + residual.to(x.dtype))
-    return finished(y, slope, then_slope, pad)
+    return activate_and_pad(y, slope, then_slope, pad)
 
 
 class ResidualBlock(nn.Module):

@@ -34,10 +34,10 @@ def batch_norm_reference(
         F.batch_norm(view, running_mean, running_var, weight, bias, True, momentum, eps) for view in x.chunk(views)
     ]
     y = normalised[0] if views == 1 else torch.cat(normalised)
-    return finished(y, slope, then_slope, pad)
+    return activate_and_pad(y, slope, then_slope, pad)
 
 
-def finished(y: Tensor, slope: float, then_slope: float | None, pad: bool) -> Tensor | tuple[Tensor, Tensor]:
+def activate_and_pad(y: Tensor, slope: float, then_slope: float | None, pad: bool) -> Tensor | tuple[Tensor, Tensor]:
     """What follows the normalisation: y [N, C, H, W] -> the results of `batch_norm`."""
     if slope != 1.0:
         y = F.leaky_relu(y, slope)
@@ -105,7 +105,7 @@ def batch_norm(
         y = batch_norm_distributed.BatchNorm.apply(
             x, weight, bias, running_mean, running_var, views, momentum, eps, group
         )
-        return finished(y, slope, then_slope, pad)
+        return activate_and_pad(y, slope, then_slope, pad)
     if name == "reference":
         return batch_norm_reference(
             x,

@@ -18,7 +18,7 @@ from ncfast.ops import unmask_step
 
 
 @dataclass(frozen=True)
-class WorkSavers:
+class SamplerOptimizations:
     """What the sampler leaves out because the result is known without it. Each can be switched off, to compare.
 
     Attributes:
@@ -39,7 +39,7 @@ class WorkSavers:
     drop_idle_steps: bool = True
 
     @classmethod
-    def none(cls) -> "WorkSavers":
+    def none(cls) -> "SamplerOptimizations":
         return cls(*[False] * 5)
 
 
@@ -69,7 +69,7 @@ class Sampler:
 
     @torch.no_grad()
     def __init__(
-        self, prior: Prior, config: Config, savers: WorkSavers | None = None, *, precision: str = "fp32"
+        self, prior: Prior, config: Config, savers: SamplerOptimizations | None = None, *, precision: str = "fp32"
     ) -> None:
         """
         Args:
@@ -80,7 +80,7 @@ class Sampler:
         """
         self.prior = prior
         self.config = config
-        self.savers = WorkSavers() if savers is None else savers
+        self.savers = SamplerOptimizations() if savers is None else savers
         self.precision = precision
         self.device = prior.token_embedding.device
         unguided = config.guidance_scale == 1 and self.savers.conditional_pass_only

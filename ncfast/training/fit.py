@@ -156,19 +156,19 @@ def train(
         config: resolved (`resolve_config`).
         out: the run folder, or None.
         resume: continue the run in `out`; without it, a folder that holds a run is refused.
-        checkpoint_every: epochs between two states on disk; None: as often as costs at most a twentieth of the time.
+        checkpoint_every: epochs between two states on disk; None: checkpointing takes at most 5 % of the time.
         graph: on a GPU, make each training step one CUDA graph.
     """
     data = DataFacts.of(dataset)
     processes = current_processes()
     processes.check_alike("options or data", (config, data.identity))
-    how = {"checkpoint_every": checkpoint_every, "graph": graph, "quiet": quiet or not processes.is_first}
+    train_options = {"checkpoint_every": checkpoint_every, "graph": graph, "quiet": quiet or not processes.is_first}
     with contextlib.ExitStack() as held:
         held.enter_context(ONE_AT_A_TIME)
         if out is not None:
-            processes.on_first(lambda: held.enter_context(sole_writer(out)))
-            processes.on_first(lambda: prepare_run(out, config, data, resume))
-        return train_stages(config, dataset, data, out, device, processes, how)
+            processes.on_rank0(lambda: held.enter_context(sole_writer(out)))
+            processes.on_rank0(lambda: prepare_run(out, config, data, resume))
+        return train_stages(config, dataset, data, out, device, processes, train_options)
 
 
 def train_stages(
@@ -178,14 +178,14 @@ def train_stages(
     out: Path | None,
     device: torch.device,
     processes: Processes,
-    how: dict[str, Any],
+    train_options: dict[str, Any],
 ) -> NCVQVAE:
-    """`train` in a folder that is ready. how: arguments of `train_stage`."""
+    """`train` in a folder that is ready. train_options: arguments of `train_stage`."""
     folder = out if processes.is_first else None  # where this process writes
     run = run_sha256(config, data)
     x = data.normalise(dataset.X_train, device)  # [N, C, L]
     labels = None if dataset.y_train is None else torch.from_numpy(dataset.y_train).to(device)
-    state = None if out is None else processes.on_all(lambda: saved_state(out, device, run))
+    state = None if out is None else processes.on_every_rank(lambda: saved_state(out, device, run))
     processes.check_alike(f"states in {out}", None if state is None else (state["stage"], state["epoch"]))
     loop = {
         "seed": config.seed,
@@ -193,13 +193,13 @@ def train_stages(
         "run": run,
         "state_path": None if folder is None else folder / "state.pt",
         "processes": processes,
-        **how,
+        **train_options,
     }
 
     with RunLog(folder) as log, computing(config.precision, device):
         vqvae = new_vqvae(config, data)
         if state is not None and state["stage"] == 2:
-            processes.on_all(lambda: load_weights(out / "stage1.safetensors", vqvae))
+            processes.on_every_rank(lambda: load_weights(out / "stage1.safetensors", vqvae))
             vqvae = vqvae.to(device).eval()
         else:
             first = make_stage1(config, vqvae, x, device, processes)

@@ -53,7 +53,7 @@ def stage1_losses(
     x: Tensor,
     view: Tensor | None,
     view_weight: float,
-    share: float = 1.0,
+    loss_weight: float = 1.0,
     gather: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The losses of one batch, "loss" being what is minimised.
@@ -66,7 +66,7 @@ def stage1_losses(
         x: normalised series [B, C, L].
         ssl: None leaves its term out.
         view: augmented series, as x; None, and without `ssl`, for a plain VQVAE.
-        share: of the rows of a batch over several processes (`engine.processes`), whose mean the losses are then.
+        loss_weight: of these rows, where a batch is spread over several processes (`engine.processes`).
         gather: see `SelfSupervision`.
 
     Encoder and decoder have both views in one batch, but each view has batch statistics of its own.
@@ -85,8 +85,8 @@ def stage1_losses(
     losses = {"reconstruction_time": time, "reconstruction_spectrum": spectrum, "commitment": commitment}
     if view is not None:
         losses["reconstruction_view"] = time_view[0] + spectrum_view[0]
-    if share != 1:
-        losses = {name: share * value for name, value in losses.items()}
+    if loss_weight != 1:
+        losses = {name: loss_weight * value for name, value in losses.items()}
     loss = losses["reconstruction_time"] + losses["reconstruction_spectrum"] + losses["commitment"]
     if view is not None:
         loss = loss + view_weight * losses["reconstruction_view"]

@@ -68,17 +68,17 @@ def stage2_losses(
     labels: Tensor | None,
     config: Config,
     generator: torch.Generator,
-    own: slice = slice(None),
-    share: float = 1.0,
+    local_slice: slice = slice(None),
+    loss_weight: float = 1.0,
 ) -> dict[str, Tensor]:
     """Cross-entropy over all positions of one batch.
 
     Args:
         tokens: [B, n].
         labels: [B], or None.
-        own: the rows that this process computes, of a batch over several (`engine.processes`). Random numbers are drawn
-            for all rows, so that they do not depend on the number of processes.
-        share: of these rows, when the loss is the mean of those of all processes.
+        local_slice: the rows that this process computes, where a batch is spread over several (`engine.processes`).
+            Random numbers are drawn for all rows, so that they do not depend on the number of processes.
+        loss_weight: of these rows.
     """
     mask = random_mask(tokens.shape, config.masking, generator, tokens.device)
     no_class = torch.full(tokens.shape[:1], prior.num_classes, device=tokens.device)
@@ -87,8 +87,8 @@ def stage2_losses(
     else:
         dropped = torch.rand(labels.shape, device=labels.device, generator=generator) < config.class_dropout
         labels = torch.where(dropped, no_class, labels)
-    masked, tokens = torch.where(mask, prior.num_codes, tokens)[own], tokens[own]
-    logits = prior(masked, labels[own])
+    masked, tokens = torch.where(mask, prior.num_codes, tokens)[local_slice], tokens[local_slice]
+    logits = prior(masked, labels[local_slice])
     each = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view_as(tokens)
     loss = each.mean() if each.numel() else each.sum()
-    return {"loss": loss if share == 1 else share * loss, "masked_share": mask.float().mean()}
+    return {"loss": loss if loss_weight == 1 else loss_weight * loss, "masked_share": mask.float().mean()}

@@ -47,9 +47,11 @@ def make_stage1(config: Config, vqvae: VQVAE, x: Tensor, device: torch.device, p
         view_weight, B = config.view_weight, len(rows)
         if processes.is_alone:
             return stage1_losses(vqvae, ssl, batch, view, view_weight)
-        own, share = processes.own(B), processes.share(B)
+        own, loss_weight = processes.local_slice(B), processes.loss_weight(B)
         view = None if view is None else view[own]
-        return stage1_losses(vqvae, ssl, batch[own], view, view_weight, share, lambda own: processes.all_rows(own, B))
+        return stage1_losses(
+            vqvae, ssl, batch[own], view, view_weight, loss_weight, lambda own: processes.all_rows(own, B)
+        )
 
     # Processes that round alike keep the same projector without a word; others have to agree on its gradients.
     whole = ssl if processes.is_alone or len(set(processes.gathered(kind(device)))) == 1 else None
@@ -77,8 +79,10 @@ def make_stage2(
 
     def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         tokens = distribution.draw(rows, generator)
-        own, share = processes.own(len(rows)), processes.share(len(rows))
-        return stage2_losses(prior, tokens, None if labels is None else labels[rows], config, generator, own, share)
+        own, loss_weight = processes.local_slice(len(rows)), processes.loss_weight(len(rows))
+        return stage2_losses(
+            prior, tokens, None if labels is None else labels[rows], config, generator, own, loss_weight
+        )
 
     return make_stage(2, config, modules, losses, len(x))
 

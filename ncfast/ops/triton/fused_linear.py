@@ -58,7 +58,7 @@ def is_large(device: torch.device) -> bool:
 
 
 def given(dtype: torch.dtype) -> dict:
-    # Fusion is said aloud: newer Triton turns it off by default.
+    # Enable FMA fusion explicitly: newer Triton turns it off by default.
     return {"PRECISION": "tf32" if dtype == torch.float32 else "ieee", "enable_fp_fusion": True}
 
 

@@ -22,7 +22,7 @@ def blocks(D: int, warps: int) -> dict:
     """Rows and columns of a tile; they depend on no number of rows, nor does a row's result."""
     depth = max(triton.next_power_of_2(D), 16)
     rows = min(TILE // depth, LARGEST_BLOCK_M)
-    # Fusion is said aloud: newer Triton turns it off by default.
+    # Enable FMA fusion explicitly: newer Triton turns it off by default.
     return {"BLOCK_M": rows, "BLOCK_D": depth, "num_warps": warps, "enable_fp_fusion": True}
 
 

@@ -98,7 +98,7 @@ def blocks(S: int, d: int, dtype: torch.dtype, *, backward: bool, plain: bool) -
         "num_warps": 8 if rows == 128 and not few else 4,
         # A second stage would prefetch into registers and shared memory that the first needs.
         "num_stages": 1,
-        # Fusion is said aloud: newer Triton turns it off by default.
+        # Enable FMA fusion explicitly: newer Triton turns it off by default.
         "enable_fp_fusion": True,
     }
 

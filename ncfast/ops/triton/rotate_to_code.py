@@ -64,7 +64,7 @@ def rotate_to_code_backward_triton(
     return grad_z
 
 
-# Fusion is said aloud: newer Triton turns it off by default.
+# Enable FMA fusion explicitly: newer Triton turns it off by default.
 FUSED = {"enable_fp_fusion": True}
 LOSS_BLOCKS = {"BLOCK": 2048, "num_warps": 8, **FUSED}
 
