@@ -51,6 +51,8 @@ class VectorQuantize(nn.Module):
     - The orthogonal loss of active codes leaves out those of masked vectors; `expire_codes_` draws from all sequences.
     - Losses are float32 or better for half-precision vectors too; an in-place step does not count affine statistics
       twice; with `indices`, padding is zeros.
+    - Gradient checkpointing computes a pass again with the codes that it first saw, and moves nothing.
+    - A compiled module looks at `_codebook.initted` when it is compiled, at `load_state_dict` and in an eager pass.
     - With a mask, or with more codes than vectors, dead codes are replaced by the same distribution of vectors, from
       another stream of random numbers.
 
