@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ncfast.cli.parser import Parser, run
+from ncfast.cli.parser import Parser, run, words
 from ncfast.cli.startup import choose_device, start_driver
 from ncfast.config import MEASURES
 from ncfast.errors import UserError
@@ -43,10 +43,6 @@ def make_parser() -> Parser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of evaluation.json and report.html [--run]")
     parser.add_argument("--no-report", action="store_true", help="write no report.html, which takes pictures")
     return parser
-
-
-def words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def positive(text: str) -> int:

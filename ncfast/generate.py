@@ -49,7 +49,7 @@ def make_parser() -> Parser:
         "--num-shards", type=int, metavar="N", help="files to write [of about 256 MiB, and more where series are long]"
     )
     files.add_argument(
-        "--shard", type=share, metavar="I/N", help="write the part I of N, I from 0 to N-1, in this process"
+        "--shard", type=part_of_parts, metavar="I/N", help="write the part I of N, I from 0 to N-1, in this process"
     )
     files.add_argument(
         "--batch-size",
@@ -63,7 +63,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def share(text: str) -> tuple[int, int]:
+def part_of_parts(text: str) -> tuple[int, int]:
     part, slash, parts = text.partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
         raise argparse.ArgumentTypeError(f"I/N with I from 0 to N-1, such as 0/8; got {text!r}")

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ncfast.cli.parser import Parser, run
+from ncfast.cli.parser import Parser, run, words
 from ncfast.cli.startup import start_driver
 from ncfast.config import MEASURES, METHODS, PRESETS, add_config_arguments
 
@@ -33,9 +33,9 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--views", nargs="+", default=list(VIEWS), metavar="RECIPE", help="of the SSL methods [all three]"
     )
-    parser.add_argument("--seeds", type=integers, default=[1, 2, 3, 4], metavar="N,N,...", help="runs a cell [1,2,3,4]")
+    parser.add_argument("--seeds", type=seeds, default=[1, 2, 3, 4], metavar="N,N,...", help="runs a cell [1,2,3,4]")
     parser.add_argument("--preset", choices=PRESETS, default="paper", help="values of all options not given [paper]")
-    parser.add_argument("--budget", type=share, default=1.0, metavar="X", help="share of the epochs, up to 1 [1]")
+    parser.add_argument("--budget", type=fraction, default=1.0, metavar="X", help="share of the epochs, up to 1 [1]")
     parser.add_argument(
         "--authors-masking",
         action="store_true",
@@ -51,7 +51,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "--holdout",
-        type=share,
+        type=fraction,
         metavar="X",
         help="measure on this share of the train split, and leave the test split alone",
     )
@@ -67,7 +67,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def integers(text: str) -> list[int]:
+def seeds(text: str) -> list[int]:
     try:
         values = [int(word) for word in text.split(",")]
     except ValueError:
@@ -77,11 +77,7 @@ def integers(text: str) -> list[int]:
     return values
 
 
-def words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     try:
         value = float(text)
     except ValueError:

@@ -79,7 +79,7 @@ def train_program(processes: "Processes", command_line: list[str] | None = None)
         print(f"warning: {note}")
     config = resolve_config(config, dataset, device)
     out = arguments.out or Path("runs") / f"{dataset.name}-{config.ssl}"
-    describe(config, dataset, device, device_reason, out, processes)
+    print_plan(config, dataset, device, device_reason, out, processes)
     if arguments.dry_run:
         return
     if processes.is_first:  # the picture's library, beside the training
@@ -107,7 +107,7 @@ def import_quietly(module: str) -> None:
         import_module(module)
 
 
-def describe(
+def print_plan(
     config: Config,
     dataset: "Dataset",
     device: "torch.device",

@@ -64,7 +64,7 @@ def test_training_and_generating_import_no_compiler(tmp_path):
     run = str(tmp_path / "run")
     arguments = ["--dataset", str(tmp_path / "waves.npz"), "--ssl", "vibcreg", "--out", run, "--device", "cpu", *FLAGS]
     arguments += ["--stage1-epochs", "1", "--stage2-epochs", "1"]
-    code = f"from ncfast import train; train.describe = train.write_picture = lambda *_: ''; train.main({arguments})"
+    code = f"from ncfast import train; train.print_plan = train.write_picture = lambda *_: ''; train.main({arguments})"
     modules = imported(code, tmp_path)
     assert "torch" in modules and not {"torch._dynamo", "torch._inductor", "sympy"} & modules
     arguments = ["--run", run, "--num-samples", "9", "--out", str(tmp_path / "x.h5"), "--device", "cpu"]

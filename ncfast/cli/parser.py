@@ -26,6 +26,11 @@ class Parser(argparse.ArgumentParser):
             self.parse_args(["--help"])
 
 
+def words(text: str) -> list[str]:
+    """The type of an argument "a,b,c"."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def run(main: Callable[[], None], on_interrupt: str = "interrupted") -> NoReturn:
     """Runs a program: 0 when done, 2 and one line after a user's mistake, 130 after Ctrl-C."""
     try:

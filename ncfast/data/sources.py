@@ -194,7 +194,7 @@ def published_names() -> list[str]:
     try:
         from aeon.datasets.tsc_datasets import tsc_zenodo
     except Exception as error:  # a broken installation of aeon, or of what it needs, fails in any way it likes
-        raise DownloadError(f"aeon, which would download it, does not import ({describe(error)})") from error
+        raise DownloadError(f"aeon, which would download it, does not import ({error_text(error)})") from error
     return list(tsc_zenodo)
 
 
@@ -213,12 +213,12 @@ def download(title: str, name: str) -> Path:
             if find(name, cache) is None:  # else another process was faster
                 os.replace(Path(partial, title), cache / title)
     except Exception as error:  # aeon and the network raise what they like
-        raise DownloadError(f"downloading it failed ({describe(error)})") from error
+        raise DownloadError(f"downloading it failed ({error_text(error)})") from error
     file = find(name, cache)
     if file is None:
         raise DownloadError(f"its download, {cache / title}, does not hold it")
     return file
 
 
-def describe(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"

@@ -83,7 +83,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Progress:
+class StageResult:
     """Where a stage ended: epochs and seconds over all its processes, and the last epoch's mean losses."""
 
     epochs: int
@@ -104,14 +104,14 @@ def train_stage(
     graph: bool = True,
     quiet: bool = False,
     processes: Processes = ALONE,
-) -> Progress:
+) -> StageResult:
     """Trains `stage` to its last epoch, from `state` when there is one.
 
     Every epoch draws its random numbers from a seed of its own, so a run continued after any epoch computes what an
     uninterrupted one would.
 
     Args:
-        log: takes what `Progress.losses` holds.
+        log: takes what `StageResult.losses` holds.
         run: of which run the state is; it goes into it.
         state_path: where the state goes every `checkpoint_every` epochs and after the last; None keeps none.
         state: as read from there.
@@ -194,7 +194,7 @@ def train_stage(
             bar.set_postfix(epoch=f"{epoch}/{stage.epochs}", loss=f"{losses['loss']:.4f}")
     if state_path is not None:
         drop_spare_state(state_path)
-    return Progress(epoch, seconds, losses)
+    return StageResult(epoch, seconds, losses)
 
 
 def seed_default_generators(device: torch.device, seed: int) -> None:

@@ -83,7 +83,7 @@ def cached_fcn(
         # Another process was first. On a GPU the two need not be equal to the last bit, and one is to measure all.
         with contextlib.suppress(UserError):
             return stored()
-    sha256 = weights_sha256(key, model)
+    sha256 = fcn_sha256(key, model)
     if folder is not None:
         write_tensors(folder / f"{stem}.safetensors", model.state_dict())
         facts = {"format": FORMAT, "key": key, "sha256": sha256, "name": name, "seed": seed, "epochs": epochs}
@@ -103,7 +103,7 @@ def read(folder: Path, stem: str, key: str, model: FCN) -> tuple[FCN, str]:
         model.load_state_dict(read_tensors(weights))
     except RuntimeError as error:
         raise UserError(f"{weights} holds other tensors than the classifier's") from error
-    sha256 = weights_sha256(key, model)
+    sha256 = fcn_sha256(key, model)
     expected = {"format": FORMAT, "key": key, "sha256": sha256}
     if not isinstance(facts, dict) or any(facts.get(name) != value for name, value in expected.items()):
         raise UserError(f"{weights} and its .json do not belong together, or are of other data")
@@ -126,7 +126,7 @@ def fingerprint(x: Tensor, y: np.ndarray, num_classes: int, recipe: Recipe, seed
     return digest.hexdigest()
 
 
-def weights_sha256(key: str, model: FCN) -> str:
+def fcn_sha256(key: str, model: FCN) -> str:
     digest = hashlib.sha256(key.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

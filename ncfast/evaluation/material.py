@@ -24,7 +24,7 @@ from ncfast.sampling.class_plan import NONE
 LEAST_LABELLED_SAMPLES = 1000
 
 
-class Generated(NamedTuple):
+class GeneratedSet(NamedTuple):
     x: Tensor  # float32 [n, C, L], normalised, on the CPU
     y: np.ndarray | None  # int64 [n], class index; None for series without a class
     tokens: np.ndarray  # int64 [n, T]
@@ -128,11 +128,11 @@ class Material:
     def generated_described(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         return self.once(("described", seed), lambda: self.evaluator.model.describe(self.generated(seed).x))
 
-    def generated(self, seed: int) -> Generated:
+    def generated(self, seed: int) -> GeneratedSet:
         """`num_samples` series without a class, which the authors of NC-VQVAE compare with the test set."""
         return self.once(("generated", seed), lambda: self.generate(self.num_samples, NONE, seed))
 
-    def labelled(self, seed: int) -> Generated:
+    def labelled(self, seed: int) -> GeneratedSet:
         """Series of every class in the train set's proportions: that set's size, or a multiple that makes 1000."""
         return self.once(("labelled", seed), lambda: self.generate_labelled(seed))
 
@@ -141,14 +141,14 @@ class Material:
             self.made[what] = make()
         return self.made[what]
 
-    def generate_labelled(self, seed: int) -> Generated:
+    def generate_labelled(self, seed: int) -> GeneratedSet:
         times = -(-LEAST_LABELLED_SAMPLES // len(self.train))
         counts = {
             name: times * count for name, count in zip(self.facts.class_names, self.facts.class_counts, strict=True)
         }
         return self.generate(sum(counts.values()), counts, seed)
 
-    def generate(self, n: int, labels: str | dict[str, int], seed: int) -> Generated:
+    def generate(self, n: int, labels: str | dict[str, int], seed: int) -> GeneratedSet:
         parts = []
         with progress_bar(f"generate, seed {seed}", n, unit="series", quiet=self.quiet) as bar:
             for batch in self.model.sample_batches(n, labels, seed):
@@ -157,7 +157,7 @@ class Material:
         x = np.concatenate([part.x for part in parts])
         y = None if parts[0].y is None else np.concatenate([part.y for part in parts])
         tokens = np.concatenate([part.tokens for part in parts]).astype(np.int64)
-        return Generated(self.facts.normalise(x, torch.device("cpu")), y, tokens)
+        return GeneratedSet(self.facts.normalise(x, torch.device("cpu")), y, tokens)
 
     @functools.cached_property
     def train_coded(self) -> Coded:

@@ -56,7 +56,7 @@ def generate(arguments: argparse.Namespace) -> None:
     job = make_job(arguments, drawing, labels, parts)
     leads = part == 0 or arguments.shard is not None  # the others of torchrun leave the terminal to the first
     if leads:
-        describe(job, f"{device} ({device_reason}); {model.precision}", part, parts)
+        print_job(job, f"{device} ({device_reason}); {model.precision}", part, parts)
     if arguments.dry_run:
         return
 
@@ -69,7 +69,7 @@ def generate(arguments: argparse.Namespace) -> None:
     batch_size = arguments.batch_size or 4 * drawing.size
     largest = min(batch_size, max((shard.rows for shard in todo), default=0))
     check_fits(largest * job.row_bytes, torch.device("cpu"), f"a batch of {largest} series", "lower --batch-size")
-    progress = Progress(job, own, done, leads)
+    progress = JobProgress(job, own, done, leads)
     begin = time.monotonic()
     with progress.bar:
         write_shards(drawing, todo, progress, batch_size, arguments.overwrite)
@@ -81,7 +81,7 @@ def generate(arguments: argparse.Namespace) -> None:
         if leads:
             print(f"wrote {len(todo)} shards; {left} of {job.shards} are left to other processes")
     elif leads:
-        print(f"wrote {job.out}: {summary(job, counts)}" + (f"; {rate:,.0f} series/s" if rate else ""))
+        print(f"wrote {job.out}: {job_summary(job, counts)}" + (f"; {rate:,.0f} series/s" if rate else ""))
 
 
 def choose_share(arguments: argparse.Namespace) -> tuple[int, int]:
@@ -203,7 +203,7 @@ def choose_num_shards(job: Job, asked: int | None, parts: int, overwrite: bool, 
     return min(max(by_size, by_processes), job.rows, 99999)
 
 
-def describe(job: Job, device: str, part: int, parts: int) -> None:
+def print_job(job: Job, device: str, part: int, parts: int) -> None:
     size = job.rows * job.row_bytes
     columns = ", ".join(f"{name} {list((job.rows, *shape))} {kind}" for name, (shape, kind) in job.columns.items())
     print(f"ncfast     {__version__}")
@@ -299,7 +299,7 @@ def same_job(job: Job) -> bool:
         return False
 
 
-class Progress:
+class JobProgress:
     """One bar for the job: what this process writes, and the shards of others as they appear."""
 
     INTERVAL = 5.0  # seconds between two looks
@@ -333,7 +333,7 @@ class Progress:
             time.sleep(0.2)
 
 
-def write_shards(drawing: Drawing, todo: list[Shard], progress: Progress, batch_size: int, replace: bool) -> None:
+def write_shards(drawing: Drawing, todo: list[Shard], progress: JobProgress, batch_size: int, replace: bool) -> None:
     """The model draws while a thread writes; a few batches lie between them."""
     with contextlib.ExitStack() as writers, Background() as background:
         for shard in todo:
@@ -355,7 +355,7 @@ def probe(shard: Shard, size: int) -> np.ndarray:
     return np.arange(first, end)
 
 
-def summary(job: Job, counts: dict[str, int]) -> str:
+def job_summary(job: Job, counts: dict[str, int]) -> str:
     shapes = {name: f"{list((job.rows, *shape))} {kind}" for name, (shape, kind) in job.columns.items()}
     main = "x" if "x" in shapes else "tokens"
     classes = "; " + ", ".join(f"class {k}: {v}" for k, v in counts.items()) if counts else ""

@@ -117,6 +117,12 @@ def why_not_cuda(device: torch.device) -> str | None:
     return why_not_cuda_here()
 
 
+@constant_when_compiled
+def shared_memory_of(device: torch.device) -> int:
+    """Bytes that a block of a GPU can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 @functools.cache
 def why_not_triton_here() -> str | None:
     if importlib.util.find_spec("triton") is None:

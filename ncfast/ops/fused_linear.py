@@ -230,21 +230,14 @@ def why_not(
         unfit = f"a norm of {K} columns: the kernel takes up to {MAX_NORMED}"
     elif device.type == "cuda" and dtype == torch.float32 and not allows_tf32():
         unfit = "float32 input, and torch.backends.cuda.matmul.allow_tf32 is not set: the kernel multiplies in TF32"
-    elif device.type == "cuda" and shared_memory_of(device) < LEAST_SHARED_MEMORY:
-        unfit = (
-            f"the kernel needs {LEAST_SHARED_MEMORY} bytes of shared memory; {device} has {shared_memory_of(device)}"
-        )
+    elif device.type == "cuda" and dispatch.shared_memory_of(device) < LEAST_SHARED_MEMORY:
+        unfit = f"the kernel needs {LEAST_SHARED_MEMORY} bytes of shared memory; {device} has {dispatch.shared_memory_of(device)}"
     return dispatch.table(device, cpp=unfit_cpp, triton=unfit)
 
 
 @dispatch.constant_when_compiled
 def allows_tf32() -> bool:
     return torch.backends.cuda.matmul.allow_tf32
-
-
-@dispatch.constant_when_compiled
-def shared_memory_of(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def empty_results(x, weight, bias, norm_weight, residual, norm_eps, gelu, keep_pre) -> tuple[Tensor, Tensor]:

@@ -171,7 +171,7 @@ def why_not(
     elif head_dim > MAX_HEAD_DIM[dtype]:
         unfit_triton = f"heads of {head_dim}: the kernel takes up to {MAX_HEAD_DIM[dtype]} of {dtype}"
     elif unfit is None and device.type == "cuda":
-        wanted, there = shared_memory(dtype, length, head_dim), shared_memory_of(device)
+        wanted, there = shared_memory(dtype, length, head_dim), dispatch.shared_memory_of(device)
         if wanted > there:
             unfit_triton = f"the kernel needs {wanted} bytes of shared memory, and {device} has {there}"
     # On an H100 at S = 76, d = 64 the best of PyTorch's backends takes as long forward and, in float32 forward and
@@ -185,11 +185,6 @@ def shared_memory(dtype: torch.dtype, length: int, head_dim: int) -> int:
     length, head_dim = (max(16, 1 << (size - 1).bit_length()) for size in (length, head_dim))
     elements = length * head_dim
     return max(28 * elements, 128 << 10) if dtype == torch.float32 else 8 * elements + (16 << 10)
-
-
-@dispatch.constant_when_compiled
-def shared_memory_of(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def empty_result(qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale) -> Tensor:

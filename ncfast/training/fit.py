@@ -28,7 +28,7 @@ from ncfast.models.vqvae import VQVAE
 from ncfast.ncvqvae import NCVQVAE
 from ncfast.nn.meta import without_memory
 from ncfast.nn.synchronised import synchronised
-from ncfast.training.run_folder import prepare_run, record_metrics, run_sha256, saved_state, summary
+from ncfast.training.run_folder import prepare_run, record_metrics, run_sha256, saved_state, stage_metrics
 from ncfast.training.stage1 import WITHOUT_LOSS, SelfSupervision
 from ncfast.training.stages import make_stage1, make_stage2, new_prior, new_vqvae
 
@@ -204,20 +204,20 @@ def train_stages(
         else:
             first = make_stage1(config, vqvae, x, device, processes)
             with synchronised(vqvae, processes.group):
-                progress = train_stage(first, log=log, state=state, **loop)
+                result = train_stage(first, log=log, state=state, **loop)
             state = None
             del first  # the projector
             vqvae.eval()
             if folder is not None:
                 write_tensors(folder / "stage1.safetensors", vqvae.state_dict())
-                record_metrics(folder, "stage1", {**summary(progress), **reconstruction(vqvae, data, dataset)})
+                record_metrics(folder, "stage1", {**stage_metrics(result), **reconstruction(vqvae, data, dataset)})
 
         prior = new_prior(config, vqvae, data)
         second = make_stage2(config, vqvae, prior, x, labels, device, processes)
-        progress = train_stage(second, log=log, state=state, **loop)
+        result = train_stage(second, log=log, state=state, **loop)
         if folder is not None:
             write_tensors(folder / "stage2.safetensors", prior.state_dict())
-            record_metrics(folder, "stage2", summary(progress))
+            record_metrics(folder, "stage2", stage_metrics(result))
     return NCVQVAE(config, data, vqvae, prior, device)
 
 

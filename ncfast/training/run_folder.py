@@ -11,7 +11,7 @@ import torch
 from ncfast.config import Config
 from ncfast.data.facts import DataFacts
 from ncfast.engine.checkpoint import make_folder, read_json, read_state, write_json
-from ncfast.engine.loop import Progress
+from ncfast.engine.loop import StageResult
 from ncfast.errors import UserError
 from ncfast.models.trained import read_config, write_config
 
@@ -65,8 +65,8 @@ def saved_state(out: Path, device: torch.device, run: str) -> dict[str, Any] | N
     return state
 
 
-def summary(progress: Progress) -> dict[str, Any]:
-    return {"epochs": progress.epochs, "seconds": round(progress.seconds, 1), **progress.losses}
+def stage_metrics(result: StageResult) -> dict[str, Any]:
+    return {"epochs": result.epochs, "seconds": round(result.seconds, 1), **result.losses}
 
 
 def record_metrics(out: Path, name: str, values: dict[str, Any]) -> None:
