@@ -231,7 +231,8 @@ def why_not(
     elif device.type == "cuda" and dtype == torch.float32 and not allows_tf32():
         unfit = "float32 input, and torch.backends.cuda.matmul.allow_tf32 is not set: the kernel multiplies in TF32"
     elif device.type == "cuda" and dispatch.shared_memory_of(device) < LEAST_SHARED_MEMORY:
-        unfit = f"the kernel needs {LEAST_SHARED_MEMORY} bytes of shared memory; {device} has {dispatch.shared_memory_of(device)}"
+        there = dispatch.shared_memory_of(device)
+        unfit = f"the kernel needs {LEAST_SHARED_MEMORY} bytes of shared memory; {device} has {there}"
     return dispatch.table(device, cpp=unfit_cpp, triton=unfit)
 
 
