@@ -285,7 +285,7 @@ def test_torchrun_shares_a_job(run, job, tmp_path):
 def test_a_job_survives_kills(run, job, tmp_path):
     """NCFAST_KILLS=20 NCFAST_KILL_ROWS=200000 is the long version."""
     kills, rows = int(os.environ.get("NCFAST_KILLS", 3)), int(os.environ.get("NCFAST_KILL_ROWS", 20_000))
-    count = 3 * kills
+    count = 6 * kills
     arguments = ("--num-samples", rows, "--num-shards", count)
     begin = time.monotonic()
     job(*arguments, out="undisturbed.h5")

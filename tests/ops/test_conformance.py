@@ -275,6 +275,8 @@ def runs(impl):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].compiles])
 def test_compiles_into_one_graph_once(name, dynamic, impl):
+    if impl == "triton" and GPU == "cpu" and not dynamic:
+        pytest.skip("triton: the interpreter takes the dynamic one")
     case = CASES[name]
     outputs(case, inputs_of(case, impl), impl)  # or a skip
     torch._dynamo.reset()
