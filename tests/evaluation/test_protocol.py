@@ -14,7 +14,7 @@ from ncfast.data.dataset import from_arrays
 from ncfast.errors import UserError
 from ncfast.evaluation import csv_rows, evaluate, measures
 from ncfast.evaluation.fcn import Recipe
-from ncfast.evaluation.material import Generated, Material
+from ncfast.evaluation.material import GeneratedSet, Material
 from ncfast.evaluation.protocol import MEASURES, measure
 
 SMALL = {
@@ -83,7 +83,7 @@ class Playback(Material):
         return self
 
     def generate(self, n, labels, seed):
-        return Generated(self.x, self.y, np.zeros((len(self.x), 1), int))
+        return GeneratedSet(self.x, self.y, np.zeros((len(self.x), 1), int))
 
 
 def test_the_test_set_itself_is_perfect_and_noise_is_not(model, dataset):
