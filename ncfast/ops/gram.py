@@ -113,8 +113,8 @@ def define_operators(stem: str, options: str, reference: Callable[..., Tensor]) 
         return results
 
     def backward_cpp(grad_loss: Tensor, za: Tensor, zb: Tensor, saved: Tensor, *options) -> tuple[Tensor, Tensor]:
-        inputs, gradients = (grad_loss, za, zb, saved), (torch.empty_like(za), torch.empty_like(zb))
-        threads = torch.get_num_threads()
+        inputs, threads = (grad_loss, za, zb, saved), torch.get_num_threads()
+        gradients = empty_gradients(*inputs)
         dispatch.native("_C", f"{stem}_backward", *inputs, *za.shape, *options, threads, *gradients)
         return gradients
 
