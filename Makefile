@@ -29,9 +29,9 @@ bench: $(VENV)/test.stamp
 
 gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 gpu:
-	@$(PYTHON) benchmarks/gpu.py --check
+	@$(PYTHON) benchmarks/run.py --check
 	NCFAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) benchmarks/gpu.py --tests --minutes $(MINUTES) --out gpu.json
+	$(PYTHON) benchmarks/run.py --device cuda --tests --minutes $(MINUTES) --seconds 0.3 --out gpu.json
 
 # With GCC. A copy of the package, so that the module in ncfast/ stays as it is. Python has no sanitizers in it, so their
 # runtime has to be there first, and with it the C++ library, whose exceptions it watches. Python frees little when it
@@ -49,7 +49,7 @@ sanitize: $(VENV)/sanitize.stamp
 
 sanitize-gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 sanitize-gpu:
-	@$(PYTHON) benchmarks/gpu.py --check
+	@$(PYTHON) benchmarks/run.py --check
 	NCFAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) tests/gpu_operations.py
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/gpu_operations.py

@@ -1,25 +1,23 @@
 """masked_attention against every backend of PyTorch's attention that runs, FlexAttention, and torch.compile.
 
-`pytest benchmarks/ --benchmark-only` times a few shapes, each peer alone; `python benchmarks/bench_attention.py` lets
-the peers take turns and prints Markdown tables, `--device cuda --dtype bfloat16` on a GPU. All start from packed qkv
-[B, S, 3, 2, d] and end at [B, S, 2, d], with B S about 19,456 (B = 256 for the 76 tokens of FordA).
+All start from packed qkv [B, S, 3, 2, d] and end at [B, S, 2, d], with B S about 19,456 (B = 256 for the 76 tokens of
+FordA).
 
 Expected of ours, for each head: forward 4 S² d FLOPs and, of n bytes an element, 4 S d n bytes; backward 10 S² d, for
 it computes the weights again, and 7 S d n. On a CPU multiply-adds bind: the products reach 90 % of their rate, and what
 the softmax and the packing of keys take besides leaves 70 to 75 %. On a GPU memory binds below S = 370, of which flash
 and cuDNN move half as much again in their backward passes, in three launches. Beyond S = 128 `auto` is PyTorch's.
 
-The second table is the attention of TimeVQVAE's block: l2-normalised q and k with learned scales, and a null key, which
-PyTorch writes out as some ten tensors of B S H d elements each way.
+"normalised, null key" is the attention of TimeVQVAE's block: l2-normalised q and k with learned scales, and a null
+key, which PyTorch writes out as some ten tensors of B S H d elements each way.
 """
 
-import argparse
 import functools
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import OURS, Timing, copies, flat, fma_peak, machine, reason, rows, show, table, timings
+from common import OURS, Timing, copies, reason, rows, timings
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,7 +30,11 @@ HEAD_DIMS = (32, 64)
 BLOCK_SHAPES = [(17, 64), (41, 64), (76, 32), (76, 64), (128, 64), (256, 64)]  # S, d
 TOKENS, HEADS = 256 * 76, 2
 LARGE = 8192  # sequences: B H = 16,384 of S = 76 and d = 64 are enough for any GPU
-CUDA_CASES = [  # S, d, block, B
+CPU_CASES = [  # S, d, block, B
+    *((S, d, False, None) for d in HEAD_DIMS for S in LENGTHS),
+    *((S, d, True, None) for S, d in BLOCK_SHAPES),
+]
+CUDA_CASES = [
     (76, 64, False, LARGE),
     (76, 64, True, LARGE),
     (76, 64, False, None),
@@ -203,61 +205,7 @@ def measure(
 
 def cases(device: str, seconds: float) -> Iterator[list[dict]]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    shapes = [(76, 64, False, None), (76, 64, True, None)] if device == "cpu" else CUDA_CASES
-    for S, d, block, B in shapes:
+    for S, d, block, B in CPU_CASES if device == "cpu" else CUDA_CASES:
         made = measure(S, d, block, device, dtype, seconds, True, B)
         kind = "normalised, null key, " if block else ""
         yield [row | {"case": f"{row['case']}, {kind}{str(dtype).removeprefix('torch.')}"} for row in made]
-
-
-def lines(made: list[dict]) -> list[list[str]]:
-    """The rows of one shape, all modes of a peer in one line."""
-    of = {(row["peer"], row["what"]): row for row in made}
-    result = []
-    for name in dict.fromkeys(row["peer"] for row in made):
-        row = of[name, "forward"]
-        if row["seconds"] is None:
-            print(f"<!-- {name}: {row['how']} -->")
-            continue
-        cells = [row["case"], name]
-        for mode in MODES:
-            row = of[name, mode]
-            time = row["seconds"] and row["seconds"] * 1e3
-            cells += [show(time, ".3f"), show(row.get("rate"), ".0f"), show(row["ratio"], ".2f")]
-        result.append([*cells, show(row.get("error"), ".0e")])
-    return result
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=BACKENDS, default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--seconds", type=float, default=1.0, help="how long the peers take turns at one shape and mode"
-    )
-    parser.add_argument("--threads", type=int, help="threads of every peer (default: torch's)")
-    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="S of the first table")
-    parser.add_argument("--head-dims", type=int, nargs="*", default=HEAD_DIMS, help="d of the first table")
-    parser.add_argument("--no-compile", action="store_true", help="without the peers that torch.compile makes")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    columns = ["B x S x d", ""]
-    columns += [column for mode in MODES for column in (f"{mode}, median ms", "GFLOP/s", "time / ours")]
-    columns += ["largest error / largest gradient"]
-    print(f"masked_attention, H = {HEADS}, {arguments.dtype}, on {machine(arguments.device)}")
-    if arguments.device == "cpu" and (peak := fma_peak()):
-        print(f"multiply-adds at most {peak:.0f} GFLOP/s")
-    shapes = [(S, d) for d in arguments.head_dims for S in arguments.lengths]
-    options = (arguments.device, getattr(torch, arguments.dtype), arguments.seconds, not arguments.no_compile)
-    large = [LARGE] if arguments.device == "cuda" else []
-    plain = flat(lines(measure(76, 64, False, *options, B)) for B in large)
-    plain += flat(lines(measure(S, d, False, *options)) for S, d in shapes)
-    print(f"\n{table(columns, plain)}\n\nwith q and k normalised, and a null key:\n")
-    block = flat(lines(measure(76, 64, True, *options, B)) for B in large)
-    block += flat(lines(measure(S, d, True, *options)) for S, d in BLOCK_SHAPES)
-    print(table(columns, block))
-
-
-if __name__ == "__main__":
-    main()

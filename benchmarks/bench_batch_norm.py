@@ -1,16 +1,14 @@
 """batch_norm with LeakyReLU, residual or padding against PyTorch's own operations, on two views, in channels_last.
 
-`pytest benchmarks/ --benchmark-only` times each alone; `python benchmarks/bench_batch_norm.py` lets them take turns and
-prints one Markdown table. Expected of ours on a GPU is the time of its reads and writes: forward two of x and one of y,
-backward two of x and of the gradient and one of the result; below some 10 MB that of two launches each.
+Expected of ours on a GPU is the time of its reads and writes: forward two of x and one of y, backward two of x and of
+the gradient and one of the result; below some 10 MB that of two launches each.
 """
 
-import argparse
 from collections.abc import Iterator
 
 import pytest
 import torch
-from common import OURS, copies, flat, machine, rows, show, table, timings
+from common import OURS, copies, rows, timings
 from torch import Tensor
 
 from ncfast.ops import batch_norm
@@ -84,20 +82,3 @@ def cases(device: str, seconds: float) -> Iterator[list[dict]]:
                     for name, impl in PEERS.items()
                 }
                 yield rows(f"{' x '.join(map(str, shape))}, {kind}", timings(calls, seconds, device), mode)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long the peers take turns at one case [2]")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options = parser.parse_args()
-    print(f"batch_norm of {VIEWS} views on {machine(options.device)}\n")
-    lines = [
-        [f"{row['case']}, {row['what']}", row["peer"], show(row["seconds"] and row["seconds"] * 1e6, ".1f"), row["how"]]
-        for row in flat(cases(options.device, options.seconds))
-    ]
-    print(table(["N x C x H x W", "", "median µs", "how"], lines))
-
-
-if __name__ == "__main__":
-    main()

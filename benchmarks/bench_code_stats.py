@@ -1,17 +1,15 @@
 """code_stats against what PyTorch offers: a one-hot matrix product, index_add_ and scatter_add_.
 
-`pytest benchmarks/ --benchmark-only` times each alone; `python benchmarks/bench_code_stats.py` lets them take turns and
-prints one Markdown table. Expected of ours: one pass over the vectors and one over the sums, 4 (M + K) D bytes, at the
-speed of memory; the one-hot product makes an M x K matrix and 2 M K D FLOPs of the same question.
+Expected of ours: one pass over the vectors and one over the sums, 4 (M + K) D bytes, at the speed of memory; the one-
+hot product makes an M x K matrix and 2 M K D FLOPs of the same question.
 """
 
-import argparse
 import functools
 from collections.abc import Iterator
 
 import pytest
 import torch
-from common import OURS, copies, flat, machine, rows, table, timings
+from common import OURS, copies, rows, timings
 from torch import Tensor
 
 from ncfast.ops import code_stats
@@ -78,31 +76,4 @@ def cases(device: str, seconds: float) -> Iterator[list[dict]]:
         errors = {name: (each[0]()[1] - exact).abs().max().item() for name, each in calls.items()}
         times = timings(calls, seconds, device)
         rates = {name: 4e-9 * (M + K) * D / time.seconds for name, time in times.items() if time.seconds}
-        yield rows(f"{M} x {K} x {D}", times, error=errors, rate=rates)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=4.0, help="how long the peers take turns at one shape")
-    parser.add_argument("--threads", type=int, help="threads of every peer (default: torch's)")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    print(f"code_stats, float32, on {machine()}\n")
-    columns = ["M x K x D", "", "median ms", "GB/s", "time / ours", "largest error"]
-    lines = [
-        [
-            row["case"],
-            row["peer"],
-            f"{row['seconds'] * 1e3:.2f}",
-            f"{row['rate']:.1f}",
-            f"{row['ratio']:.2f}",
-            f"{row['error']:.0e}",
-        ]
-        for row in flat(cases("cpu", options.seconds))
-    ]
-    print(table(columns, lines))
-
-
-if __name__ == "__main__":
-    main()
+        yield rows(f"{M} x {K} x {D}", times, unit="GB/s", error=errors, rate=rates)

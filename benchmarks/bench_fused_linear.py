@@ -2,21 +2,18 @@
 
 On a CPU 64 series of 76 positions, float32; on a GPU 256 of them, in bfloat16 and in float32 as TF32.
 
-`pytest benchmarks/ --benchmark-only` times each alone; `python benchmarks/bench_fused_linear.py` lets them take turns
-and prints one Markdown table. Expected of ours: 2 M N K operations forward and 6 M N K with the gradients, near the
-peak of the multiply-adds; PyTorch adds passes over x and the result for the norm, the GELU and the residual. On a GPU
-the passes are the time: 2 M (K + N) bytes of bfloat16, more for residual and GELU, and some three times that with the
-gradients, at the memory's speed.
+Expected of ours: 2 M N K operations forward and 6 M N K with the gradients, near the peak of the multiply-adds; PyTorch
+adds passes over x and the result for the norm, the GELU and the residual. On a GPU the passes are the time: 2 M (K + N)
+bytes of bfloat16, more for residual and GELU, and some three times that with the gradients, at the memory's speed.
 """
 
-import argparse
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import OURS, copies, flat, fma_peak, machine, rows, table, timings
+from common import OURS, copies, rows, timings
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -123,28 +120,3 @@ def cases(device: str, seconds: float) -> Iterator[list[dict]]:
             flop = (2 if mode == "forward" else 6) * M * N * K
             rates = {name: flop / time.seconds * 1e-9 for name, time in times.items() if time.seconds}
             yield rows(f"{layer}, {precision}" if precision else layer, times, mode, rate=rates)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--seconds", type=float, default=3.0, help="how long the peers take turns at one layer and mode"
-    )
-    options = parser.parse_args()
-    peak = fma_peak()
-    print(f"fused_linear, {M} rows, float32, on {machine()}" + (f"; peak {peak:.0f} GFLOP/s" if peak else "") + "\n")
-    lines = [
-        [
-            f"{row['case']}, {row['what']}",
-            row["peer"],
-            f"{row['seconds'] * 1e3:.2f}",
-            f"{row['rate']:.0f}",
-            f"{row['ratio']:.2f}",
-        ]
-        for row in flat(cases("cpu", options.seconds))
-    ]
-    print(table(["", "", "median ms", "GFLOP/s", "time / ours"], lines))
-
-
-if __name__ == "__main__":
-    main()

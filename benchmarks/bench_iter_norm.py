@@ -1,17 +1,15 @@
 """iter_norm against PyTorch with autograd: our reference, and the algorithm step by step in batched products.
 
-`pytest benchmarks/ --benchmark-only` times each alone; `python benchmarks/bench_iter_norm.py` lets them take turns and
-prints one Markdown table. Expected of ours, for G groups of d channels and T steps, each product of matrices counted
-as the half that its symmetry leaves: forward G (3 N d² + 3 (T - 1) d³) FLOPs and backward G (6 N d² + 9 (T - 1) d³),
-at half the speed of multiply-adds. Autograd makes no use of the symmetry, and keeps some 3 T matrices a group.
+Expected of ours, for G groups of d channels and T steps, each product of matrices counted as the half that its symmetry
+leaves: forward G (3 N d² + 3 (T - 1) d³) FLOPs and backward G (6 N d² + 9 (T - 1) d³), at half the speed of multiply-
+adds. Autograd makes no use of the symmetry, and keeps some 3 T matrices a group.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import OURS, copies, flat, fma_peak, machine, rows, show, table, timings
+from common import OURS, copies, rows, timings
 from torch import Tensor
 
 from ncfast.ops import iter_norm
@@ -112,25 +110,3 @@ def cases(device: str, seconds: float) -> Iterator[list[dict]]:
             times = timings(calls, seconds, device)
             rates = {name: flops(mode, *shape) / time.seconds * 1e-9 for name, time in times.items() if time.seconds}
             yield rows(f"{N} x {D} / {groups}", times, mode, error=errors, rate=rates)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=4.0, help="how long the peers take turns at one shape")
-    parser.add_argument("--threads", type=int, help="threads of every peer (default: torch's)")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    peak = fma_peak()
-    print(f"iter_norm, {ITERATIONS} steps, float32, on {machine()}; {peak or 0:.0f} GFLOP/s of multiply-adds\n")
-    columns = ["N x D / groups", "", "median ms", "of peak", "time / ours", "largest error / largest gradient"]
-    lines = []
-    for row in flat(cases("cpu", options.seconds)):
-        of_peak = f"{100 * row['rate'] / peak:.0f} %" if peak and row["peer"] == OURS else "-"
-        cells = [f"{row['case']}, {row['what']}", row["peer"], f"{row['seconds'] * 1e3:.2f}", of_peak]
-        lines.append([*cells, f"{row['ratio']:.2f}", show(row.get("error"), ".0e")])
-    print(table(columns, lines))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,16 @@
 """layer_norm against PyTorch's, as the prior has it: of the tokens' embeddings, to which positions are added, and in
 the head, after a GELU (64 series of 76 positions, 64 wide; on a GPU 256 of them, in float32 and in bfloat16).
 
-`pytest benchmarks/ --benchmark-only` times each alone; `python benchmarks/bench_layer_norm.py` lets them take turns and
-prints one Markdown table. On a CPU ours is PyTorch's. Expected of ours on a GPU is the time of its reads and writes: of
-x and y forward, of x and two gradients backward; below some 10 MB that of the launches, one and two.
+On a CPU ours is PyTorch's. Expected of ours on a GPU is the time of its reads and writes: of x and y forward, of x and
+two gradients backward; below some 10 MB that of the launches, one and two.
 """
 
-import argparse
 import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import OURS, copies, flat, machine, rows, show, table, timings
+from common import OURS, copies, rows, timings
 
 from ncfast.ops import layer_norm, layer_norm_reference
 
@@ -72,20 +70,3 @@ def cases(device: str, seconds: float) -> Iterator[list[dict]]:
             for name, peer in peers(device).items()
         }
         yield rows(f"{kind}, {BATCH[device]} x {N} x {D}, {precision}", timings(calls, seconds, device), mode)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long the peers take turns at one case [2]")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options = parser.parse_args()
-    print(f"layer_norm on {machine(options.device)}\n")
-    lines = [
-        [f"{row['case']}, {row['what']}", row["peer"], show(row["seconds"] and row["seconds"] * 1e6, ".1f"), row["how"]]
-        for row in flat(cases(options.device, options.seconds))
-    ]
-    print(table(["", "", "median µs", "how"], lines))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
 """nearest_code against faiss, flash-kmeans and what PyTorch offers.
 
-`pytest benchmarks/ --benchmark-only` times each alone; `python benchmarks/bench_nearest_code.py` lets them take turns
-and prints one Markdown table. Packing the codebook counts for us; building its index does not count for faiss.
+Packing the codebook counts for us; building its index does not count for faiss.
 
 With `--device cuda` a call is one of several in a CUDA graph, each with its own vectors: the host's time and a warm
 cache do not count. Expected of our exact mode on an H100: 65536 x 16384 x 256 is 550 GFLOP of fp16, 0.7 ms at the 800
@@ -9,14 +8,13 @@ TFLOP/s of a large product; its reads take 30 µs. At 65536 x 1024 x 64 the prod
 maximum of the scores (10 µs) and packing and copying the codebook (6 µs) are of one size: at best 20 to 30 µs.
 """
 
-import argparse
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import OURS, Timing, copies, flat, fma_peak, machine, reason, rows, show, table, timings
+from common import OURS, Timing, copies, reason, rows, timings
 from torch import Tensor
 
 from ncfast.ops import nearest_code, nearest_code_reference
@@ -149,8 +147,8 @@ def test_nearest_code(benchmark, shape, peer):
     benchmark(PEERS[peer](*data(*shape)))
 
 
-def cases(device: str, seconds: float, shapes: list[tuple[int, ...]] = ()) -> Iterator[list[dict]]:
-    for M, K, D in shapes or (CUDA_SHAPES if device == "cuda" else SHAPES):
+def cases(device: str, seconds: float) -> Iterator[list[dict]]:
+    for M, K, D in CUDA_SHAPES if device == "cuda" else SHAPES:
         codebook = data(M, K, D, device)[1]
         # A long call passes over more than a GPU's cache holds anyway.
         repeats = copies(4 * M * D, device) if M * K <= 2**30 else 1
@@ -174,40 +172,6 @@ def cases(device: str, seconds: float, shapes: list[tuple[int, ...]] = ()) -> It
                 missing[name] = Timing(None, reason(error))
                 del calls[name]
         del exact
-        peak = fma_peak() if device == "cpu" else None
         times = timings(calls, seconds, device)
-        peak = peak and max(peak, fma_peak())
         rates = {name: 2e-9 * M * K * D / time.seconds for name, time in times.items() if time.seconds}
-        shares = {name: 100 * rate / peak for name, rate in rates.items()} if peak else {}
-        yield rows(f"{M} x {K} x {D}", times | missing, error=differing, rate=rates, of_peak=shares)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--seconds", type=float, default=4.0, help="how long the peers take turns at one shape")
-    parser.add_argument("--threads", type=int, help="threads of every peer (default: torch's)")
-    parser.add_argument("--shapes", nargs="+", metavar="MxKxD", help="default: all")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = options.device
-    print(f"nearest_code, float32, on {machine(device)}\n")
-    columns = ["M x K x D", "", "median ms", "GFLOP/s", "% of FMA peak", "time / ours", "rows off float64's answer"]
-    if device == "cuda":
-        columns[3:5] = ["TFLOP/s"]
-    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes or ()]
-    lines = []
-    for row in flat(cases(device, options.seconds, shapes)):
-        if row["seconds"] is None:
-            print(f"{row['peer']} is left out: {row['how']}\n")
-            continue
-        cells = [row["case"], row["peer"], f"{row['seconds'] * 1e3:{'.2f' if device == 'cpu' else '.4f'}}"]
-        cells += [f"{row['rate'] if device == 'cpu' else row['rate'] * 1e-3:.1f}"]
-        cells += [show(row.get("of_peak"), ".0f")] if device == "cpu" else []
-        lines.append([*cells, show(row["ratio"], ".2f"), str(row["error"])])
-    print(table(columns, lines))
-
-
-if __name__ == "__main__":
-    main()
+        yield rows(f"{M} x {K} x {D}", times | missing, error=differing, rate=rates)

@@ -1,17 +1,15 @@
 """rotate_to_code, with its commitment loss, against plain PyTorch with autograd.
 
-`pytest benchmarks/ --benchmark-only` times each alone; `python benchmarks/bench_rotate_to_code.py` lets them take turns
-and prints one Markdown table. Expected of ours: forward reads z and its codes and writes q, 12 M D bytes; backward
-reads its gradient, z and q and writes one, 16 M D; both at the speed of memory. Autograd in PyTorch makes some twenty
-tensors of M D elements on the way.
+Expected of ours: forward reads z and its codes and writes q, 12 M D bytes; backward reads its gradient, z and q and
+writes one, 16 M D; both at the speed of memory. Autograd in PyTorch makes some twenty tensors of M D elements on the
+way.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import OURS, copies, flat, machine, rows, show, table, timings
+from common import OURS, copies, rows, timings
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -99,31 +97,4 @@ def cases(device: str, seconds: float) -> Iterator[list[dict]]:
             times = timings(calls, seconds, device)
             least_bytes = (12 if mode == "forward" else 28) * M * D
             rates = {name: least_bytes / time.seconds * 1e-9 for name, time in times.items() if time.seconds}
-            yield rows(f"{M} x {D}", times, mode, error=errors, rate=rates)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=4.0, help="how long the peers take turns at one shape")
-    parser.add_argument("--threads", type=int, help="threads of every peer (default: torch's)")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    print(f"rotate_to_code, K = {K}, float32, on {machine()}\n")
-    columns = ["M x D", "", "median ms", "GB/s", "time / ours", "largest error / largest gradient"]
-    lines = [
-        [
-            f"{row['case']}, {row['what']}",
-            row["peer"],
-            f"{row['seconds'] * 1e3:.2f}",
-            f"{row['rate']:.1f}",
-            f"{row['ratio']:.2f}",
-            show(row.get("error"), ".0e"),
-        ]
-        for row in flat(cases("cpu", options.seconds))
-    ]
-    print(table(columns, lines))
-
-
-if __name__ == "__main__":
-    main()
+            yield rows(f"{M} x {D}", times, mode, unit="GB/s", error=errors, rate=rates)

@@ -1,22 +1,20 @@
 """Sampling at the FordA shape: 75 tokens of 32 codes, 4 layers 256 wide, 10 steps, decoded to series of 500 samples.
 
-`pytest benchmarks/ --benchmark-only` times a chunk; `python benchmarks/bench_sampling.py` lets the peers take turns and
-prints one Markdown table. The peer is a transcription of the plain sampler: PyTorch's own layers and attention, all
-positions through all layers in every step, two passes for a class even at guidance 1, torch.multinomial, and a loop
-over the rows that masks the least confident tokens.
+The peer is a transcription of the plain sampler: PyTorch's own layers and attention, all positions through all layers
+in every step, two passes for a class even at guidance 1, torch.multinomial, and a loop over the rows that masks the
+least confident tokens.
 
 Expected of ours, a series: 2.17 MFLOP a token and pass for 76 tokens are 1.65 GFLOP in ten steps; the first step falls
 away, the first layer's projections are looked up, and of the last layer three quarters go through masked positions
 alone: 1.24 GFLOP are left.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import OURS, machine, rows, table, timings
+from common import OURS, rows, timings
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -128,33 +126,12 @@ def test_sampling(benchmark, kind, peer):
     benchmark(calls(Models("cpu"), 64, *KINDS[kind], False)[peer])
 
 
-def cases(device: str, seconds: float, series: int | None = None, all_savers: bool = False) -> Iterator[list[dict]]:
+def cases(device: str, seconds: float) -> Iterator[list[dict]]:
     """Called as they are on a GPU: ours brings its own CUDA graph, the plain sampler waits for the GPU."""
-    series = series or (256 if device == "cpu" else 4096)
+    series = 256 if device == "cpu" else 4096
     models = Models(device)
     for kind, (label, guidance) in KINDS.items():
-        peers = {name: [call] for name, call in calls(models, series, label, guidance, all_savers).items()}
+        peers = {name: [call] for name, call in calls(models, series, label, guidance, device == "cpu").items()}
         times = timings(peers, seconds, device, capture=False)
         rates = {name: series / time.seconds for name, time in times.items() if time.seconds}
-        yield rows(f"{series} series, {kind}", times, rate=rates)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
-    parser.add_argument("--rows", type=int, help="series a call [256, or 4096 on a GPU]")
-    parser.add_argument("--seconds", type=float, default=30.0, help="how long the peers of a kind take turns [30]")
-    parser.add_argument("--savers", action="store_true", help="also without each of the work savers")
-    options = parser.parse_args()
-    series = options.rows or (256 if options.device == "cpu" else 4096)
-    print(f"{series} series of the FordA shape, float32, on {machine(options.device)}\n")
-    lines = []
-    for kind, made in zip(KINDS, cases(options.device, options.seconds, series, options.savers), strict=True):
-        for row in made:
-            cells = [kind, row["peer"], f"{row['seconds']:.3f}", f"{row['rate']:.0f}", f"{row['ratio']:.2f}"]
-            lines.append(cells)
-    print(table(["", "", "median s", "series/s", "time / ours"], lines))
-
-
-if __name__ == "__main__":
-    main()
+        yield rows(f"{series} series, {kind}", times, unit="series/s", rate=rates)

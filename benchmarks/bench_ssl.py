@@ -1,12 +1,10 @@
 """The SSL losses against the D x D forms that their authors write: time, memory, and error of the gradient.
 
-`pytest benchmarks/ --benchmark-only` times each alone; `python benchmarks/bench_ssl.py` lets all take turns and prints
-one Markdown table a loss. Operations of forward + backward: 6 N D² (Barlow Twins) or 12 N D² of the D x D forms against
-8 N² D; memory traffic: 120 to 200 D² bytes against 24 N D + 24 N². So at 128 x 4096 operations promise a factor of
-24 to 48, and traffic, which is what eager D x D waits for, more.
+Operations of forward + backward: 6 N D² (Barlow Twins) or 12 N D² of the D x D forms against 8 N² D; memory traffic:
+120 to 200 D² bytes against 24 N D + 24 N². So at 128 x 4096 operations promise a factor of 24 to 48, and traffic, which
+is what eager D x D waits for, more.
 """
 
-import argparse
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -14,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import OURS, Timing, copies, machine, peak_memory, reason, rows, show, table, timings
+from common import OURS, Timing, copies, peak_memory, reason, rows, timings
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -207,40 +205,3 @@ def cases(device: str, seconds: float) -> Iterator[list[dict]]:
     for shape in CUDA_SHAPES if device == "cuda" else SHAPES:
         for name in LOSSES:
             yield measure(name, shape, seconds, device)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long the peers take turns at one time [2]")
-    parser.add_argument("--threads", type=int, help="threads of every peer (default: torch's)")
-    parser.add_argument("--shapes", nargs="+", metavar="NxD", help="default: all")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes or ()]
-    shapes = shapes or (CUDA_SHAPES if arguments.device == "cuda" else SHAPES)
-    print(f"SSL losses, float32, on {machine(arguments.device)}\n")
-    columns = ["N x D", "", "forward ms", "MiB", "forward + backward ms", "MiB", "time / ours", "gradient error"]
-    tables = {}
-    for name in LOSSES:
-        lines = []
-        for shape in shapes:
-            of = {(row["peer"], row["what"]): row for row in measure(name, shape, arguments.seconds, arguments.device)}
-            for peer in dict.fromkeys(peer for peer, _ in of):
-                forward, step = of[peer, "forward"], of[peer, "forward + backward"]
-                if step["seconds"] is None:
-                    print(f"{name}: {peer} is left out: {step['how']}\n")
-                    continue
-                cells = [" x ".join(map(str, shape)), f"{peer} ({step['chosen']})" if peer == OURS else peer]
-                for row in (forward, step):
-                    cells += [f"{row['seconds'] * 1e3:.2f}", f"{row['mib']:.0f}"]
-                lines.append([*cells, f"{step['ratio']:.2f}", show(step["error"], ".0e")])
-                print(" | ".join(lines[-1]), flush=True)
-        tables[name] = table(columns, lines)
-    for name, text in tables.items():
-        print(f"\n{name}\n\n{text}")
-
-
-if __name__ == "__main__":
-    main()

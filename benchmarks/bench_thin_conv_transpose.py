@@ -1,16 +1,14 @@
 """thin_conv_transpose against cuDNN's or oneDNN's transposed convolution, as the last layer of a decoder.
 
-`pytest benchmarks/ --benchmark-only` times each alone; `python benchmarks/bench_thin_conv_transpose.py` lets them take
-turns and prints one Markdown table. Expected of ours on a GPU is the time of its launches, one forward and three
-backward: what it reads and writes is a few MB.
+Expected of ours on a GPU is the time of its launches, one forward and three backward: what it reads and writes is a few
+MB.
 """
 
-import argparse
 from collections.abc import Iterator
 
 import pytest
 import torch
-from common import OURS, copies, flat, machine, rows, show, table, timings
+from common import OURS, copies, rows, timings
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -78,20 +76,3 @@ def cases(device: str, seconds: float) -> Iterator[list[dict]]:
             seeds = range(copies(5 * size, device))
             calls = {name: [Call(name, mode, shape, device, seed) for seed in seeds] for name in PEERS}
             yield rows(" x ".join(map(str, shape)), timings(calls, seconds, device), mode)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long the peers take turns at one case [2]")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options = parser.parse_args()
-    print(f"thin_conv_transpose on {machine(options.device)}\n")
-    lines = [
-        [f"{row['case']}, {row['what']}", row["peer"], show(row["seconds"] and row["seconds"] * 1e6, ".1f"), row["how"]]
-        for row in flat(cases(options.device, options.seconds))
-    ]
-    print(table(["B x groups x C x H x W", "", "median µs", "how"], lines))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,11 @@
-"""One training step of each stage at the paper's FordA configuration, whole and part by part.
+"""One training step of each stage at the paper's FordA configuration, whole and part by part."""
 
-`pytest benchmarks/ --benchmark-only` times the steps; `python benchmarks/bench_training.py` prints a Markdown table of
-the parts, timed in turns in one run.
-"""
-
-import argparse
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
-from common import OURS, Timing, flat, machine, peak_memory, rows, table, timings
+from common import OURS, Timing, peak_memory, rows, timings
 from torch import Tensor
 
 from ncfast.config import make_config
@@ -164,18 +159,3 @@ def how(times: dict[str, Timing], step: Callable) -> dict[str, Timing]:
     if isinstance(step, Step) and step.step.graphs:
         times[OURS] = times[OURS]._replace(how="graph")
     return times
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=30.0, help="how long each stage is timed [30]")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options = parser.parse_args()
-    print(f"{machine(options.device)}\n")
-    made = flat(cases(options.device, options.seconds))
-    lines = [[row["case"], row["what"] or row["peer"], f"{1e3 * row['seconds']:.3g}", row["how"]] for row in made]
-    print(table(["case", "what, forward and backward", "median ms", "timed"], lines))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,21 +1,18 @@
 """unmask_step against plain PyTorch: torch.multinomial and topk, and our reference.
 
-`pytest benchmarks/ --benchmark-only` times each alone; `python benchmarks/bench_unmask_step.py` lets them take turns
-and prints one Markdown table. Expected of ours: it reads the logits once, 4 B n K bytes, and takes about 45 float64
-operations each, so on the CPU and on GPUs it waits for arithmetic, not for memory. A middle step: half the positions
-are masked, a quarter stay so; what is known is not drawn. The reference and multinomial draw all the same.
+Expected of ours: it reads the logits once, 4 B n K bytes, and takes about 45 float64 operations each, so on the CPU and
+on GPUs it waits for arithmetic, not for memory. A middle step: half the positions are masked, a quarter stay so; what
+is known is not drawn. The reference and multinomial draw all the same.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import OURS, copies, flat, machine, rows, table, timings
+from common import OURS, copies, rows, timings
 from torch import Tensor
 
-from ncfast.ops import dispatch, unmask_step
-from ncfast.ops.unmask_step import why_not
+from ncfast.ops import unmask_step
 
 SHAPES = [(256, 75, 32), (256, 256, 1024)]  # B, n, K
 
@@ -72,26 +69,3 @@ def cases(device: str, seconds: float) -> Iterator[list[dict]]:
         seeds = range(copies(4 * B * n * K, device))
         calls = {name: [call(peer, shape, device, seed) for seed in seeds] for name, peer in PEERS.items()}
         yield rows(f"{B} x {n} x {K}", timings(calls, seconds, device))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seconds", type=float, default=4.0, help="how long the peers take turns at one shape")
-    parser.add_argument("--threads", type=int, help="threads of every peer (default: torch's)")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    implementation = dispatch.choose("unmask_step", "auto", why_not(torch.device(options.device)))
-    print(f"unmask_step, float32 logits, {OURS} is {implementation}, on {machine(options.device)}\n")
-    columns = ["B x n x K", "", "median ms", "ns / position", "time / ours"]
-    lines = []
-    for row in flat(cases(options.device, options.seconds)):
-        B, n, _ = map(int, row["case"].split(" x "))
-        cells = [row["case"], row["peer"], f"{row['seconds'] * 1e3:.3f}", f"{1e9 * row['seconds'] / (B * n):.1f}"]
-        lines.append([*cells, f"{row['ratio']:.2f}"])
-    print(table(columns, lines))
-
-
-if __name__ == "__main__":
-    main()

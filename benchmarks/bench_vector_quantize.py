@@ -1,16 +1,14 @@
 """VectorQuantize against vector-quantize-pytorch's: the whole module, time and memory.
 
-`pytest benchmarks/ --benchmark-only` times each alone; `python benchmarks/bench_vector_quantize.py` lets the two take
-turns and prints one Markdown table. Both have the same state, and moving averages go on while they are timed.
+Both have the same state, and moving averages go on while they are timed.
 """
 
-import argparse
 import copy
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import OURS, Timing, copies, machine, peak_memory, rows, table, timings
+from common import OURS, Timing, copies, peak_memory, rows, timings
 from torch import Tensor, nn
 
 from ncfast import VectorQuantize
@@ -106,26 +104,3 @@ def cases(device: str, seconds: float) -> Iterator[list[dict]]:
                 times["original"] = Timing(None, "vector-quantize-pytorch is not installed")
             made += rows(f"{name}: {M} x {K} x {D}", times, mode, mib=memory)
         yield made
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each row [2]")
-    arguments = parser.parse_args()
-    print(f"VectorQuantize, float32, rotation trick, on {machine()}\n")
-    lines = []
-    for made in cases("cpu", arguments.seconds):
-        of = {(row["what"], row["peer"]): row for row in made}
-        for mode in MODES:
-            ours, original = of[mode, OURS], of[mode, "original"]
-            line = [ours["case"], mode, f"{1e3 * ours['seconds']:.2f}", f"{ours['mib']:.0f}"]
-            if original["seconds"]:
-                line += [f"{1e3 * original['seconds']:.1f}", f"{original['mib']:.0f}", f"{original['ratio']:.1f}"]
-            lines.append(line)
-            print(" | ".join(line), flush=True)
-    columns = ["M x K x D", "what", "ncfast ms", "MiB", "original ms", "MiB", "original / ncfast"]
-    print("\n" + table(columns[: len(lines[0])], lines))
-
-
-if __name__ == "__main__":
-    main()

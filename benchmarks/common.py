@@ -1,7 +1,7 @@
 """What the benchmark files share: timing that alternates between peers, rows, a Markdown table, the machine in words.
 
-Each `bench_<name>.py` has `cases(device, seconds)`, which yields the rows of one case after the other as dicts; its own
-tables are made of them, and so is the JSON of `gpu.py`.
+Each `bench_<name>.py` has `cases(device, seconds)`, which yields the rows of one case after the other as dicts, and
+`run.py` makes its table and its JSON of them. `pytest benchmarks/ --benchmark-only` times each peer alone.
 """
 
 import ctypes
@@ -136,13 +136,15 @@ def reason(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:150]
 
 
-def rows(case: str, times: dict[str, Timing], what: str = "", **more: dict[str, object]) -> list[dict]:
-    """One row a peer. `more`: columns that some peers have, such as `rate`, `mib` and `error`, by peer."""
+def rows(
+    case: str, times: dict[str, Timing], what: str = "", unit: str = "GFLOP/s", **more: dict[str, object]
+) -> list[dict]:
+    """One row a peer. `more`: columns that some peers have, by peer: `rate` in `unit`, `mib`, `error`."""
     ours = times[OURS].seconds if OURS in times else None
     made = []
     for name, (seconds, how) in times.items():
         ratio = seconds / ours if seconds and ours else None
-        row = {"case": case, "what": what, "peer": name, "seconds": seconds, "ratio": ratio, "how": how}
+        row = {"case": case, "what": what, "peer": name, "seconds": seconds, "ratio": ratio, "how": how, "unit": unit}
         made.append(row | {column: values[name] for column, values in more.items() if name in values})
     return made
 

@@ -1,8 +1,10 @@
-"""Every GPU test and benchmark in one command, `make gpu`: one JSON, and one Markdown table made of it.
+"""Runs benchmarks, all or those that are named, and prints one Markdown table; `make gpu` runs all on a GPU.
 
-Each benchmark runs in a process of its own, so that a crash loses no other, and has a share of `--minutes`: it stops
-before the case that would not fit in. Peers that are installed take part; of the others the reason is in their rows.
-Exit codes: 0; 1 when a test or a benchmark failed, the rest having run; 2 without a GPU.
+    python benchmarks/run.py nearest_code vector_quantize --seconds 4
+
+Each benchmark runs in its own process, so that a crash loses no other. With `--minutes` it has a share of that time and
+stops before the case that would not fit in. Peers that are installed take part; of the others the reason is in their
+rows. Exit codes: 0; 1 when a test or a benchmark failed, the rest having run; 2 for a wrong argument or without a GPU.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
-from common import OURS, machine, show, table
+from common import OURS, fma_peak, machine, show, table
 
 from ncfast.cli.parser import Parser, run
 from ncfast.engine.checkpoint import atomic_path, read_json, write_json
@@ -50,18 +52,20 @@ BENCHMARKS = {
 PACKAGES = ("triton", "vector-quantize-pytorch", "flash-kmeans", "lightly", "numpy")
 TEST_PROCESSES = 14
 LEAST_SHARE = 8.0  # seconds kept for each benchmark, however long those before it took: compiling, a first case
+NO_LIMIT = 1e6  # minutes
 GRACE = 30.0  # seconds that a process may take beyond its share
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="benchmarks/gpu.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu is for trying this out [cuda]")
-    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the table goes beside it [gpu.json]")
-    parser.add_argument("--minutes", type=float, default=5.5, help="for everything that is asked for [5.5]")
-    parser.add_argument("--seconds", type=float, default=0.3, help="how long the peers of a case take turns [0.3]")
-    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    parser = Parser(prog="benchmarks/run.py", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} [all]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[cpu]")
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long the peers of a case take turns [2]")
+    parser.add_argument("--threads", type=int, help="of every peer [torch's]")
+    parser.add_argument("--minutes", type=float, help="for everything that is asked for [no limit]")
+    parser.add_argument("--out", type=Path, help="a JSON file for the rows; the table goes beside it [only printed]")
     parser.add_argument(
-        "--tests", action="store_true", help="first run the tests marked gpu, for half the time at most"
+        "--tests", action="store_true", help="first run the tests marked gpu, for half of --minutes at most"
     )
     parser.add_argument("--check", action="store_true", help="only say whether there is a GPU")
     parser.add_argument("--worker", metavar="NAME", help=argparse.SUPPRESS)
@@ -70,42 +74,50 @@ def make_parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
+    if (options.device == "cuda" or options.check or options.tests) and not torch.cuda.is_available():
         cuda = f"CUDA {torch.version.cuda}, but sees no device" if torch.version.cuda else "no CUDA"
-        raise UserError(f"make gpu needs an NVIDIA GPU and a CUDA build of torch; torch {torch.__version__} has {cuda}")
+        raise UserError(f"--device cuda needs an NVIDIA GPU and torch with CUDA; torch {torch.__version__} has {cuda}")
+    for name in options.names:
+        if name not in BENCHMARKS:
+            raise UserError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
     if options.check:
         return
     if options.worker:
         work(options.worker, options)
         return
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    end = begin + 60 * options.minutes
-    report = facts(options)
+    minutes = options.minutes or NO_LIMIT
+    report = provenance(options)
     if options.tests:
-        report["tests"] = run_tests(begin + 30 * options.minutes)
+        report["tests"] = run_tests(begin + 30 * minutes)
         write_report(options.out, report)
-    names = options.only or list(BENCHMARKS)
+    names = options.names or list(BENCHMARKS)
     with contextlib.ExitStack() as ends:
-        following = ends.enter_context(Worker(names[0], options))
+        workers = (ends.enter_context(Worker(name, options)) for name in names)
+        following = next(workers)
         for i, name in enumerate(names):
             worker = following
-            if i + 1 < len(names):
-                following = ends.enter_context(Worker(names[i + 1], options))
-            seconds = share(names[i:], end - time.monotonic())
-            print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+            # The imports of the next one take no time of a GPU, but they would disturb a timing on a CPU.
+            following = next(workers, None) if options.device == "cuda" else None
+            seconds = share(names[i:], begin + 60 * minutes - time.monotonic())
+            limit = f"{seconds:.0f} s" if options.minutes else "all cases"
+            print(f"{name}: {limit}", file=sys.stderr, flush=True)
             report["rows"] += worker.measure(seconds, seconds + GRACE)
             report["seconds"] = round(time.monotonic() - begin, 1)
             write_report(options.out, report)  # after each: what is measured stays, whatever happens next
+            following = following or next(workers, None)
     print(markdown(report))
     if failures(report):
         sys.exit(1)
 
 
-def facts(options: argparse.Namespace) -> dict:
+def provenance(options: argparse.Namespace) -> dict:
     """What the figures depend on."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
     return {
         "machine": machine(options.device),
+        "fma_peak": fma_peak() if options.device == "cpu" else None,
         "cores": os.cpu_count(),
         "platform": platform.platform(),
         "versions": {"ncfast": __version__, "python": platform.python_version(), "torch": torch.__version__}
@@ -143,6 +155,8 @@ def work(name: str, options: argparse.Namespace) -> None:
     It imports what it needs, then waits for its turn: a line with its share in seconds.
     """
     benchmark = importlib.import_module(f"bench_{name}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
     line = sys.stdin.readline()
     if not line:
         return
@@ -172,6 +186,7 @@ class Worker:
         self.log = Path(self.folder.name) / "log"
         command = [sys.executable, __file__, "--worker", self.name, "--device", self.options.device]
         command += ["--seconds", str(self.options.seconds), "--out", str(self.out)]
+        command += ["--threads", str(self.options.threads)] if self.options.threads else []
         self.process = start(command, self.log, stdin=subprocess.PIPE)
         return self
 
@@ -284,7 +299,10 @@ def failures(report: dict) -> list[str]:
     return failed + [f"{row['benchmark']}: {row['failed']}" for row in report["rows"] if "failed" in row]
 
 
-def write_report(out: Path, report: dict) -> None:
+def write_report(out: Path | None, report: dict) -> None:
+    if out is None:
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, report)
     with atomic_path(out.with_suffix(".md")) as temporary:
         temporary.write_text(markdown(report) + "\n")
@@ -299,12 +317,14 @@ def markdown(report: dict) -> str:
         counts = f"{tests['passed']} passed, {len(tests['failed'])} failed, {tests['skipped']} skipped"
         lines.append(f"GPU tests: {counts} in {tests['seconds']:.0f} s")
     lines += [f"- failed: {what}" for what in failures(report)]
-    columns = ["benchmark", "case", "what", "peer", "median ms", "time / ours", "peak MiB", "error", "timed"]
+    if report["fma_peak"]:
+        lines.append(f"multiply-adds at most {report['fma_peak']:.0f} GFLOP/s")
+    columns = ["benchmark", "case", "what", "peer", "median ms", "time / ours", "rate", "peak MiB", "error", "timed"]
     made = table(columns, [[cell.replace("|", "\\|") for cell in cells(row)] for row in report["rows"]]).splitlines()
-    made[1] = "|" + " --- |" * 4 + " ---: |" * 4 + " --- |"
+    made[1] = "|" + " --- |" * 4 + " ---: |" * 5 + " --- |"
     legend = (
-        "timed: in CUDA graphs with inputs that take turns, unless it says eager, and why. "
-        "error: against float64, as the benchmark's own table says; of nearest_code the rows that differ."
+        "timed: on a GPU in CUDA graphs with inputs that take turns, unless it says eager, and why. "
+        "error: against float64, relative to the largest value or norm; of nearest_code the rows that differ."
     )
     return "\n\n".join(["\n".join(lines), "\n".join(made), legend])
 
@@ -312,7 +332,7 @@ def markdown(report: dict) -> str:
 def cells(row: dict) -> list[str]:
     if "failed" in row or "note" in row:
         said = f"FAILED: {row['failed']}" if "failed" in row else row["note"]
-        return [row["benchmark"], said, *[""] * 7]
+        return [row["benchmark"], said, *[""] * 8]
     error = row.get("error")
     return [
         row["benchmark"],
@@ -321,6 +341,7 @@ def cells(row: dict) -> list[str]:
         row["peer"],
         show(row["seconds"] and row["seconds"] * 1e3, ".4g"),
         show(row["ratio"], ".2f"),
+        f"{row['rate']:.3g} {row['unit']}" if "rate" in row else "-",
         show(row.get("mib"), ".0f"),
         str(error) if isinstance(error, int) else show(error, ".0e"),
         row["how"],
