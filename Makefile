@@ -2,6 +2,7 @@
 # make test   venv, install, all tests, a process for each core
 # make bench  the benchmark tables
 # make lint   ruff and clang-format
+# make docs   the documentation site -> build/site/index.html; a warning is an error
 # make sanitize  the C++ operations under AddressSanitizer and UndefinedBehaviorSanitizer, about three minutes on two cores
 # make sanitize-gpu  the operations on a GPU under compute-sanitizer: memcheck, racecheck
 # make gpu    on a GPU machine, with its own Python and no network: build, GPU tests, GPU benchmarks -> gpu.json, gpu.md
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu sanitize sanitize-gpu lint clean
+.PHONY: demo test bench gpu sanitize sanitize-gpu lint docs clean
 
 demo: $(VENV)/demo.stamp
 	rm -rf runs/demo
@@ -60,6 +61,11 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
+# It reads the sources and imports no torch, so that nothing has to be built first.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site: build/site/index.html"
+
 clean:
 	rm -rf build ncfast.egg-info ncfast/_C* ncfast/_build.json $(VENV)
 
@@ -80,4 +86,9 @@ $(VENV)/sanitize.stamp: $(VENV)/test.stamp
 
 $(VENV)/lint.stamp: $(BIN)/python pyproject.toml
 	$(INSTALL) ruff clang-format
+	touch $@
+
+# ruff formats the signatures.
+$(VENV)/docs.stamp: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@

@@ -92,7 +92,9 @@ class NCVQVAE(TrainedModel):
     ) -> Iterator[Batch]:
         """As `sample`, `batch_size` series at a time (None: as they come), with token grids and class indices.
 
-        decode: False leaves out the decoder: the batches have tokens and no series.
+        Args:
+            batch_size: of the batches; the last may be smaller.
+            decode: False leaves out the decoder: the batches have tokens and no series.
         """
         drawing, n = self.drawing(n, labels, seed, context=context, mask=mask, decode=decode, **sampling)
         return drawing.batches(n, start, batch_size)
