@@ -334,15 +334,15 @@ def test_triton_kernels_compile_offline(tmp_path):
         flags = {"THEN": not pad, "PAD": pad}
         copies = {"COPIES_H": 2, "COPIES_W": 2}
         jobs += [
-            ("statistics_kernel", types, {**plan.blocks, "RESIDUAL": not pad}),
-            ("backward_sums_kernel", types, {**plan.blocks, **flags, **copies}),
-            ("merge_kernel", types, {"SUMS": pad, "BLOCK_S": plan.block_s, "BLOCK_C": 16, "num_warps": 4}),
+            ("batch_norm_statistics_kernel", types, {**plan.blocks, "RESIDUAL": not pad}),
+            ("batch_norm_backward_sums_kernel", types, {**plan.blocks, **flags, **copies}),
+            ("batch_norm_merge_kernel", types, {"SUMS": pad, "BLOCK_S": plan.block_s, "BLOCK_C": 16, "num_warps": 4}),
         ]
         for processes, parts in ((0, plan.block_s), (2, 2)):
             merged = {**plan.blocks, **flags, "PROCESSES": processes, "BLOCK_S": parts}
             jobs += [
-                ("apply_kernel", types, {**merged, "RUNNING": True}),
-                ("backward_apply_kernel", types, {**merged, **copies}),
+                ("batch_norm_apply_kernel", types, {**merged, "RUNNING": True}),
+                ("batch_norm_backward_apply_kernel", types, {**merged, **copies}),
             ]
     used = compile_offline("ncfast.ops.triton.batch_norm", jobs, tmp_path)
     assert all(each["stack"] == 0 for each in used)  # all in registers

@@ -253,7 +253,11 @@ def test_triton_kernels_compile_offline(tmp_path):
 
     blocks = {**sum_blocks(64), "CHUNK": CHUNK}
     types = {"keys": "*i32", "order": "*i64", "bounds": "*i64", "partials": "*fp32", "counts": "*fp32", "sums": "*fp32"}
-    jobs = [(name, {**types, "z": z}, blocks) for z in ("*fp32", "*bf16") for name in ("chunk_kernel", "code_kernel")]
+    jobs = [
+        (name, {**types, "z": z}, blocks)
+        for z in ("*fp32", "*bf16")
+        for name in ("code_stats_chunk_kernel", "code_stats_kernel")
+    ]
     compile_offline("ncfast.ops.triton.code_stats", jobs, tmp_path)
 
 

@@ -400,7 +400,7 @@ def test_triton_kernels_compile_offline(tmp_path, capability):
         backward = {name: value for name, value in absent.items() if name not in ("bias", "residual")}
         forward |= {"GELU": "gelu" in parts, **shared, **forward_blocks(N, K, dtype, large)}
         backward |= shared | backward_blocks(N, K, dtype, "norm" in parts, large)
-        jobs += [("forward_kernel", types, forward), ("backward_kernel", types, backward)]
+        jobs += [("fused_linear_kernel", types, forward), ("fused_linear_backward_kernel", types, backward)]
     used = compile_offline("ncfast.ops.triton.fused_linear", jobs, tmp_path, capability)
     for job, of in zip(jobs, used, strict=True):
         assert of["shared"] <= (227 << 10 if large else LEAST_SHARED_MEMORY), job

@@ -374,7 +374,7 @@ def test_triton_kernels_compile_offline(tmp_path):
     from ncfast.ops.triton.iter_norm import blocks
 
     types = dict.fromkeys(("x", "y", "saved", "matrices", "grad_y", "grad_x", "grad_mean"), "*fp32") | {"eps": "fp32"}
-    jobs = [("forward_kernel", types, blocks(64)), ("backward_kernel", types, blocks(64))]
+    jobs = [("iter_norm_kernel", types, blocks(64)), ("iter_norm_backward_kernel", types, blocks(64))]
     compile_offline("ncfast.ops.triton.iter_norm", jobs, tmp_path)
 
 

@@ -231,8 +231,8 @@ def test_triton_kernels_compile_offline(tmp_path):
     for dtype, D, gelu in itertools.product(("*fp32", "*bf16"), (64, 100, MAX_COLUMNS), (False, True)):
         tensors = types | dict.fromkeys(("x", "y", "grad_y", "grad_x"), dtype)
         constants = {"D": D, "GELU": gelu} | ({} if gelu else {"add": None})
-        jobs.append(("forward_kernel", tensors, constants | blocks(D, FORWARD_WARPS)))
-        jobs.append(("backward_kernel", tensors, constants | blocks(D, BACKWARD_WARPS)))
+        jobs.append(("layer_norm_kernel", tensors, constants | blocks(D, FORWARD_WARPS)))
+        jobs.append(("layer_norm_backward_kernel", tensors, constants | blocks(D, BACKWARD_WARPS)))
     used = compile_offline("ncfast.ops.triton.layer_norm", jobs, tmp_path)
     for job, of in zip(jobs, used, strict=True):
         assert of["stack"] == 0, job

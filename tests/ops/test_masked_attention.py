@@ -359,7 +359,7 @@ def test_triton_kernels_compile_offline(tmp_path):
     for dtype, learned in ((torch.bfloat16, 0), (torch.bfloat16, 1), (torch.float32, 0)):
         typed = types | dict.fromkeys(("qkv", "out", "grad_out", "grad_qkv"), TRITON_TYPES[dtype])
         flags = everything if learned else dict.fromkeys(everything, 0)
-        for kernel, backward in (("forward_kernel", False), ("backward_kernel", True)):
+        for kernel, backward in (("masked_attention_kernel", False), ("masked_attention_backward_kernel", True)):
             jobs.append(
                 (kernel, typed, {"H": 2, "d": d, **flags, **blocks(S, d, dtype, backward=backward, plain=not learned)})
             )

@@ -23,9 +23,9 @@ from ncfast.ops.triton import nearest_code as kernels
 types = {"z": sys.argv[1], "codebook": "*fp32", "half_squares": "*fp32", "indices": "*i64", "num_codes": "i64"}
 types |= {"M": "i32", "K": "i32", "D": "i32", "rounding": "fp32", "underflow": "fp32"}
 for kernel, blocks in (
-    (kernels.half_square_kernel, kernels.HALF_SQUARE_BLOCKS),
-    (kernels.score_kernel, kernels.SCORE_BLOCKS),
-    (kernels.rescore_kernel, kernels.RESCORE_BLOCKS),
+    (kernels.nearest_code_half_square_kernel, kernels.HALF_SQUARE_BLOCKS),
+    (kernels.nearest_code_score_kernel, kernels.SCORE_BLOCKS),
+    (kernels.nearest_code_rescore_kernel, kernels.RESCORE_BLOCKS),
 ):
     constants = {name: value for name, value in blocks.items() if name in kernel.arg_names}
     options = {name: value for name, value in blocks.items() if name not in kernel.arg_names}
@@ -48,7 +48,8 @@ def test_triton_kernels_compile_offline(z, tmp_path):
     # The error bound holds for float32 products, not for TF32, and for sums that keep their subnormals.
     facts = [line.split() for line in done.stdout.splitlines()]
     assert facts == [
-        [name, "True", "False", "False"] for name in ("half_square_kernel", "score_kernel", "rescore_kernel")
+        [name, "True", "False", "False"]
+        for name in ("nearest_code_half_square_kernel", "nearest_code_score_kernel", "nearest_code_rescore_kernel")
     ]
 
 

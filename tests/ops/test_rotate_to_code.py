@@ -546,11 +546,11 @@ def test_triton_kernels_compile_offline(tmp_path):
 
     types = {"codebook": "*fp32", "indices": "*i64", "errors": "*fp32", "used_rows": "*i32"}
     types |= {"loss": "*fp32", "grad_loss": "*fp32", "inverse_count": "*fp32"}
-    jobs = [("loss_kernel", types, LOSS_BLOCKS)]
+    jobs = [("rotate_to_code_loss_kernel", types, LOSS_BLOCKS)]
     for dtype, D, rotate in (("*fp32", 64, 1), ("*bf16", 3000, 1), ("*fp16", 64, 0)):
         typed = types | dict.fromkeys(("z", "q", "grad_q", "grad_z"), dtype)
         blocks = {**row_blocks(D), "ROTATE": rotate, "ONE_TILE": int(D <= 1024)}
-        jobs += [("forward_kernel", typed, row_blocks(D)), ("backward_kernel", typed, blocks)]
+        jobs += [("rotate_to_code_kernel", typed, row_blocks(D)), ("rotate_to_code_backward_kernel", typed, blocks)]
     compile_offline("ncfast.ops.triton.rotate_to_code", jobs, tmp_path)
 
 

@@ -227,10 +227,10 @@ def test_triton_kernels_compile_offline(tmp_path):
     for Cin, Cout in ((2, 2), (4, 4), (MOST_CHANNELS, MOST_CHANNELS)):
         channels = {"CIN": Cin, "COUT": Cout}
         jobs += [
-            ("forward_kernel", types, {**POSITIONS, **channels, "BIAS": True}),
-            ("grad_x_kernel", types, {**POSITIONS, **channels}),
-            ("sums_kernel", types, {**SUMS, **channels}),
-            ("merge_kernel", types, {**MERGE, **channels}),
+            ("thin_conv_transpose_kernel", types, {**POSITIONS, **channels, "BIAS": True}),
+            ("thin_conv_transpose_grad_x_kernel", types, {**POSITIONS, **channels}),
+            ("thin_conv_transpose_sums_kernel", types, {**SUMS, **channels}),
+            ("thin_conv_transpose_merge_kernel", types, {**MERGE, **channels}),
         ]
     used = compile_offline("ncfast.ops.triton.thin_conv_transpose", jobs, tmp_path)
     assert all(each["stack"] == 0 for each in used)  # all in registers

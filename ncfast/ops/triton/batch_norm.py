@@ -79,7 +79,7 @@ def batch_norm_triton(
             launch_statistics(plan, x, residual, h, partials, rows)
         if exchange is not None:
             messages = exchange(message_of(plan, partials, views, rows, C))
-        apply_kernel[plan.apply_grid(out_rows)](
+        batch_norm_apply_kernel[plan.apply_grid(out_rows)](
             x if residual is None else h,
             partials if messages is None else messages,
             weight,
@@ -113,7 +113,7 @@ def batch_norm_triton(
 
 def launch_statistics(plan: "Plan", x: Tensor, residual: Tensor | None, h: Tensor, partials: Tensor, rows: int) -> None:
     """Fills partials, and h if there is a residual. To be called within torch.cuda.device_of(x)."""
-    statistics_kernel[plan.reduce_grid](
+    batch_norm_statistics_kernel[plan.reduce_grid](
         x,
         x if residual is None else residual,
         x if residual is None else h,
@@ -141,7 +141,7 @@ def message_of(
         return torch.zeros(1 + views * 2 * C, dtype=torch.float32, device=partials.device)
     message = torch.empty(1 + views * 2 * C, dtype=torch.float32, device=partials.device)
     grad_weight, grad_bias = gradients or (message, message)
-    merge_kernel[(triton.cdiv(C, MERGED_CHANNELS),)](
+    batch_norm_merge_kernel[(triton.cdiv(C, MERGED_CHANNELS),)](
         partials,
         message,
         grad_weight,
@@ -191,14 +191,14 @@ def batch_norm_backward_triton(
     messages = None
     with torch.cuda.device_of(h):
         if rows > 0:
-            backward_sums_kernel[plan.reduce_grid](
+            batch_norm_backward_sums_kernel[plan.reduce_grid](
                 *inputs, partials, rows, H, W, C, plan.split, *slopes, *flags, **plan.blocks
             )
         if exchange is not None:
             messages = exchange(message_of(plan, partials, views, rows, C, (grad_weight, grad_bias)))
             if rows == 0:
                 return
-        backward_apply_kernel[plan.apply_grid(rows)](
+        batch_norm_backward_apply_kernel[plan.apply_grid(rows)](
             *inputs,
             partials if messages is None else messages,
             grad_h,
@@ -248,7 +248,7 @@ class Plan:
 
 
 @triton.jit(do_not_specialize=["rows", "split"])
-def statistics_kernel(
+def batch_norm_statistics_kernel(
     x,  # [views * rows, C], as residual and h
     residual,
     h,
@@ -316,7 +316,7 @@ def view_statistics(partials, view, rows, split, c, C, BLOCK_S: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["views", "rows", "split"])
-def merge_kernel(
+def batch_norm_merge_kernel(
     partials,  # [views, 2, splits, C]
     message,  # [1 + views * 2 * C]
     grad_weight,  # [C]
@@ -394,7 +394,7 @@ def leaky(value, slope):
 
 
 @triton.jit(do_not_specialize=["views", "rows", "out_rows", "H", "W", "split", "tiles"])
-def apply_kernel(
+def batch_norm_apply_kernel(
     h,  # [views * rows, C]
     parts,  # partials [views, 2, splits, C], or messages [processes, 1 + views * 2 * C]
     weight,  # [C]
@@ -536,7 +536,7 @@ def load_vectors(saved, weight, bias, view, c, C):  # [views, 2, C], [C] each
 
 
 @triton.jit(do_not_specialize=["rows", "H", "W", "split"])
-def backward_sums_kernel(
+def batch_norm_backward_sums_kernel(
     grad_y,  # [views * out_rows, C]
     grad_activated,  # [views * rows, C], as h
     h,
@@ -605,14 +605,14 @@ def view_sums(partials, view, rows, split, c, C, BLOCK_S: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["views", "rows", "H", "W", "split", "tiles"])
-def backward_apply_kernel(
+def batch_norm_backward_apply_kernel(
     grad_y,  # [views * out_rows, C]
     grad_activated,  # [views * rows, C], as h and grad_h
     h,
     saved,  # [views, 2, C]
     weight,  # [C], as bias and their gradients
     bias,
-    parts,  # as of apply_kernel
+    parts,  # as of batch_norm_apply_kernel
     grad_h,
     grad_weight,
     grad_bias,

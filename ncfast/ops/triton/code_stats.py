@@ -27,8 +27,10 @@ def code_stats_triton(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tenso
     partials = torch.empty(H, chunks, 2, D, dtype=torch.float32, device=z.device)
     with torch.cuda.device_of(z):
         if M > CHUNK:
-            chunk_kernel[(H * chunks, d_blocks)](z, keys, order, bounds, partials, M, K, D, CHUNK=CHUNK, **blocks)
-        code_kernel[(H * K, d_blocks)](z, order, bounds, partials, counts, sums, M, K, D, CHUNK=CHUNK, **blocks)
+            code_stats_chunk_kernel[(H * chunks, d_blocks)](
+                z, keys, order, bounds, partials, M, K, D, CHUNK=CHUNK, **blocks
+            )
+        code_stats_kernel[(H * K, d_blocks)](z, order, bounds, partials, counts, sums, M, K, D, CHUNK=CHUNK, **blocks)
     return counts, sums
 
 
@@ -43,7 +45,7 @@ def sum_blocks(D: int) -> dict:
 
 
 @triton.jit
-def sum_of_rows(
+def sum_chunk(
     z,  # [M, D]
     order,  # [M]
     begin,
@@ -64,7 +66,7 @@ def sum_of_rows(
 
 
 @triton.jit(do_not_specialize=["M", "K"])
-def chunk_kernel(
+def code_stats_chunk_kernel(
     z,  # [H, M, D]
     keys,  # [H, M], sorted
     order,  # [H, M]: the row of each sorted key
@@ -96,18 +98,18 @@ def chunk_kernel(
     if (first >= 0) & (first < K):
         code_begin, code_end = tl.load(bounds + first), tl.load(bounds + first + 1)
         if code_end - code_begin > CHUNK:
-            total = sum_of_rows(z, order, begin, tl.minimum(end, code_end), d, D, BLOCK_M, BLOCK_D)
+            total = sum_chunk(z, order, begin, tl.minimum(end, code_end), d, D, BLOCK_M, BLOCK_D)
             tl.store(partials + d, total, mask=d < D)
     last = tl.load(keys + end - 1)
     if (last > first) & (last >= 0) & (last < K):
         code_begin, code_end = tl.load(bounds + last), tl.load(bounds + last + 1)
         if code_end - code_begin > CHUNK:
-            total = sum_of_rows(z, order, code_begin, end, d, D, BLOCK_M, BLOCK_D)
+            total = sum_chunk(z, order, code_begin, end, d, D, BLOCK_M, BLOCK_D)
             tl.store(partials + D + d, total, mask=d < D)
 
 
 @triton.jit(do_not_specialize=["M", "K"])
-def code_kernel(
+def code_stats_kernel(
     z,  # [H, M, D]
     order,  # [H, M]
     bounds,  # [H, K + 1]
@@ -132,7 +134,7 @@ def code_kernel(
     sums += (head * K + code) * D
 
     if end - begin <= CHUNK:
-        total = sum_of_rows(z + head * M * D, order + head * M, begin, end, d, D, BLOCK_M, BLOCK_D)
+        total = sum_chunk(z + head * M * D, order + head * M, begin, end, d, D, BLOCK_M, BLOCK_D)
         tl.store(sums + d, total, mask=d < D)
     else:
         partials += head * tl.cdiv(M, CHUNK) * 2 * D

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ncfast.ops.triton.tiles import load_tile
+
 # `saved` is these of each view [2, ROWS, D], then K of each view [2, N, N].
 MEAN = tl.constexpr(0)  # of z - z[0]: how far columns lie from the origin then costs them no digits
 INVERSE = tl.constexpr(1)  # S = (z - z[0] - MEAN) INVERSE
@@ -112,16 +114,9 @@ def backward_blocks(N: int) -> dict:
 
 
 @triton.jit
-def load_rows(z, row, d, N, D):
-    """z[row, d] [BLOCK_M, BLOCK_D], zeros outside."""
-    mask = (row < N)[:, None] & (d < D)[None, :]
-    return tl.load(z + row.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def standardise_rows(z, row, d, origin, mean, inverse, N, D):
     """S [BLOCK_M, BLOCK_D], zeros in rows outside."""
-    centred = (load_rows(z, row, d, N, D) - origin[None, :]) - mean[None, :]
+    centred = (load_tile(z, row, d, N, D) - origin[None, :]) - mean[None, :]
     return tl.where((row < N)[:, None], centred * inverse[None, :], 0.0)
 
 
@@ -136,7 +131,7 @@ def store_column(saved, view, which, value, d, D):
 
 
 @triton.jit
-def sum_of_rows(tile):
+def sum_rows(tile):
     return tl.sum(tile.to(tl.float64), axis=0)
 
 
@@ -162,17 +157,17 @@ def column_moments(
     for first in range(0, N, BLOCK_M):
         row = first + tl.arange(0, BLOCK_M)
         inside = (row < N)[:, None]
-        sum_a += tl.where(inside, load_rows(za, row, d, N, D) - origin_a[None, :], 0.0)
-        sum_b += tl.where(inside, load_rows(zb, row, d, N, D) - origin_b[None, :], 0.0)
-    mean_a = (sum_of_rows(sum_a) / N).to(tl.float32)
-    mean_b = (sum_of_rows(sum_b) / N).to(tl.float32)
+        sum_a += tl.where(inside, load_tile(za, row, d, N, D) - origin_a[None, :], 0.0)
+        sum_b += tl.where(inside, load_tile(zb, row, d, N, D) - origin_b[None, :], 0.0)
+    mean_a = (sum_rows(sum_a) / N).to(tl.float32)
+    mean_b = (sum_rows(sum_b) / N).to(tl.float32)
 
     rest_a = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     rest_b, square_a, square_b, product, difference = rest_a, rest_a, rest_a, rest_a, rest_a
     for first in range(0, N, BLOCK_M):
         row = first + tl.arange(0, BLOCK_M)
         inside = (row < N)[:, None]
-        a, b = load_rows(za, row, d, N, D), load_rows(zb, row, d, N, D)
+        a, b = load_tile(za, row, d, N, D), load_tile(zb, row, d, N, D)
         difference += (a - b) * (a - b)
         a = tl.where(inside, (a - origin_a[None, :]) - mean_a[None, :], 0.0)
         b = tl.where(inside, (b - origin_b[None, :]) - mean_b[None, :], 0.0)
@@ -182,13 +177,13 @@ def column_moments(
         square_b += b * b
         product += a * b
     # What rounding left of the mean.
-    left_a, left_b = sum_of_rows(rest_a) / N, sum_of_rows(rest_b) / N
-    squares_a = sum_of_rows(square_a) - N * left_a * left_a
-    squares_b = sum_of_rows(square_b) - N * left_b * left_b
+    left_a, left_b = sum_rows(rest_a) / N, sum_rows(rest_b) / N
+    squares_a = sum_rows(square_a) - N * left_a * left_a
+    squares_b = sum_rows(square_b) - N * left_b * left_b
     # Rounding can make the least of squares negative. Not tl.maximum, which would lose a NaN.
     squares_a, squares_b = tl.where(squares_a < 0, 0.0, squares_a), tl.where(squares_b < 0, 0.0, squares_b)
-    products = sum_of_rows(product) - N * left_a * left_b
-    return mean_a + left_a, mean_b + left_b, squares_a, squares_b, products, sum_of_rows(difference)
+    products = sum_rows(product) - N * left_a * left_b
+    return mean_a + left_a, mean_b + left_b, squares_a, squares_b, products, sum_rows(difference)
 
 
 @triton.jit
@@ -333,7 +328,7 @@ def gram_times_columns(
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first in range(0, N, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
-        k = load_rows(gram, row, column, N, N)
+        k = load_tile(gram, row, column, N, N)
         s = standardise_rows(z, column, d, origin, mean, inverse, N, D)
         total = tl.dot(k, s, total, input_precision="ieee")
     return total
@@ -365,7 +360,7 @@ def combine(
     if CROSS:
         third = standardise_rows(other, row, d, other_origin, other_mean, other_inverse, N, D)
     else:
-        third = load_rows(z, row, d, N, D) - load_rows(other, row, d, N, D)
+        third = load_tile(z, row, d, N, D) - load_tile(other, row, d, N, D)
     gradient = of_product[None, :] * product + of_own[None, :] * s + of_third[None, :] * third
     mask = (row < N)[:, None] & (d < D)[None, :]
     tl.store(grad + row.to(tl.int64)[:, None] * D + d[None, :], gradient, mask=mask)
@@ -444,7 +439,7 @@ def gram_backward_kernel(
         for first in range(0, N, BLOCK_M):
             row = first + tl.arange(0, BLOCK_M)
             combine(
-                load_rows(grad, row, d, N, D),
+                load_tile(grad, row, d, N, D),
                 z,
                 other,
                 grad,

@@ -14,7 +14,7 @@ def iter_norm_triton(x: Tensor, groups: int, iterations: int, eps: float) -> tup
         tile = blocks(d)
         matrices = x.new_empty(groups, 3, tile["BLOCK_D"], tile["BLOCK_D"])
         with torch.cuda.device_of(x):
-            forward_kernel[(groups,)](x, y, saved, matrices, N, D, d, iterations, eps, **tile)
+            iter_norm_kernel[(groups,)](x, y, saved, matrices, N, D, d, iterations, eps, **tile)
     return y, saved
 
 
@@ -27,7 +27,9 @@ def iter_norm_backward_triton(grad_y: Tensor, x: Tensor, saved: Tensor, groups: 
         matrices = x.new_empty(groups, 7, tile["BLOCK_D"], tile["BLOCK_D"])
         grad_mean = x.new_empty(groups, 2, d)
         with torch.cuda.device_of(x):
-            backward_kernel[(groups,)](grad_y, x, saved, grad_x, matrices, grad_mean, N, D, d, iterations, **tile)
+            iter_norm_backward_kernel[(groups,)](
+                grad_y, x, saved, grad_x, matrices, grad_mean, N, D, d, iterations, **tile
+            )
     return grad_x
 
 
@@ -90,7 +92,7 @@ def step_change(a, da, w, dw, d, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_rows(x, rows, i, N, D, d):  # x [N, D]
+def load_group(x, rows, i, N, D, d):  # x [N, D]
     mask = (rows < N)[:, None] & (i < d)[None, :]
     return tl.load(x + rows.to(tl.int64)[:, None] * D + i[None, :], mask=mask, other=0.0)
 
@@ -99,7 +101,7 @@ def load_rows(x, rows, i, N, D, d):  # x [N, D]
 def load_centred(x, mean, rows, i, N, D, d):  # x [N, D], mean [2, d]
     """The rows without both parts of their mean, and zeros behind the last row."""
     shift, rest = tl.load(mean + i, mask=i < d, other=0.0), tl.load(mean + d + i, mask=i < d, other=0.0)
-    centred = load_rows(x, rows, i, N, D, d) - shift[None, :] - rest[None, :]
+    centred = load_group(x, rows, i, N, D, d) - shift[None, :] - rest[None, :]
     return tl.where((rows < N)[:, None], centred, 0.0)
 
 
@@ -109,25 +111,25 @@ def store_mean(x, mean, N, D, d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr): 
     i = tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for first in range(0, N, BLOCK_N):
-        total += load_rows(x, first + tl.arange(0, BLOCK_N), i, N, D, d)
+        total += load_group(x, first + tl.arange(0, BLOCK_N), i, N, D, d)
     shift = tl.sum(total, axis=0) / N
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for first in range(0, N, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
-        total += tl.where((rows < N)[:, None], load_rows(x, rows, i, N, D, d) - shift[None, :], 0.0)
+        total += tl.where((rows < N)[:, None], load_group(x, rows, i, N, D, d) - shift[None, :], 0.0)
     tl.store(mean + i, shift, mask=i < d)
     tl.store(mean + d + i, tl.sum(total, axis=0) / N, mask=i < d)
     tl.debug_barrier()
 
 
 @triton.jit
-def store_rows(x, rows, i, value, N, D, d):  # x [N, D]
+def store_group(x, rows, i, value, N, D, d):  # x [N, D]
     mask = (rows < N)[:, None] & (i < d)[None, :]
     tl.store(x + rows.to(tl.int64)[:, None] * D + i[None, :], value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "iterations", "eps"])
-def forward_kernel(
+def iter_norm_kernel(
     x,  # [N, D]
     y,  # [N, D]
     saved,  # [groups, d + 2, d]: covariance, and the mean as a sum of two rows
@@ -181,11 +183,11 @@ def forward_kernel(
         for first_k in range(0, d, BLOCK_K):
             k = first_k + tl.arange(0, BLOCK_K)
             whitened += dot(load_centred(x, mean, rows, k, N, D, d), load_matrix(p, k, i, BLOCK_D))
-        store_rows(y, rows, i, scale * whitened, N, D, d)
+        store_group(y, rows, i, scale * whitened, N, D, d)
 
 
 @triton.jit(do_not_specialize=["N", "iterations"])
-def backward_kernel(
+def iter_norm_backward_kernel(
     grad_y,  # [N, D]
     x,  # [N, D]
     saved,  # [groups, d + 2, d]
@@ -263,4 +265,4 @@ def backward_kernel(
             grad_rows = load_centred(grad_y, grad_mean, rows, k, N, D, d)
             through_p += dot(grad_rows, load_matrix(p, k, i, BLOCK_D))
             through_covariance += dot(load_centred(x, mean, rows, k, N, D, d), load_matrix(dw, k, i, BLOCK_D))
-        store_rows(grad_x, rows, i, root * through_p + through_covariance, N, D, d)
+        store_group(grad_x, rows, i, root * through_p + through_covariance, N, D, d)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ncfast.ops.triton.fused_linear import INVERSE_SQRT_2_PI, gauss, load_row, load_tile, store_tile, sum_kernel
+from ncfast.ops.triton.tiles import INVERSE_SQRT_2_PI, gauss, load_row, load_tile, store_tile, sum_kernel
 
 TILE, LARGEST_BLOCK_M = 2048, 128
 FORWARD_WARPS, BACKWARD_WARPS = 4, 8
@@ -41,7 +41,7 @@ def layer_norm_triton(
     M, D = x.shape[:-1].numel(), x.shape[-1]
     tile = blocks(D, FORWARD_WARPS)
     with torch.cuda.device_of(x):
-        forward_kernel[(triton.cdiv(M, tile["BLOCK_M"]),)](
+        layer_norm_kernel[(triton.cdiv(M, tile["BLOCK_M"]),)](
             x, add, weight, bias, y, M, 1 if add is None else len(add), eps, D, GELU=gelu, **tile
         )
 
@@ -67,7 +67,7 @@ def layer_norm_backward_triton(
     sums = torch.empty(2, count, D, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         if count > 0:
-            backward_kernel[(count,)](
+            layer_norm_backward_kernel[(count,)](
                 grad_y,
                 x,
                 add,
@@ -89,7 +89,7 @@ def layer_norm_backward_triton(
 
 
 @triton.jit
-def load_rows(x, add, i, j, M, n, D: tl.constexpr):  # x [M, D], add [n, D] or None
+def load_sum(x, add, i, j, M, n, D: tl.constexpr):  # x [M, D], add [n, D] or None
     """x + add, float32 [BLOCK_M, BLOCK_D], zeros beyond D."""
     z = load_tile(x, i, j, M, D).to(tl.float32)
     if add is not None:
@@ -109,7 +109,7 @@ def inverse_deviation(centred, eps, D: tl.constexpr):  # centred [BLOCK_M, BLOCK
 
 
 @triton.jit(do_not_specialize=["M", "n"])
-def forward_kernel(
+def layer_norm_kernel(
     x,  # [M, D]
     add,  # [n, D] or None
     weight,  # [D]
@@ -125,7 +125,7 @@ def forward_kernel(
 ):
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_D)
-    h = load_rows(x, add, i, j, M, n, D)
+    h = load_sum(x, add, i, j, M, n, D)
     if GELU:
         _, cdf = gauss(h)
         h *= cdf
@@ -135,7 +135,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "n", "tiles"])
-def backward_kernel(
+def layer_norm_backward_kernel(
     grad_y,  # [M, D]
     x,  # [M, D]
     add,  # [n, D] or None
@@ -161,7 +161,7 @@ def backward_kernel(
     first = tl.program_id(0) * tiles * BLOCK_M
     for tile in range(0, tiles):
         i = first + tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        z = load_rows(x, add, i, j, M, n, D)
+        z = load_sum(x, add, i, j, M, n, D)
         grad = load_tile(grad_y, i, j, M, D).to(tl.float32)
         h = z
         if GELU:

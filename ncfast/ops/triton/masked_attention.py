@@ -26,7 +26,9 @@ def masked_attention_triton(
         options = given(key_mask, lengths, q_scale, null_kv)
         options |= blocks(S, d, qkv.dtype, backward=False, plain=q_scale is None and null_kv is None)
         with torch.cuda.device_of(qkv):
-            forward_kernel[(B * H,)](qkv, key_mask, lengths, q_scale, k_scale, null_kv, out, S, scale, H, d, **options)
+            masked_attention_kernel[(B * H,)](
+                qkv, key_mask, lengths, q_scale, k_scale, null_kv, out, S, scale, H, d, **options
+            )
     return out
 
 
@@ -54,7 +56,7 @@ def masked_attention_backward_triton(
         options = given(key_mask, lengths, q_scale, null_kv)
         options |= blocks(S, d, qkv.dtype, backward=True, plain=q_scale is None and null_kv is None)
         with torch.cuda.device_of(qkv):
-            backward_kernel[(B * H,)](
+            masked_attention_backward_kernel[(B * H,)](
                 grad_out, qkv, key_mask, lengths, q_scale, k_scale, null_kv, grad_qkv, shared, S, scale, H, d, **options
             )
     none = qkv.new_empty(0, dtype=torch.float32)
@@ -104,7 +106,7 @@ def blocks(S: int, d: int, dtype: torch.dtype, *, backward: bool, plain: bool) -
 
 
 @triton.jit
-def load_rows(
+def load_head(
     x, i, keep, stride: tl.constexpr, d: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # x [S, d], rows `stride` apart
     """The rows i that are kept; zeros for the others and beyond d."""
@@ -113,7 +115,7 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(
+def store_head(
     x, value, i, keep, stride: tl.constexpr, d: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # x [S, d], rows `stride` apart
     c = tl.arange(0, BLOCK_D)
@@ -122,13 +124,13 @@ def store_rows(
 
 
 @triton.jit
-def load_row(x, d: tl.constexpr, BLOCK_D: tl.constexpr):  # x [d]
+def load_vector(x, d: tl.constexpr, BLOCK_D: tl.constexpr):  # x [d]
     c = tl.arange(0, BLOCK_D)
     return tl.load(x + c, mask=c < d, other=0.0)
 
 
 @triton.jit
-def store_row(x, value, d: tl.constexpr, BLOCK_D: tl.constexpr):  # x [d]
+def store_vector(x, value, d: tl.constexpr, BLOCK_D: tl.constexpr):  # x [d]
     c = tl.arange(0, BLOCK_D)
     tl.store(x + c, value, mask=c < d)
 
@@ -189,7 +191,7 @@ def softmax(q, k, null_k, keep, scale, HAS_NULL: tl.constexpr, PRECISION: tl.con
 
 
 @triton.jit(do_not_specialize=["S"])
-def forward_kernel(
+def masked_attention_kernel(
     qkv,  # [B, S, 3, H, d]
     key_mask,  # [B, S] or None
     lengths,  # [B] or None
@@ -215,30 +217,30 @@ def forward_kernel(
     head = qkv + b * S * 3 * row + h * d
     j = tl.arange(0, BLOCK_S)
     keep = kept_keys(key_mask, lengths, b, j, S, HAS_MASK, HAS_LENGTHS)
-    k = load_rows(head + row, j, keep, 3 * row, d, BLOCK_D)
-    v = load_rows(head + 2 * row, j, keep, 3 * row, d, BLOCK_D)
+    k = load_head(head + row, j, keep, 3 * row, d, BLOCK_D)
+    v = load_head(head + 2 * row, j, keep, 3 * row, d, BLOCK_D)
     if NORMALISED:
-        k = normalise(k, load_row(k_scale, d, BLOCK_D))
+        k = normalise(k, load_vector(k_scale, d, BLOCK_D))
     null_k, null_v = tl.zeros([1, BLOCK_D], tl.float32), tl.zeros([1, BLOCK_D], tl.float32)
     if HAS_NULL:
-        null_k = load_row(null_kv + h * d, d, BLOCK_D)[None, :]
-        null_v = load_row(null_kv + row + h * d, d, BLOCK_D)[None, :]
+        null_k = load_vector(null_kv + h * d, d, BLOCK_D)[None, :]
+        null_v = load_vector(null_kv + row + h * d, d, BLOCK_D)[None, :]
         if NORMALISED:
-            null_k = normalise(null_k, load_row(k_scale, d, BLOCK_D))
+            null_k = normalise(null_k, load_vector(k_scale, d, BLOCK_D))
     for first in range(0, S, BLOCK_M):
         i = first + tl.arange(0, BLOCK_M)
-        q = load_rows(head, i, i < S, 3 * row, d, BLOCK_D)
+        q = load_head(head, i, i < S, 3 * row, d, BLOCK_D)
         if NORMALISED:
-            q = normalise(q, load_row(q_scale, d, BLOCK_D))
+            q = normalise(q, load_vector(q_scale, d, BLOCK_D))
         weights, null_weight, inverse = softmax(q, k, null_k, keep, scale, HAS_NULL, PRECISION)
         result = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         if HAS_NULL:
             result += null_weight[:, None] * null_v
-        store_rows(out + b * S * row + h * d, result * inverse[:, None], i, i < S, row, d, BLOCK_D)
+        store_head(out + b * S * row + h * d, result * inverse[:, None], i, i < S, row, d, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["S"])
-def backward_kernel(
+def masked_attention_backward_kernel(
     grad_out,  # [B, S, H, d]
     qkv,  # [B, S, 3, H, d]
     key_mask,  # [B, S] or None
@@ -269,26 +271,26 @@ def backward_kernel(
         own = shared + (b * H + h) * 4 * d
     j = tl.arange(0, BLOCK_S)
     keep = kept_keys(key_mask, lengths, b, j, S, HAS_MASK, HAS_LENGTHS)
-    k = load_rows(head + row, j, keep, 3 * row, d, BLOCK_D)
-    v = load_rows(head + 2 * row, j, keep, 3 * row, d, BLOCK_D)
+    k = load_head(head + row, j, keep, 3 * row, d, BLOCK_D)
+    v = load_head(head + 2 * row, j, keep, 3 * row, d, BLOCK_D)
     if NORMALISED:
-        k = normalise(k, load_row(k_scale, d, BLOCK_D))
+        k = normalise(k, load_vector(k_scale, d, BLOCK_D))
     null_k, null_v = tl.zeros([1, BLOCK_D], tl.float32), tl.zeros([1, BLOCK_D], tl.float32)
     if HAS_NULL:
-        null_k = load_row(null_kv + h * d, d, BLOCK_D)[None, :]
-        null_v = load_row(null_kv + row + h * d, d, BLOCK_D)[None, :]
+        null_k = load_vector(null_kv + h * d, d, BLOCK_D)[None, :]
+        null_v = load_vector(null_kv + row + h * d, d, BLOCK_D)[None, :]
         if NORMALISED:
-            null_k = normalise(null_k, load_row(k_scale, d, BLOCK_D))
+            null_k = normalise(null_k, load_vector(k_scale, d, BLOCK_D))
     grad_k, grad_v = tl.zeros([BLOCK_S, BLOCK_D], tl.float32), tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     grad_null_k, grad_null_v = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
     grad_q_scale = tl.zeros([BLOCK_D], tl.float32)
 
     for first in range(0, S, BLOCK_M):
         i = first + tl.arange(0, BLOCK_M)
-        q = load_rows(head, i, i < S, 3 * row, d, BLOCK_D)
-        g = load_rows(grad_out + b * S * row + h * d, i, i < S, row, d, BLOCK_D)
+        q = load_head(head, i, i < S, 3 * row, d, BLOCK_D)
+        g = load_head(grad_out + b * S * row + h * d, i, i < S, row, d, BLOCK_D)
         if NORMALISED:
-            q = normalise(q, load_row(q_scale, d, BLOCK_D))
+            q = normalise(q, load_vector(q_scale, d, BLOCK_D))
         weights, null_weight, inverse = softmax(q, k, null_k, keep, scale, HAS_NULL, PRECISION)
         weights *= inverse[:, None]
         grad_v = tl.dot(tl.trans(weights.to(g.dtype)), g, grad_v, input_precision=PRECISION)
@@ -308,25 +310,25 @@ def backward_kernel(
             grad_q += of_null[:, None] * null_k
         grad_q *= scale
         if NORMALISED:
-            q = load_rows(head, i, i < S, 3 * row, d, BLOCK_D)
-            grad_q, grad_scale = normalise_backward(q, load_row(q_scale, d, BLOCK_D), grad_q)
+            q = load_head(head, i, i < S, 3 * row, d, BLOCK_D)
+            grad_q, grad_scale = normalise_backward(q, load_vector(q_scale, d, BLOCK_D), grad_q)
             grad_q_scale += grad_scale
-        store_rows(grad_head, grad_q, i, i < S, 3 * row, d, BLOCK_D)
+        store_head(grad_head, grad_q, i, i < S, 3 * row, d, BLOCK_D)
 
-    store_rows(grad_head + 2 * row, grad_v, j, j < S, 3 * row, d, BLOCK_D)
+    store_head(grad_head + 2 * row, grad_v, j, j < S, 3 * row, d, BLOCK_D)
     grad_k *= scale
     grad_null_k *= scale
     if NORMALISED:
-        k = load_rows(head + row, j, keep, 3 * row, d, BLOCK_D)
-        grad_k, grad_k_scale = normalise_backward(k, load_row(k_scale, d, BLOCK_D), grad_k)
+        k = load_head(head + row, j, keep, 3 * row, d, BLOCK_D)
+        grad_k, grad_k_scale = normalise_backward(k, load_vector(k_scale, d, BLOCK_D), grad_k)
         if HAS_NULL:
-            null_k = load_row(null_kv + h * d, d, BLOCK_D)[None, :]
-            grad_null, grad_scale = normalise_backward(null_k, load_row(k_scale, d, BLOCK_D), grad_null_k[None, :])
+            null_k = load_vector(null_kv + h * d, d, BLOCK_D)[None, :]
+            grad_null, grad_scale = normalise_backward(null_k, load_vector(k_scale, d, BLOCK_D), grad_null_k[None, :])
             grad_null_k = tl.sum(grad_null, axis=0)
             grad_k_scale += grad_scale
-        store_row(own, grad_q_scale, d, BLOCK_D)
-        store_row(own + d, grad_k_scale, d, BLOCK_D)
+        store_vector(own, grad_q_scale, d, BLOCK_D)
+        store_vector(own + d, grad_k_scale, d, BLOCK_D)
     if HAS_NULL:
-        store_row(own + 2 * d, grad_null_k, d, BLOCK_D)
-        store_row(own + 3 * d, grad_null_v, d, BLOCK_D)
-    store_rows(grad_head + row, grad_k, j, j < S, 3 * row, d, BLOCK_D)
+        store_vector(own + 2 * d, grad_null_k, d, BLOCK_D)
+        store_vector(own + 3 * d, grad_null_v, d, BLOCK_D)
+    store_head(grad_head + row, grad_k, j, j < S, 3 * row, d, BLOCK_D)

@@ -28,13 +28,13 @@ def nearest_code_triton(z: Tensor, codebook: Tensor) -> Tensor:
     half_squares = torch.empty(H, K, dtype=torch.float32, device=z.device)
     rounding, underflow = error_terms(D)
     with torch.cuda.device_of(z):
-        half_square_kernel[(triton.cdiv(H * K, HALF_SQUARE_BLOCKS["BLOCK_K"]),)](
+        nearest_code_half_square_kernel[(triton.cdiv(H * K, HALF_SQUARE_BLOCKS["BLOCK_K"]),)](
             codebook, half_squares, H * K, D, **HALF_SQUARE_BLOCKS
         )
-        score_kernel[(H * triton.cdiv(M, SCORE_BLOCKS["BLOCK_M"]),)](
+        nearest_code_score_kernel[(H * triton.cdiv(M, SCORE_BLOCKS["BLOCK_M"]),)](
             z, codebook, half_squares, indices, M, K, D, rounding, underflow, **SCORE_BLOCKS
         )
-        rescore_kernel[(H * triton.cdiv(M, RESCORE_BLOCKS["BLOCK_M"]),)](
+        nearest_code_rescore_kernel[(H * triton.cdiv(M, RESCORE_BLOCKS["BLOCK_M"]),)](
             z, codebook, indices, M, K, D, **RESCORE_BLOCKS
         )
     return indices
@@ -58,7 +58,7 @@ RESCORE_BLOCKS = {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_D": 32, "num_warps": 4, *
 
 
 @triton.jit(do_not_specialize=["num_codes"])
-def half_square_kernel(
+def nearest_code_half_square_kernel(
     codebook,  # [codes, D]
     half_squares,  # [codes]
     num_codes,
@@ -79,7 +79,7 @@ def half_square_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "K"])
-def score_kernel(
+def nearest_code_score_kernel(
     z,  # [H, M, D]
     codebook,  # [H, K, D]
     half_squares,  # [H, K]
@@ -146,7 +146,7 @@ def score_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "K"])
-def rescore_kernel(
+def nearest_code_rescore_kernel(
     z,  # [H, M, D]
     codebook,  # [H, K, D]
     indices,  # [H, M]

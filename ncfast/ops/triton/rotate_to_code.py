@@ -24,8 +24,8 @@ def rotate_to_code_triton(z: Tensor, codebook: Tensor, indices: Tensor) -> tuple
     used_rows = torch.empty(programs, dtype=torch.int32, device=z.device)
     with torch.cuda.device_of(z):
         if programs > 0:
-            forward_kernel[(programs,)](z, codebook, indices, q, errors, used_rows, H * M, M, K, D, **blocks)
-        loss_kernel[(1,)](errors, used_rows, loss, inverse_count, programs, D, **LOSS_BLOCKS)
+            rotate_to_code_kernel[(programs,)](z, codebook, indices, q, errors, used_rows, H * M, M, K, D, **blocks)
+        rotate_to_code_loss_kernel[(1,)](errors, used_rows, loss, inverse_count, programs, D, **LOSS_BLOCKS)
     return q, loss, inverse_count
 
 
@@ -46,7 +46,7 @@ def rotate_to_code_backward_triton(
         return grad_z
     blocks = row_blocks(D)
     with torch.cuda.device_of(z):
-        backward_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]),)](
+        rotate_to_code_backward_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]),)](
             grad_q,
             grad_loss,
             z,
@@ -76,7 +76,7 @@ def row_blocks(D: int) -> dict:
 
 
 @triton.jit(do_not_specialize=["rows", "M", "K"])
-def forward_kernel(
+def rotate_to_code_kernel(
     z,  # [H, M, D]
     codebook,  # [H, K, D]
     indices,  # [H, M]
@@ -108,7 +108,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["programs", "D"])
-def loss_kernel(
+def rotate_to_code_loss_kernel(
     errors,  # [programs]
     used_rows,  # [programs]
     loss,  # scalar
@@ -131,14 +131,14 @@ def loss_kernel(
 
 
 @triton.jit
-def load_tile(array, row, used, d, D):
+def load_used(array, row, used, d, D):
     """array[row, d] in float32, zeros in rows without a code."""
     mask = used[:, None] & (d < D)[None, :]
     return tl.load(array + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["rows", "K"])
-def backward_kernel(
+def rotate_to_code_backward_kernel(
     grad_q,  # [rows, D]
     grad_loss,  # scalar
     z,  # [rows, D]
@@ -165,9 +165,9 @@ def backward_kernel(
 
     if ONE_TILE:
         d = tl.arange(0, BLOCK_D)
-        g_tile = load_tile(grad_q, row, used, d, D)
-        z_tile = load_tile(z, row, used, d, D)
-        q_tile = load_tile(q, row, used, d, D)
+        g_tile = load_used(grad_q, row, used, d, D)
+        z_tile = load_used(z, row, used, d, D)
+        q_tile = load_used(q, row, used, d, D)
 
     scale = tl.zeros([BLOCK_M], tl.float32)
     of_s = scale
@@ -180,11 +180,11 @@ def backward_kernel(
             qq, gq = zz, zz
             for first_d in range(0, D, BLOCK_D):
                 d = first_d + tl.arange(0, BLOCK_D)
-                z_tile = load_tile(z, row, used, d, D)
-                q_tile = load_tile(q, row, used, d, D)
+                z_tile = load_used(z, row, used, d, D)
+                q_tile = load_used(q, row, used, d, D)
                 zz += tl.sum(z_tile * z_tile, axis=1)
                 qq += tl.sum(q_tile * q_tile, axis=1)
-                gq += tl.sum(load_tile(grad_q, row, used, d, D) * q_tile, axis=1)
+                gq += tl.sum(load_used(grad_q, row, used, d, D) * q_tile, axis=1)
         norm_z, norm_q = tl.sqrt_rn(zz), tl.sqrt_rn(qq)
         inverse_z, inverse_q = 1 / tl.maximum(norm_z, LEAST_NORM), 1 / tl.maximum(norm_q, LEAST_NORM)
         # The bisector z + scale q is summed as it stands: from products it would cancel where q points away from z.
@@ -197,9 +197,9 @@ def backward_kernel(
             gs = ss
             for first_d in range(0, D, BLOCK_D):
                 d = first_d + tl.arange(0, BLOCK_D)
-                s_tile = load_tile(z, row, used, d, D) + scale[:, None] * load_tile(q, row, used, d, D)
+                s_tile = load_used(z, row, used, d, D) + scale[:, None] * load_used(q, row, used, d, D)
                 ss += tl.sum(s_tile * s_tile, axis=1)
-                gs += tl.sum(load_tile(grad_q, row, used, d, D) * s_tile, axis=1)
+                gs += tl.sum(load_used(grad_q, row, used, d, D) * s_tile, axis=1)
         stretch = norm_q * inverse_z
         # A row shorter than the floor has no direction to rotate.
         turns = norm_z >= LEAST_NORM
@@ -216,9 +216,9 @@ def backward_kernel(
     else:
         for first_d in range(0, D, BLOCK_D):
             d = first_d + tl.arange(0, BLOCK_D)
-            z_tile = load_tile(z, row, used, d, D)
-            q_tile = load_tile(q, row, used, d, D)
-            gradient = of_g[:, None] * load_tile(grad_q, row, used, d, D) + of_z[:, None] * z_tile - commitment * q_tile
+            z_tile = load_used(z, row, used, d, D)
+            q_tile = load_used(q, row, used, d, D)
+            gradient = of_g[:, None] * load_used(grad_q, row, used, d, D) + of_z[:, None] * z_tile - commitment * q_tile
             gradient += of_s[:, None] * (z_tile + scale[:, None] * q_tile)
             gradient = tl.where(used[:, None], gradient, 0.0).to(grad_z.dtype.element_ty)
             tl.store(grad_z + row[:, None] * D + d[None, :], gradient, mask=(row < rows)[:, None] & (d < D)[None, :])

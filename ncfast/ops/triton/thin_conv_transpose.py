@@ -30,7 +30,7 @@ def thin_conv_transpose_triton(
     if positions == 0:
         return
     with torch.cuda.device_of(x):
-        forward_kernel[(triton.cdiv(positions, POSITIONS["BLOCK"]), y.shape[1])](
+        thin_conv_transpose_kernel[(triton.cdiv(positions, POSITIONS["BLOCK"]), y.shape[1])](
             x,
             weight,
             weight if bias is None else bias,
@@ -66,11 +66,13 @@ def thin_conv_transpose_backward_triton(
     partials = torch.empty(pairs, parts, 16, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         if positions > 0:
-            grad_x_kernel[(triton.cdiv(positions, POSITIONS["BLOCK"]), C)](
+            thin_conv_transpose_grad_x_kernel[(triton.cdiv(positions, POSITIONS["BLOCK"]), C)](
                 grad_y, weight, grad_x, positions, H, W, *grad_x.stride(), Cin, Cout, **POSITIONS
             )
-        sums_kernel[(parts, pairs)](grad_y, x, partials, positions, part, H, W, *x.stride(), Cin, Cout, **SUMS)
-        merge_kernel[(pairs,)](partials, grad_weight, grad_bias, parts, Cin, Cout, **MERGE)
+        thin_conv_transpose_sums_kernel[(parts, pairs)](
+            grad_y, x, partials, positions, part, H, W, *x.stride(), Cin, Cout, **SUMS
+        )
+        thin_conv_transpose_merge_kernel[(pairs,)](partials, grad_weight, grad_bias, parts, Cin, Cout, **MERGE)
 
 
 @triton.jit
@@ -81,7 +83,7 @@ def locate(position, H, W):  # [BLOCK]
 
 
 @triton.jit(do_not_specialize=["positions", "H", "W", "x_b", "x_c", "x_h", "x_w"])
-def forward_kernel(
+def thin_conv_transpose_kernel(
     x,  # [B, G·Cin, H, W]
     weight,  # [G·Cin, Cout, 3, 4]
     bias,  # [G·Cout]
@@ -129,7 +131,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["positions", "H", "W", "x_b", "x_c", "x_h", "x_w"])
-def grad_x_kernel(
+def thin_conv_transpose_grad_x_kernel(
     grad_y,  # [B, G·Cout, H, 2W]
     weight,  # [G·Cin, Cout, 3, 4]
     grad_x,  # [B, G·Cin, H, W]
@@ -168,7 +170,7 @@ def grad_x_kernel(
 
 
 @triton.jit(do_not_specialize=["positions", "part", "H", "W", "x_b", "x_c", "x_h", "x_w"])
-def sums_kernel(
+def thin_conv_transpose_sums_kernel(
     grad_y,  # [B, G·Cout, H, 2W]
     x,  # [B, G·Cin, H, W]
     partials,  # [G·Cin·Cout, parts, 16]: of the 12 taps; then of grad_y's even and odd columns
@@ -210,7 +212,7 @@ def sums_kernel(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def merge_kernel(
+def thin_conv_transpose_merge_kernel(
     partials,  # [G·Cin·Cout, parts, 16]
     grad_weight,  # [G·Cin, Cout, 3, 4]
     grad_bias,  # [G·Cout]
