@@ -46,15 +46,15 @@ sanitize: $(VENV)/sanitize.stamp
 	PATH="$(abspath $(BIN)):$$PATH" CXX="$(CXX)" NCFAST_SANITIZE=1 NCFAST_CPP=auto NCFAST_CUDA=0 \
 		$(BIN)/python setup.py --quiet build --build-lib $(SANITIZED) --build-temp $(SANITIZED)-cmake
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/python tests/cpu_operations.py
+		$(BIN)/python tests/ops/cpu_operations.py
 
 sanitize-gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 sanitize-gpu:
 	@$(PYTHON) benchmarks/run.py --check
 	NCFAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) tests/gpu_operations.py
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/gpu_operations.py
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/gpu_operations.py
+	$(PYTHON) tests/ops/gpu_operations.py
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/ops/gpu_operations.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/ops/gpu_operations.py
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ncfast.config import make_config
 from ncfast.data.augment import Augment
-from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
+from ncfast.data.stats import DataStats
 from ncfast.engine.precision import PRECISIONS, computing
 from ncfast.engine.step import TrainingStep
 from ncfast.training import fit, stages
@@ -47,7 +47,7 @@ class Step:
         dataset = from_arrays(x.astype(np.float32), y)
         config = make_config("paper", ssl=ssl, seed=0, precision=precision)
         config = fit.resolve_config(config, dataset, self.device)
-        data = DataFacts.of(dataset)
+        data = DataStats.of(dataset)
         x, labels = data.normalise(dataset.X_train, self.device), torch.from_numpy(dataset.y_train).to(self.device)
         self.vqvae = stages.new_vqvae(config, data).to(self.device).eval()
         if number == 1:

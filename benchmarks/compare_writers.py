@@ -20,7 +20,7 @@ from ncfast.cli.startup import choose_device
 from ncfast.engine.background import Background
 from ncfast.jobs.writer import Job, ShardWriter
 from ncfast.ncvqvae import load
-from ncfast.sampling.series import Batch, Drawing
+from ncfast.sampling.series import Batch, SeriesSampler
 
 BATCH = 4096
 
@@ -91,23 +91,23 @@ def main() -> None:
 def compare_pipeline(options: argparse.Namespace) -> None:
     device, _ = choose_device(options.device)
     model = load(options.run, device)
-    drawing = Drawing(model, "none")
+    sampler = SeriesSampler(model, "none")
     seconds: dict[str, list[float]] = {"both": [], "drawing alone": [], "writing alone": []}
-    batch_size = 4 * drawing.size
-    list(drawing.batches(8 * drawing.size))  # compiles, captures
+    batch_size = 4 * sampler.size
+    list(sampler.batches(8 * sampler.size))  # compiles, captures
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for i in range(options.repeats):
             path = Path(folder) / f"{i}.h5"
             job = make_job(path, options.rows, model.data.length, model.vqvae.num_tokens, with_y=False)
             begin = time.perf_counter()
-            batches = list(drawing.batches(options.rows, 0, batch_size))
+            batches = list(sampler.batches(options.rows, 0, batch_size))
             seconds["drawing alone"].append(time.perf_counter() - begin)
             begin = time.perf_counter()
             write_ours(path, batches, job)
             seconds["writing alone"].append(time.perf_counter() - begin)
             path.unlink()
             begin = time.perf_counter()
-            write_ours(path, drawing.batches(options.rows, 0, batch_size), job)
+            write_ours(path, sampler.batches(options.rows, 0, batch_size), job)
             seconds["both"].append(time.perf_counter() - begin)
             path.unlink()
     show(seconds, "both", job)

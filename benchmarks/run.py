@@ -123,7 +123,7 @@ def provenance(options: argparse.Namespace) -> dict:
         "versions": {"ncfast": __version__, "python": platform.python_version(), "torch": torch.__version__}
         | {"cuda": torch.version.cuda}
         | {package: version(package) for package in PACKAGES},
-        "build": dispatch.build_facts(),
+        "build": dispatch.build_record(),
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "minutes": options.minutes,

@@ -21,8 +21,8 @@ from experiments.lost_networks import TwoBands, WithWideDecoder
 from ncfast.cli.startup import choose_device
 from ncfast.config import PRESETS, Config, add_config_arguments, given_config_values, make_config, sampling_config
 from ncfast.data.dataset import Dataset
-from ncfast.data.facts import DataFacts
 from ncfast.data.sources import load_dataset
+from ncfast.data.stats import DataStats
 from ncfast.engine.logging import RunLog
 from ncfast.engine.loop import Stage, train_stage
 from ncfast.engine.precision import computing
@@ -179,7 +179,7 @@ def trained(
         halvings = num_downsampling_blocks(dataset.length, config.n_fft) + more
         config = dataclasses.replace(config, halvings=max(1, halvings))
     config = shortened(resolve_config(config, dataset, device), options.budget)
-    data = DataFacts.of(dataset)
+    data = DataStats.of(dataset)
     x = data.normalise(dataset.X_train, device)
     labels = None if dataset.y_train is None else torch.from_numpy(dataset.y_train).to(device)
 

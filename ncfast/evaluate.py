@@ -13,7 +13,7 @@ from ncfast.errors import UserError
 
 if TYPE_CHECKING:
     from ncfast.data.dataset import Dataset
-    from ncfast.data.facts import DataFacts
+    from ncfast.data.stats import DataStats
 
 
 def make_parser() -> Parser:
@@ -90,7 +90,7 @@ def main() -> None:
         fcn_seed=arguments.fcn_seed,
         cache=arguments.cache or default_folder(),
     )
-    if not same_series(model.data, material.facts):
+    if not same_series(model.data, material.stats):
         print(f"warning: the train series of {dataset.source} are not those that the run was trained on")
     print(f"device     {device} ({device_reason}); {model.precision}", flush=True)
 
@@ -122,7 +122,7 @@ def require_pictures() -> None:
             raise UserError(f"the report needs {package}: pip install 'ncfast[eval]', or add --no-report") from None
 
 
-def find_dataset(trained: "DataFacts", asked: str | None, data_dir: str | None) -> "Dataset":
+def find_dataset(trained: "DataStats", asked: str | None, data_dir: str | None) -> "Dataset":
     """The data asked for, or what the run was trained on: where it was then, else by its name."""
     from ncfast.data.sources import load_dataset
 
@@ -138,7 +138,7 @@ def find_dataset(trained: "DataFacts", asked: str | None, data_dir: str | None) 
         raise UserError(f"the data of the run, {trained.source}, is not found ({error}); give --dataset") from error
 
 
-def same_series(trained: "DataFacts", given: "DataFacts") -> bool:
+def same_series(trained: "DataStats", given: "DataStats") -> bool:
     return dataclasses.replace(trained.identity, name="") == dataclasses.replace(given.identity, name="")
 
 

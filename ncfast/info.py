@@ -50,7 +50,7 @@ def main(command_line: list[str] | None = None) -> None:
     print(f"torch        {torch.__version__} (CUDA {cuda}, {torch.get_num_threads()} threads)")
     print(f"packages     {', '.join(f'{name} {version(name)}' for name in PACKAGES)}")
     print(f"device       {device} ({reason})")
-    for name, fact in dispatch.build_facts().items():
+    for name, fact in dispatch.build_record().items():
         print(f"build {name:<6} {'yes' if fact['built'] else 'no'}: {fact['why']}")
     module, _ = dispatch.load_module("_C")
     if module is not None:

@@ -15,7 +15,7 @@ from ncfast.engine.precision import autocast, computing
 from ncfast.errors import UserError
 from ncfast.models.trained import TrainedModel, build_models, load_weights, on_meta, read_config, size_of, write_config
 from ncfast.sampling.class_plan import TRAIN
-from ncfast.sampling.series import Batch, Drawing, checked_index
+from ncfast.sampling.series import Batch, SeriesSampler, checked_index
 
 
 class NCVQVAE(TrainedModel):
@@ -23,7 +23,7 @@ class NCVQVAE(TrainedModel):
 
     Attributes:
         config: how it was trained.
-        data: facts of the training data: class names, length, normalisation.
+        data: statistics of the training data: class names, length, normalisation.
         device: where it runs.
         precision: of products and convolutions (`engine.precision`).
     """
@@ -66,11 +66,11 @@ class NCVQVAE(TrainedModel):
         Raises:
             UserError: a label the model does not know, counts that do not sum to n, or a context that does not fit.
         """
-        drawing, n = self.drawing(n, labels, seed, context=context, mask=mask, **sampling)
+        sampler, n = self.sampler(n, labels, seed, context=context, mask=mask, **sampling)
         size = 4 * self.data.channels * self.data.length
         advice = "draw fewer, or take them in batches with `sample_batches`"
         check_fits(n * size, torch.device("cpu"), f"{n} series of {human(size)}", advice)
-        batches = list(drawing.batches(n, start))
+        batches = list(sampler.batches(n, start))
         x = np.concatenate([np.empty((0, self.data.channels, self.data.length), np.float32), *[b.x for b in batches]])
         if batches and batches[0].y is None:
             return x, None
@@ -96,16 +96,16 @@ class NCVQVAE(TrainedModel):
             batch_size: of the batches; the last may be smaller.
             decode: False leaves out the decoder: the batches have tokens and no series.
         """
-        drawing, n = self.drawing(n, labels, seed, context=context, mask=mask, decode=decode, **sampling)
-        return drawing.batches(n, start, batch_size)
+        sampler, n = self.sampler(n, labels, seed, context=context, mask=mask, decode=decode, **sampling)
+        return sampler.batches(n, start, batch_size)
 
-    def drawing(self, n: int | None, labels: Any, seed: int, **options: Any) -> tuple[Drawing, int]:
+    def sampler(self, n: int | None, labels: Any, seed: int, **options: Any) -> tuple[SeriesSampler, int]:
         """How series are drawn, and how many."""
-        drawing = Drawing(self, labels, seed, **options)
-        n = drawing.total() if n is None else n
+        sampler = SeriesSampler(self, labels, seed, **options)
+        n = sampler.total() if n is None else n
         if n is None:
             raise UserError("say how many: n, or counts in labels")
-        return drawing, checked_index("n", n)
+        return sampler, checked_index("n", n)
 
     @torch.no_grad()
     def decode(self, tokens: np.ndarray) -> np.ndarray:

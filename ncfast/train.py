@@ -118,7 +118,7 @@ def print_plan(
     """Everything that was decided, before any time is spent."""
     import torch
 
-    from ncfast.data.facts import DataFacts
+    from ncfast.data.stats import DataStats
     from ncfast.engine.loop import batch_ends
     from ncfast.models.trained import build_models
     from ncfast.nn.meta import without_memory
@@ -126,7 +126,7 @@ def print_plan(
     from ncfast.ops.nearest_code import why_not
     from ncfast.training.stage1 import WITHOUT_LOSS, SelfSupervision
 
-    data = DataFacts.of(dataset)
+    data = DataStats.of(dataset)
     with without_memory():
         vqvae, prior = build_models(config, data)
         projector = None if config.ssl in WITHOUT_LOSS else SelfSupervision(config)

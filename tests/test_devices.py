@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_generate import save_run
+from runs import save_run
 
 import ncfast
 from ncfast.engine import device as device_module
-from ncfast.sampling import series as drawing
+from ncfast.sampling import series as sampling_series
 
 PACKAGE = Path(ncfast.__file__).parent
 SECOND = torch.device("cuda", 1)
@@ -50,17 +50,17 @@ def recorded(monkeypatch):
 
 def test_results_are_waited_for_on_their_own_device_and_show_when_they_have_not_come(recorded):
     results = OnSecondGpu(4, dtype=torch.int64), OnSecondGpu(4, 3, dtype=torch.int64), OnSecondGpu(4, 1, 5)
-    chunk = drawing.Chunk(0, slice(1, 4), *results)
+    chunk = sampling_series.Chunk(0, slice(1, 4), *results)
     assert recorded == ["stream of cuda:1"]
     labels, tokens, x = chunk.arrays()
     assert (labels == -1).all() and (tokens == -1).all() and np.isnan(x).all()
 
 
 def test_series_that_never_came_are_refused(tmp_path, request):
-    drawn = drawing.Drawing(ncfast.load(save_run(tmp_path / "run")))
+    drawn = sampling_series.SeriesSampler(ncfast.load(save_run(tmp_path / "run")))
     request.getfixturevalue("recorded")
     n = drawn.model.prior.num_tokens
-    chunk = drawing.Chunk(
+    chunk = sampling_series.Chunk(
         64,
         slice(0, 64),
         OnSecondGpu(64, dtype=torch.int64),
@@ -73,7 +73,7 @@ def test_series_that_never_came_are_refused(tmp_path, request):
 
 @pytest.mark.parametrize("named", [("token", 8), ("class", 3)])
 def test_each_value_is_looked_at(named, tmp_path):
-    drawn = drawing.Drawing(ncfast.load(save_run(tmp_path / "run")))
+    drawn = sampling_series.SeriesSampler(ncfast.load(save_run(tmp_path / "run")))
     what, end = named
     index, values = np.arange(100, 103), np.full((3, 2), end - 1)
     drawn.check(index, what, values, end)

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from test_generate import save_run
-from test_training import FLAGS, SMALL, waves
+from runs import FLAGS, SMALL, save_run, waves
 
 import ncfast
 from ncfast import generate, info, ops, train

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import FLAGS, waves
+from runs import FLAGS, waves
 
 import ncfast
 from ncfast.config import IMPLEMENTATIONS, MEASURES, make_config
-from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
+from ncfast.data.stats import DataStats
 from ncfast.evaluation import protocol
 from ncfast.models.trained import build_models
 from ncfast.nn.meta import without_memory
@@ -80,7 +80,7 @@ def test_measures_are_those_of_the_help():
 @pytest.mark.parametrize("options", [{}, {"codebook_init": "kmeans", "embeddings": "random"}, {"halvings": 2}])
 def test_modules_without_memory_have_the_shapes_of_those_with(ssl, options):
     config = make_config(ssl=ssl, dim=8, projector_dim=32, **options)
-    data = DataFacts.of(from_arrays(*waves()))
+    data = DataStats.of(from_arrays(*waves()))
 
     def make():
         return *build_models(config, data), SelfSupervision(config)

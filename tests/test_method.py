@@ -9,13 +9,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_generate import save_run
-from test_sampling import make_sampler
+from runs import save_run
+from test_maskgit import make_sampler
 
 import ncfast
 from ncfast.config import make_config
-from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
+from ncfast.data.stats import DataStats
 from ncfast.engine import checkpoint
 from ncfast.engine.loop import Stage
 from ncfast.evaluation import comparison
@@ -67,7 +67,7 @@ def test_the_learning_rate_is_the_cosine_of_the_authors_scheduler():
 
 def test_series_are_normalised_by_the_deviation_of_all_samples():
     x = np.random.default_rng(0).normal(3, 2, (5, 2, 9)).astype(np.float32)
-    facts = DataFacts.of(from_arrays(x))
+    facts = DataStats.of(from_arrays(x))
     assert facts.mean == pytest.approx(x.astype(np.float64).mean((0, 2)), rel=1e-12)
     assert facts.std == pytest.approx(x.astype(np.float64).std((0, 2), ddof=0), rel=1e-12)
 

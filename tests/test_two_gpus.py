@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_distributed_training import METHODS, assert_close_states, trained
-from test_training import SMALL, train_arguments, waves
+from runs import SMALL, train_arguments, waves
+from test_distributed import METHODS, assert_close_states, trained
 
 import ncfast
 from ncfast.data.sources import from_arrays

@@ -67,7 +67,7 @@ def cached_fcn(
         model, sha256 = read(folder, stem, key, FCN(x.shape[1], num_classes))
         return Evaluator(model.to(device).eval(), sha256, seed, epochs)
 
-    # The facts are written last: where they are, the weights are whole.
+    # The record is written last: where it is, the weights are whole.
     if folder is not None and (folder / f"{stem}.json").exists():
         try:
             return stored()
@@ -86,8 +86,8 @@ def cached_fcn(
     sha256 = fcn_sha256(key, model)
     if folder is not None:
         write_tensors(folder / f"{stem}.safetensors", model.state_dict())
-        facts = {"format": FORMAT, "key": key, "sha256": sha256, "name": name, "seed": seed, "epochs": epochs}
-        write_json(folder / f"{stem}.json", {**facts, "recipe": dataclasses.asdict(recipe)})
+        record = {"format": FORMAT, "key": key, "sha256": sha256, "name": name, "seed": seed, "epochs": epochs}
+        write_json(folder / f"{stem}.json", {**record, "recipe": dataclasses.asdict(recipe)})
     return Evaluator(model, sha256, seed, epochs)
 
 
@@ -97,7 +97,7 @@ def read(folder: Path, stem: str, key: str, model: FCN) -> tuple[FCN, str]:
     Raises:
         UserError: the files are not those of `key`, or have changed since they were written.
     """
-    facts = read_json(folder / f"{stem}.json")
+    record = read_json(folder / f"{stem}.json")
     weights = folder / f"{stem}.safetensors"
     try:
         model.load_state_dict(read_tensors(weights))
@@ -105,14 +105,14 @@ def read(folder: Path, stem: str, key: str, model: FCN) -> tuple[FCN, str]:
         raise UserError(f"{weights} holds other tensors than the classifier's") from error
     sha256 = fcn_sha256(key, model)
     expected = {"format": FORMAT, "key": key, "sha256": sha256}
-    if not isinstance(facts, dict) or any(facts.get(name) != value for name, value in expected.items()):
+    if not isinstance(record, dict) or any(record.get(name) != value for name, value in expected.items()):
         raise UserError(f"{weights} and its .json do not belong together, or are of other data")
     return model, sha256
 
 
 def fingerprint(x: Tensor, y: np.ndarray, num_classes: int, recipe: Recipe, seed: int) -> str:
     """A hash of everything that a classifier is made from."""
-    facts = {
+    record = {
         "format": FORMAT,
         "shape": list(x.shape),
         "classes": num_classes,
@@ -120,7 +120,7 @@ def fingerprint(x: Tensor, y: np.ndarray, num_classes: int, recipe: Recipe, seed
         "recipe": dataclasses.asdict(recipe),
         "seed": seed,
     }
-    digest = hashlib.sha256(json.dumps(facts).encode())
+    digest = hashlib.sha256(json.dumps(record).encode())
     digest.update(np.ascontiguousarray(x.cpu().numpy(), dtype="<f4"))
     digest.update(np.ascontiguousarray(y, dtype="<i8"))
     return digest.hexdigest()

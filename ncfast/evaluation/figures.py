@@ -54,13 +54,13 @@ def figures(material: Material, seed: int) -> list[tuple[str, str, Callable]]:
 
 
 def samples(material: Material, seed: int):
-    names = material.facts.class_names
+    names = material.stats.class_names
     labels = material.dataset.y_test
     if labels is None:
         names, made = (), material.generated(seed)
     else:
         made = material.once(("balanced", seed), lambda: material.generate(10 * len(names), BALANCED, seed))
-    x = material.facts.denormalise(made.x)
+    x = material.stats.denormalise(made.x)
     return draw_samples(material.dataset.X_test, labels, x, made.y, names, "in the units of the data")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncfast.data.dataset import Dataset
-from ncfast.data.facts import DataFacts
+from ncfast.data.stats import DataStats
 from ncfast.engine.logging import progress_bar
 from ncfast.engine.precision import computing
 from ncfast.errors import UserError
@@ -90,9 +90,9 @@ class Material:
         self.quiet = quiet
         self.made: dict[tuple[str, int], Any] = {}  # by seed
         # Of the data and not of the model, so that all models on a data set share one evaluator.
-        self.facts = DataFacts.of(dataset)
-        self.train = self.facts.normalise(dataset.X_train, torch.device("cpu"))  # [N, C, L]
-        self.test = self.facts.normalise(dataset.X_test, torch.device("cpu"))  # [M, C, L]
+        self.stats = DataStats.of(dataset)
+        self.train = self.stats.normalise(dataset.X_train, torch.device("cpu"))  # [N, C, L]
+        self.test = self.stats.normalise(dataset.X_test, torch.device("cpu"))  # [M, C, L]
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:
@@ -144,7 +144,7 @@ class Material:
     def generate_labelled(self, seed: int) -> GeneratedSet:
         times = -(-LEAST_LABELLED_SAMPLES // len(self.train))
         counts = {
-            name: times * count for name, count in zip(self.facts.class_names, self.facts.class_counts, strict=True)
+            name: times * count for name, count in zip(self.stats.class_names, self.stats.class_counts, strict=True)
         }
         return self.generate(sum(counts.values()), counts, seed)
 
@@ -157,7 +157,7 @@ class Material:
         x = np.concatenate([part.x for part in parts])
         y = None if parts[0].y is None else np.concatenate([part.y for part in parts])
         tokens = np.concatenate([part.tokens for part in parts]).astype(np.int64)
-        return GeneratedSet(self.facts.normalise(x, torch.device("cpu")), y, tokens)
+        return GeneratedSet(self.stats.normalise(x, torch.device("cpu")), y, tokens)
 
     @functools.cached_property
     def train_coded(self) -> Coded:
@@ -197,7 +197,7 @@ class Material:
 
 
 def check(model: NCVQVAE, dataset: Dataset) -> None:
-    trained, given = model.data, DataFacts.of(dataset)
+    trained, given = model.data, DataStats.of(dataset)
     if dataset.X_test is None:
         raise UserError(
             f"{dataset.name} ({dataset.source}) has no test split, and a model is measured on series it has not seen; "

@@ -27,7 +27,7 @@ from ncfast.jobs.writer import FORMAT, Job, Shard, ShardWriter, claim, filters, 
 from ncfast.models.trained import weights_sha256
 from ncfast.ncvqvae import NCVQVAE, load
 from ncfast.sampling.class_plan import parse_labels
-from ncfast.sampling.series import Drawing
+from ncfast.sampling.series import SeriesSampler
 from ncfast.version import __version__
 
 # Where nobody says how many: files of about this size, and a few for each process, so that all end about together.
@@ -52,8 +52,8 @@ def generate(arguments: argparse.Namespace) -> None:
     options = sampling_values(model.config)
     given = {name: value for name, value in vars(arguments).items() if name in options}
     labels = parse_labels(arguments.labels)
-    drawing = Drawing(model, labels, arguments.seed, decode=not arguments.tokens_only, **given)
-    job = make_job(arguments, drawing, labels, parts)
+    sampler = SeriesSampler(model, labels, arguments.seed, decode=not arguments.tokens_only, **given)
+    job = make_job(arguments, sampler, labels, parts)
     leads = part == 0 or arguments.shard is not None  # the others of torchrun leave the terminal to the first
     if leads:
         print_job(job, f"{device} ({device_reason}); {model.precision}", part, parts)
@@ -66,13 +66,13 @@ def generate(arguments: argparse.Namespace) -> None:
     todo = [shard for shard in own if shard.number not in done]
     if done and leads:
         print(f"kept       {len(done)} of {len(own)} shards that are complete", flush=True)
-    batch_size = arguments.batch_size or 4 * drawing.size
+    batch_size = arguments.batch_size or 4 * sampler.size
     largest = min(batch_size, max((shard.rows for shard in todo), default=0))
     check_fits(largest * job.row_bytes, torch.device("cpu"), f"a batch of {largest} series", "lower --batch-size")
     progress = JobProgress(job, own, done, leads)
     begin = time.monotonic()
     with progress.bar:
-        write_shards(drawing, todo, progress, batch_size, arguments.overwrite)
+        write_shards(sampler, todo, progress, batch_size, arguments.overwrite)
         progress.wait_for_others()
     rate = progress.rows / (time.monotonic() - begin)
     counts = finish(job)
@@ -110,9 +110,9 @@ def check(arguments: argparse.Namespace, parts: int) -> None:
     filters(arguments.compression)
 
 
-def make_job(arguments: argparse.Namespace, drawing: Drawing, labels: Any, parts: int) -> Job:
-    model = drawing.model
-    total = drawing.total()
+def make_job(arguments: argparse.Namespace, sampler: SeriesSampler, labels: Any, parts: int) -> Job:
+    model = sampler.model
+    total = sampler.total()
     n = total if arguments.num_samples is None else arguments.num_samples
     if n is None:
         raise UserError('say how many: --num-samples N, or counts in --labels, such as "a:1000,b:500"')
@@ -121,14 +121,14 @@ def make_job(arguments: argparse.Namespace, drawing: Drawing, labels: Any, parts
         raise UserError(f"--num-samples is at least 1{most}; got {n}")
     if n >= 2**62:
         raise UserError(f"--num-samples is below 2**62; got {n}")
-    with_classes = drawing.plan.names_classes
+    with_classes = sampler.plan.names_classes
     columns = {
         "x": ((model.data.channels, model.data.length), {"float32": "f4", "float16": "f2"}[arguments.dtype]),
         "tokens": ((model.vqvae.num_tokens,), "u2"),
         "index": ((), "i8"),
         "y": ((), "i8"),
     }
-    columns = {k: v for k, v in columns.items() if (k != "x" or drawing.decode) and (k != "y" or with_classes)}
+    columns = {k: v for k, v in columns.items() if (k != "x" or sampler.decode) and (k != "y" or with_classes)}
     made_from = {
         "weights_sha256": weights_sha256(arguments.run),
         "rows": n,
@@ -138,7 +138,7 @@ def make_job(arguments: argparse.Namespace, drawing: Drawing, labels: Any, parts
         "device": model.device.type,  # another one rounds otherwise, and draws other series
         "columns": {name: [list(shape), kind] for name, (shape, kind) in columns.items()},
         "compression": arguments.compression,
-        "config": dataclasses.asdict(drawing.config),
+        "config": dataclasses.asdict(sampler.config),
     }
     job = Job(
         out=arguments.out,
@@ -150,12 +150,14 @@ def make_job(arguments: argparse.Namespace, drawing: Drawing, labels: Any, parts
         made_from=json.loads(json.dumps(made_from)),  # as it will be read back
         provenance={},
     )
-    job = dataclasses.replace(job, provenance=provenance(model, arguments.run, drawing, labels, job, made_from))
-    shards = choose_num_shards(job, arguments.num_shards, parts, arguments.overwrite, drawing.size)
+    job = dataclasses.replace(job, provenance=provenance(model, arguments.run, sampler, labels, job, made_from))
+    shards = choose_num_shards(job, arguments.num_shards, parts, arguments.overwrite, sampler.size)
     return dataclasses.replace(job, shards=shards)
 
 
-def provenance(model: NCVQVAE, run: Path, drawing: Drawing, labels: Any, job: Job, made_from: dict) -> dict[str, Any]:
+def provenance(
+    model: NCVQVAE, run: Path, sampler: SeriesSampler, labels: Any, job: Job, made_from: dict
+) -> dict[str, Any]:
     """What a lone file needs to explain itself."""
     return {
         "format": FORMAT,
@@ -168,7 +170,7 @@ def provenance(model: NCVQVAE, run: Path, drawing: Drawing, labels: Any, job: Jo
         "dataset": model.data.name,
         "class_names": list(model.class_names) or h5py.Empty("S1"),
         "labels": labels if isinstance(labels, str) else json.dumps(labels),
-        "seed": drawing.seed,
+        "seed": sampler.seed,
         "mean": model.data.mean,
         "std": model.data.std,
         "config": json.dumps(made_from["config"]),
@@ -333,17 +335,19 @@ class JobProgress:
             time.sleep(0.2)
 
 
-def write_shards(drawing: Drawing, todo: list[Shard], progress: JobProgress, batch_size: int, replace: bool) -> None:
+def write_shards(
+    sampler: SeriesSampler, todo: list[Shard], progress: JobProgress, batch_size: int, replace: bool
+) -> None:
     """The model draws while a thread writes; a few batches lie between them."""
     with contextlib.ExitStack() as writers, Background() as background:
         for shard in todo:
             writer = ShardWriter(shard, replace=replace)
             writers.callback(writer.discard)  # after the thread has ended, whatever ended it
-            for batch in drawing.batches(shard.rows, shard.first, batch_size):
+            for batch in sampler.batches(shard.rows, shard.first, batch_size):
                 background.call(writer.write, batch)
                 progress.update(len(batch.index))
             if shard.rows:
-                background.call(writer.compare, drawing.again(probe(shard, drawing.size)))
+                background.call(writer.compare, sampler.again(probe(shard, sampler.size)))
             background.call(writer.close)
 
 

@@ -15,7 +15,7 @@ from ncfast.errors import UserError
 from ncfast.jobs.writer import changed_column, first_difference_of, manifest_path, read_manifest, runs, shard_path
 
 if TYPE_CHECKING:
-    from ncfast.sampling.series import Drawing
+    from ncfast.sampling.series import SeriesSampler
 
 
 class Column:
@@ -121,7 +121,7 @@ class Generated(torch.utils.data.Dataset):
             self.redraw(redraw, run)
 
     def redraw(self, count: int, run: str | Path | None) -> None:
-        drawing = self.drawing(run)
+        sampler = self.sampler(run)
         for path in self.shards or [self.path]:
             with h5py.File(path) as file:
                 rows = len(file["tokens"])
@@ -129,33 +129,35 @@ class Generated(torch.utils.data.Dataset):
                     continue
                 first = int(file.attrs["first"])
                 index = np.unique(np.linspace(first, first + rows - 1, min(count, rows)).astype(np.int64))
-                different = first_difference_of(drawing.again(index), file, first, self.columns)
+                different = first_difference_of(sampler.again(index), file, first, self.columns)
             if different is not None:
                 then = ", ".join(str(self.attributes.get(name)) for name in ("device_name", "torch"))
                 raise UserError(
                     f"{path}: {different} is another one when drawn again (then on {then}; now on "
-                    f"{kind(drawing.model.device)}, {torch.__version__}): another kind of device or version of torch "
+                    f"{kind(sampler.model.device)}, {torch.__version__}): another kind of device or version of torch "
                     "may round otherwise; on the same, generate the file again"
                 )
 
-    def drawing(self, run: str | Path | None) -> "Drawing":
+    def sampler(self, run: str | Path | None) -> "SeriesSampler":
         """How the series were drawn."""
         from ncfast.config import make_config, sampling_values
         from ncfast.models.trained import weights_sha256
         from ncfast.ncvqvae import load
-        from ncfast.sampling.series import Drawing
+        from ncfast.sampling.series import SeriesSampler
 
-        facts = self.attributes
-        run = Path(facts.get("run", "") if run is None else run)
+        attributes = self.attributes
+        run = Path(attributes.get("run", "") if run is None else run)
         if not (run / "config.json").exists():
             raise UserError(f"the run that drew {self.path} is not in {run}; say where: verify(redraw=..., run=DIR)")
-        if weights_sha256(run) != facts["weights_sha256"]:
+        if weights_sha256(run) != attributes["weights_sha256"]:
             raise UserError(f"{run} is not the run that drew {self.path}: its weights are others")
-        model = load(run, str(facts["device"]), str(facts["precision"]))
-        labels = str(facts["labels"])
+        model = load(run, str(attributes["device"]), str(attributes["precision"]))
+        labels = str(attributes["labels"])
         labels = json.loads(labels) if labels[:1] in ("[", "{") else labels
-        config = make_config(**json.loads(facts["config"]))
-        return Drawing(model, labels, int(facts["seed"]), decode=self.x is not None, **sampling_values(config))
+        config = make_config(**json.loads(attributes["config"]))
+        return SeriesSampler(
+            model, labels, int(attributes["seed"]), decode=self.x is not None, **sampling_values(config)
+        )
 
     def file(self) -> h5py.File:
         """Of this process: HDF5 handles do not survive a fork, and cannot be pickled."""

@@ -22,8 +22,8 @@ from ncfast.cli.startup import choose_device, leave_compiler_out
 from ncfast.cli.torchrun import local_rank
 from ncfast.config import METHODS, Config, given_config_values, make_config
 from ncfast.data.dataset import Dataset
-from ncfast.data.facts import DataFacts
 from ncfast.data.sources import load_dataset
+from ncfast.data.stats import DataStats
 from ncfast.engine.checkpoint import atomic_path, read_json, write_json
 from ncfast.errors import UserError
 from ncfast.evaluation.comparison import COLUMNS, as_markdown
@@ -250,7 +250,7 @@ def is_trained(folder: Path, config: Config, dataset: Dataset) -> bool:
     if not (folder / "stage2.safetensors").exists():
         return False
     old_config, old_data = read_config(folder)
-    return old_config == config and old_data.identity == DataFacts.of(dataset).identity
+    return old_config == config and old_data.identity == DataStats.of(dataset).identity
 
 
 def shortened(config: Config, budget: float) -> Config:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ncfast.config import Config, make_config
-from ncfast.data.facts import DataFacts
+from ncfast.data.stats import DataStats
 from ncfast.engine.checkpoint import read_json, read_tensors, write_json
 from ncfast.engine.precision import resolve_precision
 from ncfast.errors import UserError
@@ -26,7 +26,7 @@ class TrainedModel:
     def __init__(
         self,
         config: Config,
-        data: DataFacts,
+        data: DataStats,
         vqvae: VQVAE,
         prior: Prior,
         device: torch.device,
@@ -51,7 +51,7 @@ class TrainedModel:
         return 64 if self.device.type == "cpu" else 1024
 
 
-def build_models(config: Config, data: DataFacts) -> tuple[VQVAE, Prior]:
+def build_models(config: Config, data: DataStats) -> tuple[VQVAE, Prior]:
     vqvae = VQVAE(config, data.channels, data.length)
     return vqvae, Prior(config, vqvae.vq.codebook, vqvae.num_tokens, len(data.class_names))
 
@@ -79,7 +79,7 @@ def load_weights(path: Path, module: torch.nn.Module) -> None:
         raise UserError(f"{path} does not fit its config.json: {str(error).splitlines()[-1].strip()}") from error
 
 
-def write_config(folder: Path, config: Config, data: DataFacts) -> None:
+def write_config(folder: Path, config: Config, data: DataStats) -> None:
     content = {
         "format": FORMAT,
         "ncfast": __version__,
@@ -89,7 +89,7 @@ def write_config(folder: Path, config: Config, data: DataFacts) -> None:
     write_json(folder / "config.json", content)
 
 
-def read_config(folder: Path) -> tuple[Config, DataFacts]:
+def read_config(folder: Path) -> tuple[Config, DataStats]:
     path = folder / "config.json"
     if not os.path.exists(path):  # unlike Path.exists it takes any name
         # Of `train --seeds` of earlier versions.
@@ -102,7 +102,7 @@ def read_config(folder: Path) -> tuple[Config, DataFacts]:
                 f"it has format {content['format']}, and this ncfast {__version__} reads format {FORMAT}; use the "
                 f"version that wrote it, {content.get('ncfast')}"
             )
-        return make_config(**content["config"]), DataFacts.from_json(content["data"])
+        return make_config(**content["config"]), DataStats.from_json(content["data"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:

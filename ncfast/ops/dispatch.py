@@ -73,7 +73,7 @@ def choose(operation: str, impl: str | None, why_not: dict[str, str | None]) -> 
 
 
 @functools.cache
-def build_facts() -> dict:
+def build_record() -> dict:
     """What setup.py recorded: {"cpp": {"built": bool, "why": str}, "cuda": {...}}."""
     path = Path(__file__).resolve().parents[1] / "_build.json"
     if not path.exists():
@@ -85,7 +85,7 @@ def build_facts() -> dict:
 @functools.cache
 def load_module(name: str) -> tuple[ModuleType | None, str | None]:
     """(ncfast.<name>, None), or (None, why it is not there)."""
-    fact = build_facts()["cuda" if name == "_C_cuda" else "cpp"]
+    fact = build_record()["cuda" if name == "_C_cuda" else "cpp"]
     if not fact["built"]:
         return None, fact["why"]
     try:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ncfast.data.dataset import FLOAT32_MAX, to_numpy
-from ncfast.data.facts import DataFacts
+from ncfast.data.stats import DataStats
 from ncfast.errors import UserError
 from ncfast.models.vqvae import VQVAE
 
@@ -26,7 +26,7 @@ class Context:
 
     NUM_FILLS = 7
 
-    def __init__(self, context: np.ndarray, mask: np.ndarray | None, data: DataFacts) -> None:
+    def __init__(self, context: np.ndarray, mask: np.ndarray | None, data: DataStats) -> None:
         """
         Args:
             context: series in data units, [L], [m, L] or [m, C, L]; numbers that were not observed do not matter.

@@ -1,4 +1,4 @@
-"""Drawing tokens from the prior by iterative decoding (MaskGIT, arXiv 2202.04200, section 3.2), no work wasted."""
+"""Draws tokens from the prior by iterative decoding (MaskGIT, arXiv 2202.04200, section 3.2), no work wasted."""
 
 import math
 import warnings

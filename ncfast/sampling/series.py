@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     tokens: np.ndarray  # uint16 [B, n]
 
 
-class Drawing:
+class SeriesSampler:
     """Series of one model, seed and plan of labels. A series depends on these and its index, not on how it is drawn.
 
     Attributes:
@@ -121,8 +121,8 @@ class Drawing:
         if self.decoder is not None:
             return
         model = self.model
-        sampler = Sampler(model.prior, self.config, precision=model.precision)
-        self.decoder = ChunkDecoder(model.vqvae, sampler, graph=graph, decode=self.decode)
+        token_sampler = Sampler(model.prior, self.config, precision=model.precision)
+        self.decoder = ChunkDecoder(model.vqvae, token_sampler, graph=graph, decode=self.decode)
         self.mean, self.std = model.data.moments(model.device)
         if self.context is not None:
             fillers = torch.arange(self.size, device=model.device) + LARGEST_INDEX

@@ -12,8 +12,8 @@ import torch
 
 from ncfast.config import Config, make_config
 from ncfast.data.augment import MIN_LENGTH, Augment
-from ncfast.data.facts import MAX_LENGTH, DataFacts
 from ncfast.data.sources import Dataset, from_arrays
+from ncfast.data.stats import MAX_LENGTH, DataStats
 from ncfast.engine.checkpoint import write_tensors
 from ncfast.engine.device import usable_device
 from ncfast.engine.lock import sole_writer
@@ -159,7 +159,7 @@ def train(
         checkpoint_every: epochs between two states on disk; None: checkpointing takes at most 5 % of the time.
         graph: on a GPU, make each training step one CUDA graph.
     """
-    data = DataFacts.of(dataset)
+    data = DataStats.of(dataset)
     processes = current_processes()
     processes.check_alike("options or data", (config, data.identity))
     train_options = {"checkpoint_every": checkpoint_every, "graph": graph, "quiet": quiet or not processes.is_first}
@@ -174,7 +174,7 @@ def train(
 def train_stages(
     config: Config,
     dataset: Dataset,
-    data: DataFacts,
+    data: DataStats,
     out: Path | None,
     device: torch.device,
     processes: Processes,
@@ -222,7 +222,7 @@ def train_stages(
 
 
 @torch.no_grad()
-def reconstruction(vqvae: VQVAE, data: DataFacts, dataset: Dataset) -> dict[str, float]:
+def reconstruction(vqvae: VQVAE, data: DataStats, dataset: Dataset) -> dict[str, float]:
     """Mean squared error of the test series through the codebook, in normalised units."""
     if dataset.X_test is None:
         return {}

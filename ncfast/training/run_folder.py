@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from ncfast.config import Config
-from ncfast.data.facts import DataFacts
+from ncfast.data.stats import DataStats
 from ncfast.engine.checkpoint import make_folder, read_json, read_state, write_json
 from ncfast.engine.loop import StageResult
 from ncfast.errors import UserError
 from ncfast.models.trained import read_config, write_config
 
 
-def prepare_run(out: Path, config: Config, data: DataFacts, resume: bool) -> None:
+def prepare_run(out: Path, config: Config, data: DataStats, resume: bool) -> None:
     """A new folder for a new run, or the check that `out` holds this very run."""
     for folder in (out, out.parent) if out.name.startswith("seed") else (out,):
         if (folder / "seeds.json").exists():  # of `train --seeds` of earlier versions
@@ -42,7 +42,7 @@ def prepare_run(out: Path, config: Config, data: DataFacts, resume: bool) -> Non
     read_metrics(out)  # what is damaged is better known before the training than after it
 
 
-def run_sha256(config: Config, data: DataFacts) -> str:
+def run_sha256(config: Config, data: DataStats) -> str:
     """Equal for equal runs: options and data."""
     facts = [dataclasses.asdict(config), dataclasses.asdict(data.identity)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ncfast.config import Config
 from ncfast.data.augment import Augment
-from ncfast.data.facts import DataFacts
+from ncfast.data.stats import DataStats
 from ncfast.engine.device import kind
 from ncfast.engine.loop import Stage, derived_seed
 from ncfast.engine.processes import ALONE, Processes
@@ -21,7 +21,7 @@ from ncfast.training.stage1 import WITHOUT_LOSS, SelfSupervision, stage1_losses
 from ncfast.training.stage2 import TokenDistribution, stage2_losses
 
 
-def new_vqvae(config: Config, data: DataFacts) -> VQVAE:
+def new_vqvae(config: Config, data: DataStats) -> VQVAE:
     with seeded(config.seed, 1):
         return build_models(config, data)[0]
 
@@ -31,7 +31,7 @@ def new_self_supervision(config: Config) -> SelfSupervision | None:
         return None if config.ssl in WITHOUT_LOSS else SelfSupervision(config)
 
 
-def new_prior(config: Config, vqvae: VQVAE, data: DataFacts) -> Prior:
+def new_prior(config: Config, vqvae: VQVAE, data: DataStats) -> Prior:
     with seeded(config.seed, 2):
         return Prior(config, vqvae.vq.codebook.cpu(), vqvae.num_tokens, len(data.class_names))
 

@@ -104,7 +104,7 @@ def test_pictures_show_what_they_say():
 
     drawn = figures.reconstruction(own, 0).axes[0].lines
     first = int(own.dataset.y_test.argmin())  # of the first class
-    rebuilt = own.facts.normalise(own.model.reconstruct(own.dataset.X_test), "cpu")
+    rebuilt = own.stats.normalise(own.model.reconstruct(own.dataset.X_test), "cpu")
     np.testing.assert_allclose(drawn[0].get_ydata(), own.test[first, 0])
     np.testing.assert_allclose(drawn[1].get_ydata(), rebuilt[first, 0], atol=1e-4)
 

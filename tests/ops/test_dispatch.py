@@ -91,7 +91,7 @@ def recorded_build(monkeypatch):
     """Pretends that setup.py recorded these facts."""
 
     def record(**facts):
-        monkeypatch.setattr(dispatch, "build_facts", lambda: facts)
+        monkeypatch.setattr(dispatch, "build_record", lambda: facts)
 
     dispatch.load_module.cache_clear()
     yield record
@@ -115,11 +115,11 @@ def test_module_that_does_not_load(recorded_build, monkeypatch):
         assert f"ncfast.{name} was built but does not load (ncfast.{name}: wrong Python); reinstall" in reason
 
 
-def test_build_facts_are_those_of_the_build_or_say_that_there_was_none(tmp_path, monkeypatch):
+def test_build_record_are_those_of_the_build_or_say_that_there_was_none(tmp_path, monkeypatch):
     facts = {name: {"built": False, "why": name} for name in ("cpp", "cuda")}
     (tmp_path / "ops").mkdir()
     monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "ops" / "dispatch.py"))
-    read = dispatch.build_facts.__wrapped__
+    read = dispatch.build_record.__wrapped__
     assert all(not fact["built"] and "pip install -e ." in fact["why"] for fact in read().values())
     (tmp_path / "_build.json").write_text(json.dumps(facts))
     assert read() == facts

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_training import FLAGS, waves
+from runs import FLAGS, waves
 
 import ncfast
 from ncfast import reproduce

@@ -1,6 +1,5 @@
 """The batch job: its files, what shares it, what interrupts it, and the reader."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -17,31 +16,16 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from runs import save_run
 
 import ncfast
 from ncfast import generate
-from ncfast.config import make_config
-from ncfast.data.facts import DataFacts
 from ncfast.jobs import plan as generation
 from ncfast.jobs import writer as shards
-from ncfast.models.trained import build_models
-from ncfast.sampling import series as drawing
+from ncfast.sampling import series as sampling_series
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("x", "y", "tokens", "index")
-
-
-def save_run(folder, seed=0, length=21, channels=1, names=("fast", "slow"), std=2.0):
-    """A model of random weights: what is drawn from it has no shape, but a right and a wrong place."""
-    torch.manual_seed(seed)
-    config = make_config(
-        dim=4, residual_blocks=1, codebook_size=8, prior_dim=8, prior_layers=1, prior_head_dim=8, decoding_steps=3
-    )
-    counts = (30, 10)[: len(names)]
-    facts = DataFacts("Waves", "test", 40, channels, length, tuple(names), counts, (5.0,) * channels, (std,) * channels)
-    config = dataclasses.replace(config, stage1_epochs=1, stage2_epochs=1, precision="fp32")
-    ncfast.NCVQVAE(config, facts, *build_models(config, facts), torch.device("cpu")).save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -446,7 +430,7 @@ def test_shards_are_large_enough_to_draw_a_part_of_each_again(run, job):
 def test_processes_share_shards_of_a_hundred_forward_passes(run, rows, parts, shards):
     arguments = generate.make_parser().parse_args(["--run", str(run), "--out", "x.h5", f"--num-samples={rows}"])
     model = ncfast.load(run)
-    assert generation.make_job(arguments, drawing.Drawing(model), "train", parts).shards == shards
+    assert generation.make_job(arguments, sampling_series.SeriesSampler(model), "train", parts).shards == shards
 
 
 def test_series_drawn_again_are_compared_with_the_file(run, job, tmp_path):
@@ -488,14 +472,14 @@ def test_the_run_that_drew_them_has_to_be_there(run, job, tmp_path):
 
 def test_a_shard_with_what_was_never_computed_gets_no_name(run, job, tmp_path, monkeypatch):
     """A device that leaves a chunk out once, as one that is read too early does."""
-    arrived, calls = drawing.Drawing.arrived, []
+    arrived, calls = sampling_series.SeriesSampler.arrived, []
 
     def faulty(self, chunk):
         batch = arrived(self, chunk)
         calls.append(chunk)
         return batch._replace(x=np.zeros_like(batch.x)) if len(calls) == 1 else batch
 
-    monkeypatch.setattr(drawing.Drawing, "arrived", faulty)
+    monkeypatch.setattr(sampling_series.SeriesSampler, "arrived", faulty)
     with pytest.raises(ncfast.UserError, match="x of series 0 when drawn again is not what was written"):
         job("--num-samples", 50)
     assert not list(tmp_path.iterdir())

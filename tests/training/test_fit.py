@@ -16,42 +16,16 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from runs import FLAGS, SMALL, train_arguments, waves
 
 import ncfast
 from ncfast.config import make_config
-from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
+from ncfast.data.stats import DataStats
 from ncfast.engine.checkpoint import read_state
 from ncfast.engine.loop import batch_ends
 from ncfast.engine.processes import Processes
 from ncfast.training import fit, stages
-
-SMALL = {
-    "dim": 8,
-    "residual_blocks": 1,
-    "codebook_size": 8,
-    "projector_dim": 32,
-    "prior_dim": 32,
-    "prior_layers": 1,
-    "prior_head_dim": 16,
-    "batch_size": 16,
-    "stage2_batch_size": 16,
-}
-FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-
-
-def waves(n=40, length=61, channels=1, seed=0):
-    """Two classes that differ in frequency."""
-    generator = np.random.default_rng(seed)
-    y = np.arange(n) % 2
-    phase = generator.uniform(0, 2 * np.pi, (n, channels, 1))
-    t = np.arange(length) / length
-    x = (
-        5
-        + 3 * np.sin(2 * np.pi * (2 + 3 * y[:, None, None]) * t + phase)
-        + 0.1 * generator.normal(size=(n, channels, length))
-    )
-    return x.astype(np.float32), np.array(["slow", "fast"])[y]
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +39,6 @@ def data_file(tmp_path_factory):
 def program(name, *arguments, **options):
     command = [sys.executable, "-m", f"ncfast.{name}", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
-
-
-def train_arguments(data_file, out, *more):
-    return ["--dataset", data_file, "--out", out, "--stage1-epochs", 4, "--stage2-epochs", 4, *FLAGS, *more]
 
 
 def weights(out):
@@ -394,7 +364,7 @@ def prepared(**options):
     """A resolved configuration, a data set and its facts."""
     dataset = from_arrays(*waves(20))
     config = fit.resolve_config(make_config(**{**SMALL, **options}), dataset, torch.device("cpu"))
-    return config, dataset, DataFacts.of(dataset)
+    return config, dataset, DataStats.of(dataset)
 
 
 def test_the_memory_asked_for_is_weights_moments_and_the_largest_tensors(monkeypatch):

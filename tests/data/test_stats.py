@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
+from ncfast.data.stats import DataStats
 
 CPU = torch.device("cpu")
-FACTS = DataFacts("a", "b", 4, 2, 9, ("x", "y"), (3, 1), (1.0, -2.0), (0.25, 4.0), ("said",))
+FACTS = DataStats("a", "b", 4, 2, 9, ("x", "y"), (3, 1), (1.0, -2.0), (0.25, 4.0), ("said",))
 
 
 def read(**changes):
-    return DataFacts.from_json({**json.loads(json.dumps(dataclasses.asdict(FACTS))), **changes})
+    return DataStats.from_json({**json.loads(json.dumps(dataclasses.asdict(FACTS))), **changes})
 
 
 def test_facts_survive_json():
@@ -49,12 +49,12 @@ def test_facts_that_lack_one_are_refused(name):
     values = dataclasses.asdict(FACTS)
     del values[name]
     with pytest.raises(ValueError, match="facts of the data are name, source, num_series"):
-        DataFacts.from_json(values)
+        DataStats.from_json(values)
 
 
 def test_a_channel_that_never_changes_is_only_shifted():
     x = np.stack([np.tile([1.0, 5.0], (3, 4)), np.full((3, 8), 7.0)], 1)  # mean 3 and 7, deviation 2 and 0
-    facts = DataFacts.of(from_arrays(x))
+    facts = DataStats.of(from_arrays(x))
     assert (facts.num_series, facts.channels, facts.length) == (3, 2, 8)
     assert facts.mean == (3.0, 7.0) and facts.std == (2.0, 1.0)
     normalised = facts.normalise(x.astype(np.float32), CPU)

@@ -15,7 +15,7 @@ MAX_LENGTH = 2**24
 
 
 @dataclass(frozen=True)
-class DataFacts:
+class DataStats:
     """What a run remembers of its training data."""
 
     name: str
@@ -30,7 +30,7 @@ class DataFacts:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, dataset: Dataset) -> "DataFacts":
+    def of(cls, dataset: Dataset) -> "DataStats":
         X = dataset.X_train.astype(np.float64)  # [N, C, L]
         counts = () if dataset.y_train is None else np.bincount(dataset.y_train, minlength=dataset.n_classes).tolist()
         std = X.std(axis=(0, 2))
@@ -49,7 +49,7 @@ class DataFacts:
         )
 
     @classmethod
-    def from_json(cls, values: Any) -> "DataFacts":
+    def from_json(cls, values: Any) -> "DataStats":
         """What `dataclasses.asdict` gave, as JSON has it.
 
         Raises:
@@ -58,26 +58,26 @@ class DataFacts:
         names = [f.name for f in dataclasses.fields(cls)]
         if not isinstance(values, dict) or set(values) != set(names):
             raise ValueError(f"facts of the data are {', '.join(names)}")
-        facts = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-        classes, channels = len(facts.class_names), facts.channels
+        stats = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        classes, channels = len(stats.class_names), stats.channels
         for name, right in (
-            ("name", isinstance(facts.name, str)),
-            ("source", isinstance(facts.source, str)),
-            ("num_series", is_count(facts.num_series)),
-            ("channels", is_count(facts.channels) and facts.channels <= MAX_LENGTH),
-            ("length", is_count(facts.length) and facts.length <= MAX_LENGTH),
-            ("class_names", is_row(facts.class_names, str, classes)),
-            ("class_counts", is_row(facts.class_counts, int, classes) and all(map(is_count, facts.class_counts))),
-            ("mean", is_row(facts.mean, int | float, channels) and all(map(is_finite, facts.mean))),
-            ("std", is_row(facts.std, int | float, channels) and all(is_finite(s) and s > 0 for s in facts.std)),
-            ("notes", is_row(facts.notes, str, len(facts.notes))),
+            ("name", isinstance(stats.name, str)),
+            ("source", isinstance(stats.source, str)),
+            ("num_series", is_count(stats.num_series)),
+            ("channels", is_count(stats.channels) and stats.channels <= MAX_LENGTH),
+            ("length", is_count(stats.length) and stats.length <= MAX_LENGTH),
+            ("class_names", is_row(stats.class_names, str, classes)),
+            ("class_counts", is_row(stats.class_counts, int, classes) and all(map(is_count, stats.class_counts))),
+            ("mean", is_row(stats.mean, int | float, channels) and all(map(is_finite, stats.mean))),
+            ("std", is_row(stats.std, int | float, channels) and all(is_finite(s) and s > 0 for s in stats.std)),
+            ("notes", is_row(stats.notes, str, len(stats.notes))),
         ):
             if not right:
-                raise ValueError(f"{name} of the data cannot be {str(getattr(facts, name))[:40]}")
-        return facts
+                raise ValueError(f"{name} of the data cannot be {str(getattr(stats, name))[:40]}")
+        return stats
 
     @property
-    def identity(self) -> "DataFacts":
+    def identity(self) -> "DataStats":
         """Without what may differ of the same data: where it was read, and what was remarked."""
         return dataclasses.replace(self, source="", notes=())
 

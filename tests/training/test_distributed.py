@@ -14,14 +14,14 @@ import pytest
 import safetensors.torch
 import torch
 from processes import on_processes
-from test_training import SMALL, train_arguments, waves
+from runs import SMALL, train_arguments, waves
 
 import ncfast
 from ncfast import train
 from ncfast.cli.startup import choose_device
 from ncfast.config import make_config
-from ncfast.data.facts import DataFacts
 from ncfast.data.sources import from_arrays
+from ncfast.data.stats import DataStats
 from ncfast.engine.logging import RunLog
 from ncfast.engine.loop import batch_ends, train_stage
 from ncfast.engine.precision import computing
@@ -76,7 +76,7 @@ def trained(ssl, num_series, dtype, device=CPU, steps=STEPS, graph=True):
     dataset = from_arrays(*waves(num_series))
     epochs = -(-steps // len(batch_ends(num_series, SMALL["batch_size"])))
     config = make_config(ssl=ssl, stage1_epochs=epochs, stage2_epochs=epochs, precision="fp32", **SMALL)
-    config, data = fit.resolve_config(config, dataset, device), DataFacts.of(dataset)
+    config, data = fit.resolve_config(config, dataset, device), DataStats.of(dataset)
     x, labels = data.normalise(dataset.X_train, device).to(dtype), torch.from_numpy(dataset.y_train).to(device)
     loop = {"seed": 0, "device": device, "state_path": None, "state": None, "quiet": True, "processes": processes}
     loop |= {"graph": graph, "log": RunLog(None)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ncfast.config import make_config
-from ncfast.data.facts import DataFacts
+from ncfast.data.stats import DataStats
 from ncfast.errors import UserError
 from ncfast.models.trained import build_models
 from ncfast.ncvqvae import NCVQVAE
@@ -26,7 +26,7 @@ L = 120
 
 
 def make_model(channels=1, classes=("a", "b")):
-    data = DataFacts(
+    data = DataStats(
         "waves", "", 10, channels, L, tuple(classes), (5,) * len(classes), (2.0,) * channels, (3.0,) * channels
     )
     torch.manual_seed(0)
@@ -130,7 +130,7 @@ def test_one_channel_has_a_mask_for_each_series(model):
 def small_context(x):
     """Of one channel, whose units are the normalised ones: what is not finite was not observed."""
     x = np.asarray(x, np.float32)
-    return Context(x, None, DataFacts("", "", 1, 1, x.shape[-1], (), (), (0.0,), (1.0,)))
+    return Context(x, None, DataStats("", "", 1, 1, x.shape[-1], (), (), (0.0,), (1.0,)))
 
 
 def small_vqvae(tokenize, columns, span):
