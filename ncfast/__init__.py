@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING, Any
 from ncfast.version import __version__
 
 if TYPE_CHECKING:
+    from ncfast import data as data
+    from ncfast import evaluation as evaluation
+    from ncfast import nn as nn
+    from ncfast import ops as ops
     from ncfast.errors import UserError
     from ncfast.jobs.reader import Generated, open_generated
     from ncfast.ncvqvae import NCVQVAE, load
@@ -39,13 +43,15 @@ _MODULES = {
 _ROOMS = ("data", "evaluation", "nn", "ops")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return import_module(f"ncfast.{name}")
-    if name not in _MODULES:
-        raise AttributeError(f"module 'ncfast' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
-    return value
+if not TYPE_CHECKING:  # to type checkers, a name that is not listed above is a mistake
+
+    def __getattr__(name: str) -> Any:
+        if name in _ROOMS:
+            return import_module(f"ncfast.{name}")
+        if name not in _MODULES:
+            raise AttributeError(f"module 'ncfast' has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+        return value
 
 
 def __dir__() -> list[str]:

@@ -121,7 +121,7 @@ class Config:
     stage2_batch_size: int = option(256, "series a stage-2 step", "Training", minimum=1)
     learning_rate: float = option(1e-3, "of AdamW, both stages; cosine to 0 over each", "Training", minimum=0)
     weight_decay: float = option(1e-3, "of AdamW, both stages", "Training", minimum=0)
-    precision: Literal[PRECISIONS] | None = option(
+    precision: Literal["fp32", "tf32", "bf16"] | None = option(
         None, "number format of products and convolutions [fp32 on a CPU, tf32 on a GPU]", "Training"
     )
     seed: int = option(0, "random seed", "Training", minimum=0, maximum=2**63 - 1)

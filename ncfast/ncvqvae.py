@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,8 +14,12 @@ from ncfast.engine.memory import check_fits, human
 from ncfast.engine.precision import autocast, computing
 from ncfast.errors import UserError
 from ncfast.models.trained import TrainedModel, build_models, load_weights, on_meta, read_config, size_of, write_config
+from ncfast.options import Labels, SamplingOptions
 from ncfast.sampling.class_plan import TRAIN
 from ncfast.sampling.series import Batch, SeriesSampler, checked_index
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class NCVQVAE(TrainedModel):
@@ -31,13 +35,13 @@ class NCVQVAE(TrainedModel):
     def sample(
         self,
         n: int | None = None,
-        labels: Any = TRAIN,
+        labels: Labels = TRAIN,
         seed: int = 0,
         *,
         start: int = 0,
         context: np.ndarray | None = None,
         mask: np.ndarray | None = None,
-        **sampling: Any,
+        **sampling: "Unpack[SamplingOptions]",
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """New series in data units.
 
@@ -80,7 +84,7 @@ class NCVQVAE(TrainedModel):
     def sample_batches(
         self,
         n: int | None = None,
-        labels: Any = TRAIN,
+        labels: Labels = TRAIN,
         seed: int = 0,
         *,
         start: int = 0,
@@ -88,7 +92,7 @@ class NCVQVAE(TrainedModel):
         context: np.ndarray | None = None,
         mask: np.ndarray | None = None,
         decode: bool = True,
-        **sampling: Any,
+        **sampling: "Unpack[SamplingOptions]",
     ) -> Iterator[Batch]:
         """As `sample`, `batch_size` series at a time (None: as they come), with token grids and class indices.
 
@@ -99,7 +103,7 @@ class NCVQVAE(TrainedModel):
         sampler, n = self.sampler(n, labels, seed, context=context, mask=mask, decode=decode, **sampling)
         return sampler.batches(n, start, batch_size)
 
-    def sampler(self, n: int | None, labels: Any, seed: int, **options: Any) -> tuple[SeriesSampler, int]:
+    def sampler(self, n: int | None, labels: Labels, seed: int, **options: Any) -> tuple[SeriesSampler, int]:
         """How series are drawn, and how many."""
         sampler = SeriesSampler(self, labels, seed, **options)
         n = sampler.total() if n is None else n

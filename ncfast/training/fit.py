@@ -5,7 +5,7 @@ import dataclasses
 import math
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,9 +28,13 @@ from ncfast.models.vqvae import VQVAE
 from ncfast.ncvqvae import NCVQVAE
 from ncfast.nn.meta import without_memory
 from ncfast.nn.synchronised import synchronised
+from ncfast.options import Options
 from ncfast.training.run_folder import prepare_run, record_metrics, run_sha256, saved_state, stage_metrics
 from ncfast.training.stage1 import WITHOUT_LOSS, SelfSupervision
 from ncfast.training.stages import make_stage1, make_stage2, new_prior, new_vqvae
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Training draws initial weights, and replaces dead codes, with torch's global generators, which it seeds and puts back:
 # trainings in threads of one process take turns.
@@ -47,7 +51,7 @@ def fit(
     device: str | torch.device = "auto",
     graph: bool = True,
     quiet: bool = False,
-    **options: Any,
+    **options: "Unpack[Options]",
 ) -> NCVQVAE:
     """Trains both stages on arrays.
 

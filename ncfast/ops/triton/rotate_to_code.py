@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 LEAST_NORM = tl.constexpr(1e-6)
+LEAST_NORM_SQUARED = tl.constexpr(1e-6 * 1e-6)
 
 
 def rotate_to_code_triton(z: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,7 +206,7 @@ def rotate_to_code_backward_kernel(
         turns = norm_z >= LEAST_NORM
         of_g = tl.where(turns, stretch, of_g)
         of_z += tl.where(turns, 2 * stretch * gq * inverse_q * inverse_z, 0.0)
-        of_s = tl.where(turns, -2 * stretch * gs / tl.maximum(ss, LEAST_NORM * LEAST_NORM * zz), 0.0)
+        of_s = tl.where(turns, -2 * stretch * gs / tl.maximum(ss, LEAST_NORM_SQUARED * zz), 0.0)
 
     if ONE_TILE:
         gradient = of_g[:, None] * g_tile + of_z[:, None] * z_tile - commitment * q_tile

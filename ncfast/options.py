@@ -1,0 +1,53 @@
+"""Types of the options of `fit` and `sample`, for type checkers: the fields of `Config`, to which a test holds them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict
+
+Labels = str | Sequence[str] | Mapping[str, int]  # which classes are drawn
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Options of the group "Sampling" of `ncfast.config.Config`."""
+
+    decoding_steps: int
+    choice_temperature: float
+    guidance_scale: float
+    temperature: float
+    top_k: int
+    unmasking: Literal["paper", "google"]
+
+
+class Options(SamplingOptions, total=False):
+    """All options of `ncfast.config.Config`."""
+
+    ssl: Literal["none", "barlow", "vicreg", "vibcreg", "views"]
+    augment: str | Sequence[str]
+    ssl_weight: float | None
+    view_weight: float
+    projector_dim: int
+    n_fft: int
+    dim: int
+    residual_blocks: int
+    codebook_size: int
+    codebook_init: Literal["random", "kmeans"]
+    dead_code_threshold: float
+    halvings: int | None
+    codebook_decay: float
+    prior_dim: int
+    prior_layers: int
+    prior_heads: int
+    prior_head_dim: int
+    prior_ff_mult: int
+    embeddings: Literal["learned", "random"]
+    masking: Literal["masked", "kept"]
+    class_dropout: float
+    stage1_epochs: int | None
+    stage2_epochs: int | None
+    stage1_steps: int
+    stage2_steps: int
+    batch_size: int
+    stage2_batch_size: int
+    learning_rate: float
+    weight_decay: float
+    precision: Literal["fp32", "tf32", "bf16"] | None
+    seed: int
