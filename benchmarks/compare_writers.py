@@ -18,7 +18,8 @@ from common import table
 
 from ncfast.cli.startup import choose_device
 from ncfast.engine.background import Background
-from ncfast.jobs.writer import Job, ShardWriter
+from ncfast.jobs.shards import Job
+from ncfast.jobs.writer import ShardWriter
 from ncfast.ncvqvae import load
 from ncfast.sampling.series import Batch, SeriesSampler
 

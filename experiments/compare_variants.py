@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from benchmarks.common import machine, table
 from experiments.lost_networks import TwoBands, WithWideDecoder
+from ncfast.cli.flags import add_config_arguments, given_config_values
 from ncfast.cli.startup import choose_device
-from ncfast.config import PRESETS, Config, add_config_arguments, given_config_values, make_config, sampling_config
+from ncfast.config import PRESETS, Config, make_config, sampling_config
 from ncfast.data.dataset import Dataset
 from ncfast.data.sources import load_dataset
 from ncfast.data.stats import DataStats

@@ -1,11 +1,10 @@
-"""The configuration of a run: one dataclass, its presets, and the command line made from it."""
+"""The configuration of a run: one dataclass and its presets."""
 
-import argparse
 import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -211,40 +210,3 @@ def is_optional(hint: Any) -> bool:
 def without_none(hint: Any) -> Any:
     """X of the type X | None."""
     return next(each for each in typing.get_args(hint) if each is not type(None))
-
-
-def add_config_arguments(
-    parser: argparse.ArgumentParser, group: str | None = None, default: str = "", without: Sequence[str] = ()
-) -> None:
-    """One flag a field, grouped; only flags that were given appear in the parsed namespace.
-
-    Args:
-        group: of the fields; None takes all.
-        default: what --help names as the default, in place of the field's own.
-        without: fields that get no flag.
-    """
-    hints = typing.get_type_hints(Config)
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for f in dataclasses.fields(Config):
-        name = f.metadata["group"]
-        if group not in (None, name) or f.name in without:
-            continue
-        flags = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
-        hint = without_none(hints[f.name]) if is_optional(hints[f.name]) else hints[f.name]
-        kwargs: dict[str, Any] = {"help": f.metadata["help"], "default": argparse.SUPPRESS}
-        if typing.get_origin(hint) is Literal:
-            kwargs["choices"] = typing.get_args(hint)
-        elif typing.get_origin(hint) is tuple:
-            kwargs |= {"nargs": "+", "metavar": "NAME"}
-        else:
-            kwargs["type"] = hint
-            kwargs["metavar"] = "X" if kwargs["type"] is float else "N"
-        shown = default or (" ".join(f.default) if isinstance(f.default, tuple) else f.default)
-        if shown is not None:
-            kwargs["help"] += f" [{shown}]"
-        flags.add_argument("--" + f.name.replace("_", "-"), **kwargs)
-
-
-def given_config_values(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = {f.name for f in dataclasses.fields(Config)}
-    return {name: value for name, value in vars(arguments).items() if name in names}

@@ -7,9 +7,10 @@ processes, which need not know of each other. The same command again continues w
 import argparse
 from pathlib import Path
 
+from ncfast.cli.flags import add_config_arguments
 from ncfast.cli.parser import Parser, run
 from ncfast.cli.startup import start_driver
-from ncfast.config import COMPRESSIONS, DTYPES, PRECISIONS, add_config_arguments
+from ncfast.config import COMPRESSIONS, DTYPES, PRECISIONS
 
 
 def make_parser() -> Parser:
@@ -75,7 +76,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser.answer_help(command_line)
     arguments = parser.parse_args(command_line)
     start_driver(arguments.device)
-    from ncfast.jobs.plan import generate
+    from ncfast.jobs.generation import generate
 
     generate(arguments)
 

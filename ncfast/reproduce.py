@@ -9,9 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from ncfast.cli.flags import add_config_arguments
 from ncfast.cli.parser import Parser, run, words
 from ncfast.cli.startup import start_driver
-from ncfast.config import MEASURES, METHODS, PRESETS, add_config_arguments
+from ncfast.config import MEASURES, METHODS, PRESETS
 
 PAPER = (
     *("ElectricDevices", "FordB", "FordA", "Wafer", "TwoPatterns", "StarLightCurves", "UWaveGestureLibraryAll"),

@@ -8,9 +8,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ncfast.cli.flags import add_config_arguments, given_config_values
 from ncfast.cli.parser import Parser, run
 from ncfast.cli.startup import choose_device, leave_compiler_out, start_driver
-from ncfast.config import PRESETS, Config, add_config_arguments, given_config_values, make_config
+from ncfast.config import PRESETS, Config, make_config
 from ncfast.errors import UserError
 from ncfast.version import __version__
 
@@ -124,7 +125,7 @@ def print_plan(
     from ncfast.nn.meta import without_memory
     from ncfast.ops import dispatch
     from ncfast.ops.nearest_code import why_not
-    from ncfast.training.stage1 import WITHOUT_LOSS, SelfSupervision
+    from ncfast.training.self_supervision import WITHOUT_LOSS, SelfSupervision
 
     data = DataStats.of(dataset)
     with without_memory():

@@ -3,7 +3,8 @@ import dataclasses
 
 import pytest
 
-from ncfast.config import Config, add_config_arguments, given_config_values, make_config
+from ncfast.cli.flags import add_config_arguments, given_config_values
+from ncfast.config import Config, make_config
 from ncfast.errors import UserError
 
 

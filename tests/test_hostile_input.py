@@ -22,7 +22,7 @@ from ncfast.cli import parser as cli
 from ncfast.engine import lock
 from ncfast.engine.logging import RunLog
 from ncfast.engine.memory import exhaustion_explained
-from ncfast.jobs import writer as shards
+from ncfast.jobs import writer
 from ncfast.ops import dispatch
 from ncfast.training import fit as training
 
@@ -648,8 +648,8 @@ def test_a_folder_that_vanishes_ends_the_job_in_one_line(run, resumed, tmp_path,
 
     out = tmp_path / "out"
     out.mkdir()
-    write = shards.ShardWriter.write
-    monkeypatch.setattr(shards.ShardWriter, "write", lambda *a: (write(*a), shutil.rmtree(out, ignore_errors=True)))
+    write = writer.ShardWriter.write
+    monkeypatch.setattr(writer.ShardWriter, "write", lambda *a: (write(*a), shutil.rmtree(out, ignore_errors=True)))
     line = refusal(capsys, generate.main, "--run", run, "--num-samples", 9, "--out", out / "x.h5")
     assert "cannot write" in line and str(out) in line
 

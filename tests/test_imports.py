@@ -18,7 +18,7 @@ from ncfast.evaluation import protocol
 from ncfast.models.trained import build_models
 from ncfast.nn.meta import without_memory
 from ncfast.ops import dispatch
-from ncfast.training.stage1 import SelfSupervision
+from ncfast.training.self_supervision import SelfSupervision
 
 PACKAGE = Path(ncfast.__file__).parent
 PROGRAMS = ("train", "generate", "evaluate", "reproduce", "info")

@@ -19,13 +19,14 @@ from ncfast.data.stats import DataStats
 from ncfast.engine import checkpoint
 from ncfast.engine.loop import Stage
 from ncfast.evaluation import comparison
-from ncfast.jobs import plan as generation
-from ncfast.jobs.writer import Job, ShardWriter
+from ncfast.jobs import generation
+from ncfast.jobs.shards import Job
+from ncfast.jobs.writer import ShardWriter
 from ncfast.ops.gram import resolve_route
 from ncfast.sampling import maskgit as sampling
 from ncfast.sampling.completion import Context
 from ncfast.training import stage2
-from ncfast.training.stage1 import SSL_WEIGHTS
+from ncfast.training.self_supervision import SSL_WEIGHTS
 
 
 @pytest.mark.parametrize(("t", "masking", "masked"), [(0.0, "masked", 10), (0.5, "masked", 7), (0.5, "kept", 3)])

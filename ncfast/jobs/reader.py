@@ -12,7 +12,8 @@ import torch
 from ncfast.engine.checkpoint import reason
 from ncfast.engine.device import kind
 from ncfast.errors import UserError
-from ncfast.jobs.writer import changed_column, first_difference_of, manifest_path, read_manifest, runs, shard_path
+from ncfast.jobs.shards import changed_column, manifest_path, read_manifest, shard_path
+from ncfast.jobs.writer import first_difference_of, runs
 
 if TYPE_CHECKING:
     from ncfast.sampling.series import SeriesSampler

@@ -18,9 +18,10 @@ import torch
 from torch import distributed
 
 import ncfast
+from ncfast.cli.flags import given_config_values
 from ncfast.cli.startup import choose_device, leave_compiler_out
 from ncfast.cli.torchrun import local_rank
-from ncfast.config import METHODS, Config, given_config_values, make_config
+from ncfast.config import METHODS, Config, make_config
 from ncfast.data.dataset import Dataset
 from ncfast.data.sources import load_dataset
 from ncfast.data.stats import DataStats

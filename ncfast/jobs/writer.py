@@ -1,14 +1,4 @@
-"""Generated series on disk: HDF5 shards that are whole or not there, a manifest, and one file that shows them all.
-
-A job of one shard is one plain file. A job of several writes, beside the file that was asked for:
-
-- `NAME.manifest.json` first: what the job is, so that another one cannot mix its shards with these;
-- `NAME-00003-of-00016.h5`, each under a temporary name until it is complete and flushed;
-- when all are there, the manifest again, with the checksum of every shard, and last `NAME.h5`: virtual data sets.
-
-A shard has `x` [n, C, L], `tokens` [n, T], `index` [n] and, for series with a class, `y` [n]; as attributes everything
-that a lone file needs to explain itself, and a sha256 of the bytes of each data set, in row-major order.
-"""
+"""Writes shards: each is whole or not there, and the last one makes the manifest and the file that shows them all."""
 
 import contextlib
 import hashlib
@@ -17,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,123 +16,19 @@ import numpy as np
 from ncfast.engine.checkpoint import (
     atomic_path,
     put_in_place,
-    read_json,
     reason,
     remove_leftovers,
     temporary_path,
     write_json,
 )
 from ncfast.errors import UserError
+from ncfast.jobs.shards import FORMAT, Job, Shard, read_manifest
 from ncfast.sampling.series import Batch
 
-FORMAT = 2
 CHUNK_BYTES = 2**20
-READ_BYTES = 2**26
 FLUSH_BYTES = 2**25
 # Of a data set that no shard is there for; a reader other than ours sees these.
 FILL = {"x": np.nan, "tokens": 2**16 - 1, "index": -1, "y": -1}
-
-
-def manifest_path(out: Path) -> Path:
-    return out.with_name(f"{out.name.removesuffix('.h5')}.manifest.json")
-
-
-def shard_path(out: Path, k: int, count: int) -> Path:
-    return out.with_name(f"{out.name.removesuffix('.h5')}-{k:05d}-of-{count:05d}.h5")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the files hold, and what that depends on.
-
-    Attributes:
-        out: the file that was asked for.
-        rows: series of all shards.
-        shards: number of files.
-        columns: of each data set the shape of a row and the type, such as {"x": ((1, 500), "f4")}.
-        compression: "none", "lzf", "gzip" or "zstd".
-        class_names: empty for series without a class.
-        made_from: everything that decides what the series are, as JSON has it: equal ones make equal series.
-        provenance: what is worth knowing besides; attributes of every file.
-    """
-
-    out: Path
-    rows: int
-    shards: int
-    columns: dict[str, tuple[tuple[int, ...], str]]
-    compression: str
-    class_names: tuple[str, ...]
-    made_from: dict[str, Any]
-    provenance: dict[str, Any]
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.made_from, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def row_bytes(self) -> int:
-        return sum(np.dtype(kind).itemsize * int(np.prod(shape)) for shape, kind in self.columns.values())
-
-    @property
-    def manifest(self) -> Path:
-        return manifest_path(self.out)
-
-    def shard(self, k: int) -> "Shard":
-        # Even, and multiples of what a forward pass makes where there are enough.
-        unit = 1024 if self.rows >= 1024 * self.shards else 1
-        units = -(-self.rows // unit)
-        first, end = (min(self.rows, unit * (units * i // self.shards)) for i in (k, k + 1))
-        path = self.out if self.shards == 1 else shard_path(self.out, k, self.shards)
-        return Shard(self, k, path, first, end - first)
-
-    def all_shards(self) -> list["Shard"]:
-        return [self.shard(k) for k in range(self.shards)]
-
-
-@dataclass(frozen=True)
-class Shard:
-    job: Job
-    number: int
-    path: Path
-    first: int
-    rows: int
-
-    def attributes(self) -> dict[str, Any]:
-        return {**self.job.provenance, "shard": self.number, "num_shards": self.job.shards, "first": self.first}
-
-    def problem(self, *, contents: bool) -> str | None:
-        """Why the file is not this shard; None when it is. `contents` computes its checksums again."""
-        try:
-            with h5py.File(self.path) as file:
-                if file.attrs.get("job_sha256") != self.job.sha256:
-                    return "it is of another job"
-                if not file.attrs.get("complete", False) or file.attrs["first"] != self.first:
-                    return "it is not complete"
-                for name, (shape, kind) in self.job.columns.items():
-                    if name not in file or file[name].shape != (self.rows, *shape) or file[name].dtype != kind:
-                        return f"its {name} is not {kind} {[self.rows, *shape]}"
-                return changed_column(file, self.job.columns) if contents else None
-        except FileNotFoundError:
-            return "it is not there"
-        except (OSError, KeyError, RuntimeError) as error:
-            return reason(error)
-
-
-def changed_column(file: h5py.File, columns: Any) -> str | None:
-    """Compares the data with their checksums."""
-    for name in columns:
-        digest = hashlib.sha256()
-        for block in blocks(file[name]):
-            digest.update(block)
-        if digest.hexdigest() != file.attrs[f"sha256_{name}"]:
-            return f"its {name} has changed: the checksum is another one"
-    return None
-
-
-def blocks(data: h5py.Dataset) -> Iterator[np.ndarray]:
-    rows = max(1, READ_BYTES // max(1, data.dtype.itemsize * int(np.prod(data.shape[1:]))))
-    for first in range(0, len(data), rows):
-        yield np.ascontiguousarray(data[first : first + rows])
 
 
 class Disk(io.FileIO):
@@ -399,14 +284,6 @@ def claim(job: Job) -> None:
         raise UserError(f"cannot write {job.manifest}: {reason(error)}; choose another folder") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    known = isinstance(content, dict) and content.get("format") == FORMAT
-    if not known or not isinstance(content.get("made_from"), dict) or not isinstance(content.get("num_shards"), int):
-        raise UserError(f"{path} is not the manifest of generated series, or of another version; move it away")
-    return content
 
 
 def refuse_another(path: Path, made_from: dict[str, Any], job: Job) -> None:

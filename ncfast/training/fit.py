@@ -30,7 +30,7 @@ from ncfast.nn.meta import without_memory
 from ncfast.nn.synchronised import synchronised
 from ncfast.options import Options
 from ncfast.training.run_folder import prepare_run, record_metrics, run_sha256, saved_state, stage_metrics
-from ncfast.training.stage1 import WITHOUT_LOSS, SelfSupervision
+from ncfast.training.self_supervision import WITHOUT_LOSS, SelfSupervision
 from ncfast.training.stages import make_stage1, make_stage2, new_prior, new_vqvae
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from ncfast.engine.step import Losses
 from ncfast.models.prior import Prior
 from ncfast.models.trained import build_models
 from ncfast.models.vqvae import VQVAE
-from ncfast.training.stage1 import WITHOUT_LOSS, SelfSupervision, stage1_losses
+from ncfast.training.self_supervision import WITHOUT_LOSS, SelfSupervision
+from ncfast.training.stage1 import stage1_losses
 from ncfast.training.stage2 import TokenDistribution, stage2_losses
 
 

@@ -20,8 +20,7 @@ from runs import save_run
 
 import ncfast
 from ncfast import generate
-from ncfast.jobs import plan as generation
-from ncfast.jobs import writer as shards
+from ncfast.jobs import generation, shards
 from ncfast.sampling import series as sampling_series
 
 ROOT = Path(__file__).resolve().parents[2]

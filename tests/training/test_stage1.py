@@ -7,7 +7,8 @@ from ncfast.models.vqvae import VQVAE
 from ncfast.nn import encoder_decoder
 from ncfast.nn.projector import pool
 from ncfast.ops import vicreg_loss
-from ncfast.training.stage1 import SelfSupervision, mean_squared_error, stage1_losses
+from ncfast.training.self_supervision import SelfSupervision
+from ncfast.training.stage1 import mean_squared_error, stage1_losses
 
 
 def small_config(**options):

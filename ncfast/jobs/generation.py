@@ -1,4 +1,4 @@
-"""A job of generated series: what it is, which shards it has, drawing and writing them."""
+"""Generates a job: plans its shards, draws their series and writes them."""
 
 import argparse
 import contextlib
@@ -23,7 +23,8 @@ from ncfast.engine.device import kind
 from ncfast.engine.logging import progress_bar
 from ncfast.engine.memory import check_fits, exhaustion_explained, human
 from ncfast.errors import UserError
-from ncfast.jobs.writer import FORMAT, Job, Shard, ShardWriter, claim, filters, finish, read_manifest, refuse_another
+from ncfast.jobs.shards import FORMAT, Job, Shard, read_manifest
+from ncfast.jobs.writer import ShardWriter, claim, filters, finish, refuse_another
 from ncfast.models.trained import weights_sha256
 from ncfast.ncvqvae import NCVQVAE, load
 from ncfast.sampling.class_plan import parse_labels
