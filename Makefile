@@ -58,7 +58,7 @@ sanitize-gpu:
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 clean:
 	rm -rf build ncfast.egg-info ncfast/_C* ncfast/_build.json $(VENV)

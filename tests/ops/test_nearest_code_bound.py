@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-KERNELS, HOST = ((SOURCES / name).read_text() for name in ("nearest_code_tensor.cuh", "nearest_code.cu"))
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "nearest_code"
+ROUNDING, KEYS = ((SOURCES / name).read_text() for name in ("rounding.cuh", "group_keys.cuh"))
 
 
 def constants(pattern, text):
@@ -18,13 +18,13 @@ def constants(pattern, text):
 
 
 SUM, SUM_MORE, SUM_UNIT = constants(
-    r"return ([\d.]+)f \* float\(ceil_div\(D, 16\) \* 16 \+ (\d+)\) \* 0x1p(-\d+)f", HOST
+    r"return ([\d.]+)f \* float\(ceil_div\(D, 16\) \* 16 \+ (\d+)\) \* 0x1p(-\d+)f", ROUNDING
 )
 BIAS, BIAS_MORE, BIAS_UNIT, FAR = constants(
-    r"\(chunks \* (\d+) \+ (\d+)\) \* 0x1p(-\d+)f \* \(magnitude.*\) \+ codes.bias \* 0x1p(-\d+)f", KERNELS
+    r"\(chunks \* (\d+) \+ (\d+)\) \* 0x1p(-\d+)f \* \(magnitude.*\) \+ codes.bias \* 0x1p(-\d+)f", ROUNDING
 )
-(WINDOW,) = map(float, re.findall(r"float window = ([\d.]+)f \* error", KERNELS))
-KEY, KEY_LEAST = constants(r"best - \(window \+ 0x1p(-\d+)f \* \(fabsf\(best\) \+ window\) \+ 0x1p(-\d+)f\)", KERNELS)
+(WINDOW,) = map(float, re.findall(r"float window = ([\d.]+)f \* error", ROUNDING))
+KEY, KEY_LEAST = constants(r"best - \(window \+ 0x1p(-\d+)f \* \(fabsf\(best\) \+ window\) \+ 0x1p(-\d+)f\)", KEYS)
 
 
 def scale_exponents(largest):
