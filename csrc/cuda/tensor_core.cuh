@@ -30,7 +30,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 
 // A barrier of `threads` threads; 0 is __syncthreads.
-__device__ __forceinline__ void sync_some(int barrier, int threads) {
+__device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 

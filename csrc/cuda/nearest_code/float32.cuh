@@ -5,7 +5,7 @@
 #include <cfloat>
 #include <cmath>
 
-#include "launch.h"
+#include "call.cuh"
 #include "rescoring.cuh"
 
 namespace ncfast::cuda {
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kScoreThreads) compute_bias(const float* __res
     const double x = codebook[code * D + d];
     square = fma(x, x, square);
   }
-  for (int lane = 16; lane > 0; lane /= 2) square += __shfl_xor_sync(kAllLanes, square, lane);
+  square = lane_sum<32>(square);
   if (threadIdx.x % 32 == 0) bias[code] = isfinite(square) ? float(-0.5 * square) : NAN;
 }
 
@@ -75,11 +75,11 @@ __global__ void __launch_bounds__(kScoreThreads) compute_bias(const float* __res
 // the caller passes `rounding` >= gamma_D + a few u and `underflow` >= (D + 1) 2^-150.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kScoreThreads, 2)
-    score(const T* __restrict__ z,             // [H, M, D]
-          const float* __restrict__ codebook,  // [H, K, D]
-          const float* __restrict__ bias,      // [H, K]
-          int64_t M, int K, int D, float rounding, float underflow,
-          int64_t* __restrict__ indices) {  // [H, M], kAmbiguous where the second pass decides
+    score_float32(const T* __restrict__ z,             // [H, M, D]
+                  const float* __restrict__ codebook,  // [H, K, D]
+                  const float* __restrict__ bias,      // [H, K]
+                  int64_t M, int K, int D, float rounding, float underflow,
+                  int64_t* __restrict__ indices) {  // [H, M], kUndecided where the second pass decides
   __shared__ __align__(16) float z_slices[2][kSlice][kPitch];
   __shared__ __align__(16) float code_slices[2][kSlice][kPitch];
   __shared__ float row_squares[kTileRows];
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
     const float4 x = load4<kAligned>(z_row, d, D);
     square = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, square))));
   }
-  square += __shfl_xor_sync(kAllLanes, square, 1);
+  square = lane_sum<2>(square);
   if (staged_d == 0) row_squares[staged] = square;
 
   float4 z_next, code_next;
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
   }
 
   // The 16 threads of a row are neighbours in one warp.
-  for (int lane = 8; lane > 0; lane /= 2) bias_max = fmaxf(bias_max, __shfl_xor_sync(kAllLanes, bias_max, lane));
+  bias_max = lane_max<16>(bias_max);
 #pragma unroll
   for (int i = 0; i < kThreadTile; ++i) {
     Top2 top{bests[i][threadIdx.x], seconds[i][threadIdx.x], best_codes[i][threadIdx.x]};
@@ -204,22 +204,25 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
     const float error = rounding * magnitude + underflow;
     // False for every NaN, and where a partial sum could have overflowed.
     const bool certain = magnitude <= FLT_MAX / 4 && top.best - top.second > 2 * error;
-    indices[first_row + row] = certain ? top.index : kAmbiguous;
+    indices[first_row + row] = certain ? top.index : kUndecided;
   }
 }
 
-template <class T, bool kAligned>
-void launch_certified(const T* z, const float* codebook, int64_t H, int64_t M, int K, int D, cudaStream_t stream,
-                      float* bias, int64_t* indices) {
-  compute_bias<<<grid_size(ceil_div(H * K, kScoreThreads / 32)), kScoreThreads, 0, stream>>>(codebook, H * K, D, bias);
-  check(cudaGetLastError(), "codebook norms");
+template <class T>
+void launch_float32(const Call& call) {
+  const int D = call.D;
+  const int64_t codes = call.H * call.K;
+  const T* z = static_cast<const T*>(call.z.data);
+  float* bias = reinterpret_cast<float*>(call.workspace);
+  launch("codebook norms", compute_bias, grid_size(ceil_div(codes, kScoreThreads / 32)), kScoreThreads, 0, call.stream,
+         call.codes(), codes, D, bias);
   const double rounding = D <= kMaxScoredDim ? 1.02 * (D + 4.0) * 0x1p-24 : INFINITY;
   const double underflow = 1.02 * (D + 4.0) * 0x1p-149;
-  const unsigned blocks = grid_size(H * ceil_div(M, kTileRows));
-  score<T, kAligned>
-      <<<blocks, kScoreThreads, 0, stream>>>(z, codebook, bias, M, K, D, float(rounding), float(underflow), indices);
-  check(cudaGetLastError(), "float32 pass");
-  launch_rescore<T, float, kAligned>(z, codebook, H, M, K, D, stream, indices);
+  const bool aligned = D % 4 == 0 && is_aligned(z, 4 * sizeof(T)) && is_aligned(call.codebook, 16);
+  launch("float32 pass", aligned ? score_float32<T, true> : score_float32<T, false>,
+         grid_size(call.H * ceil_div(call.M, kTileRows)), kScoreThreads, 0, call.stream, z, call.codes(), bias, call.M,
+         call.K, D, float(rounding), float(underflow), call.indices);
+  launch_rescore_undecided<float>(call);
 }
 
 }  // namespace

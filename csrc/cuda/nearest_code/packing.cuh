@@ -69,15 +69,15 @@ __global__ void __launch_bounds__(kStatThreads) combine_stats(const ColumnStats*
 
 template <bool kAligned, int kTileCodes>
 __global__ void __launch_bounds__(kPackThreads)
-    pack_codebook(Matrix codebook,  // [H, K, D] float32
+    pack_codebook(const float* __restrict__ codebook,  // [H, K, D]
                   int K, int D, int chunks, int steps, int tiles,
                   const float* __restrict__ mean,   // [H, 64 chunks]
                   const float* __restrict__ reach,  // [H, 64 chunks]
                   char* __restrict__ packed,        // [H, tiles, chunks, kTileCodes, 64] fp16
                   float* __restrict__ bias,         // [H, tiles * kTileCodes]
                   int* __restrict__ exponents,      // [H]
-                  CodeFacts* __restrict__ facts) {  // [H, blocks]
-  __shared__ CodeFacts scratch[32];
+                  CodeNorms* __restrict__ norms) {  // [H, blocks]
+  __shared__ CodeNorms scratch[32];
   __shared__ __align__(16) float shared_mean[kMaxChunks * kTileColumns];
   const int blocks = tiles * kTileCodes / kPackedCodes;
   const int64_t head = blockIdx.x / blocks;
@@ -90,13 +90,13 @@ __global__ void __launch_bounds__(kPackThreads)
   }
   const int exponent = scale_exponent(block_max({largest, 0, 0}, scratch).square);
   const int64_t padded = int64_t(tiles) * kTileCodes;
-  CodeFacts most = pack_codes<kAligned, kTileCodes>(
-      static_cast<const float*>(codebook.data), head * K, block * kPackedCodes + threadIdx.x / 8,
-      kPackedCodes / kPackAtOnce, K, int(padded), D, chunks, steps, shared_mean, power_of_two(exponent),
+  CodeNorms most = pack_codes<kAligned, kTileCodes>(
+      codebook, head * K, block * kPackedCodes + threadIdx.x / 8, kPackedCodes / kCodesInFlight, K, int(padded), D,
+      chunks, steps, shared_mean, power_of_two(exponent),
       packed + head * padded * chunks * kTileRowBytes / (kStepsPerTile / steps), bias + head * padded);
   most = block_max(most, scratch);
   if (threadIdx.x == 0) {
-    facts[blockIdx.x] = most;
+    norms[blockIdx.x] = most;
     if (block == 0) exponents[head] = exponent;
   }
 }

@@ -8,20 +8,20 @@
 #include <cmath>
 
 #include "../tensor_core.cuh"
-#include "launch.h"
+#include "call.cuh"
 #include "matrix.cuh"
 #include "warp.cuh"
 
 namespace ncfast::cuda {
 namespace {
 
-constexpr int kWarpgroup = 128;  // threads
-constexpr int kGroupRows = 64;   // rows of z that a warpgroup takes, 16 a warp
-constexpr int kGroupTileBytes = kGroupRows * kTileRowBytes;
+constexpr int kWarpgroup = 128;     // threads
+constexpr int kWarpgroupRows = 64;  // rows of z that a warpgroup takes, 16 a warp
+constexpr int kRowTileBytes = kWarpgroupRows * kTileRowBytes;
 constexpr int kMaxChunks = 8;
 
 // What the scores need to know of a codebook, in its scaled units.
-struct Spread {
+struct CodebookScale {
   int exponent;    // codes are scaled by 2 to it
   float norm;      // largest |e^| of the fp16 codes
   float residual;  // largest |e' - e^|
@@ -69,12 +69,12 @@ template <bool kAligned, int kRows, int kUnroll>
 __device__ __forceinline__ void stage_rows(const Matrix& z,  // [.., D]
                                            int64_t first_row, int left, int D, int chunks,
                                            const float* mean,  // [64 chunks], shared
-                                           const Spread& codes, float accumulation, bool exact,
+                                           const CodebookScale& codes, float accumulation, bool exact,
                                            char* tiles,  // [chunks][64][64] fp16
                                            int tile_row,
                                            RowScale* scales) {  // [16]
-  const int octet = lane_again() / 8;
-  const int piece = lane_again() % 8;
+  const int octet = opaque_lane() / 8;
+  const int piece = opaque_lane() % 8;
   // A warp without any row reads the last one before; its window says that there is none.
   first_row += min(0, left - 1);
   const int last = max(0, min(15, left - 1));
@@ -83,7 +83,7 @@ __device__ __forceinline__ void stage_rows(const Matrix& z,  // [.., D]
     const int first = pass + octet;
     float x[kRows][8];
     float largest[kRows] = {};
-    float nothing[kRows] = {};  // becomes NaN with the first NaN or infinity
+    float zero_or_nan[kRows] = {};  // becomes NaN with the first NaN or infinity
     const auto load_centred = [&](int chunk, bool again) {
       const int d = chunk * kTileColumns + piece * 8;
       load_rows<kAligned>(z, first_row, [&](int i) { return min(first + 4 * i, last); }, d, D, x);
@@ -91,7 +91,7 @@ __device__ __forceinline__ void stage_rows(const Matrix& z,  // [.., D]
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int p = 0; p < 8; ++p) {
-          if (!again) nothing[i] = fmaf(x[i][p], 0.f, nothing[i]);
+          if (!again) zero_or_nan[i] = fmaf(x[i][p], 0.f, zero_or_nan[i]);
           x[i][p] -= mean[d + p];
         }
       }
@@ -108,7 +108,7 @@ __device__ __forceinline__ void stage_rows(const Matrix& z,  // [.., D]
     }
     int exponent[kRows];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) exponent[i] = min(scale_exponent(octet_max(largest[i])), codes.exponent + 100);
+    for (int i = 0; i < kRows; ++i) exponent[i] = min(scale_exponent(lane_max<8>(largest[i])), codes.exponent + 100);
 
     float square[kRows] = {}, residual[kRows] = {};
 #pragma unroll kUnroll
@@ -119,15 +119,15 @@ __device__ __forceinline__ void stage_rows(const Matrix& z,  // [.., D]
         const float scale = power_of_two(exponent[i]);
 #pragma unroll
         for (int p = 0; p < 8; ++p) x[i][p] *= scale;
-        *reinterpret_cast<uint4*>(tiles + chunk * kGroupTileBytes + swizzled(tile_row + first + 4 * i, piece)) =
+        *reinterpret_cast<uint4*>(tiles + chunk * kRowTileBytes + swizzled(tile_row + first + 4 * i, piece)) =
             round8(x[i], square[i], residual[i]);
       }
     }
 
     // A lane for each row.
-    const float norm = sqrtf(octet_sums<kRows>(square));
-    const float rest = sqrtf(octet_sums<kRows>(residual));
-    const bool row_finite = octet_sums<kRows>(nothing) == 0;
+    const float norm = sqrtf(transposed_sums(square));
+    const float rest = sqrtf(transposed_sums(residual));
+    const bool row_finite = transposed_sums(zero_or_nan) == 0;
     int own_exponent = exponent[0];
 #pragma unroll
     for (int i = 1; i < kRows; ++i) {
@@ -152,22 +152,22 @@ __device__ __forceinline__ void stage_rows(const Matrix& z,  // [.., D]
   }
 }
 
-struct CodeFacts {
+struct CodeNorms {
   float square, residual, bias;
 };
 
-__device__ __forceinline__ CodeFacts larger(const CodeFacts& a, const CodeFacts& b) {
+__device__ __forceinline__ CodeNorms max_norms(const CodeNorms& a, const CodeNorms& b) {
   return {fmaxf(a.square, b.square), fmaxf(a.residual, b.residual), fmaxf(a.bias, b.bias)};
 }
 
 // Eight lanes pack kCount codes, every `stride`th from `first_code` on, as fp16 into rows of tiles; past the last code
 // they pack zeros that cannot win. Returns the largest facts of these codes.
-constexpr int kPackAtOnce = 4;
+constexpr int kCodesInFlight = 4;
 
 // Codes of few columns share tile rows: a code takes `steps` times 16 columns (1, 2 or 4), beside it lie those of the
 // tiles that follow.
 template <bool kAligned, int kTileCodes>
-__device__ __forceinline__ CodeFacts pack_codes(const float* codebook,  // [.., D]
+__device__ __forceinline__ CodeNorms pack_codes(const float* codebook,  // [.., D]
                                                 int64_t head_row, int first_code, int stride, int K, int padded, int D,
                                                 int chunks, int steps,
                                                 const float* mean,  // [64 chunks]
@@ -175,61 +175,61 @@ __device__ __forceinline__ CodeFacts pack_codes(const float* codebook,  // [.., 
                                                 char* tiles,    // [padded / kTileCodes][chunks][kTileCodes][64] fp16
                                                 float* bias) {  // [padded]
   const int piece = threadIdx.x % 8;
-  float square[kPackAtOnce] = {}, residual[kPackAtOnce] = {}, exact_square[kPackAtOnce] = {};
-  float nothing[kPackAtOnce] = {};  // becomes NaN with the first NaN or infinity
+  float square[kCodesInFlight] = {}, residual[kCodesInFlight] = {}, exact_square[kCodesInFlight] = {};
+  float zero_or_nan[kCodesInFlight] = {};  // becomes NaN with the first NaN or infinity
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const int d = chunk * kTileColumns + piece * 8;
-    float x[kPackAtOnce][8];
+    float x[kCodesInFlight][8];
     load_rows<kAligned>(
         Matrix{codebook, DType::f32}, head_row, [&](int i) { return min(first_code + i * stride, K - 1); }, d, D, x);
 #pragma unroll
-    for (int i = 0; i < kPackAtOnce; ++i) {
+    for (int i = 0; i < kCodesInFlight; ++i) {
       const int code = first_code + i * stride;
 #pragma unroll
       for (int p = 0; p < 8; ++p) {
-        nothing[i] = fmaf(x[i][p], 0.f, nothing[i]);
+        zero_or_nan[i] = fmaf(x[i][p], 0.f, zero_or_nan[i]);
         x[i][p] = code < K ? (x[i][p] - mean[d + p]) * scale : 0.f;
         exact_square[i] = fmaf(x[i][p], x[i][p], exact_square[i]);
       }
       const uint4 rounded = round8(x[i], square[i], residual[i]);
-      const int shared_by = kStepsPerTile / steps;
+      const int tiles_per_stage = kStepsPerTile / steps;
       const int tile_number = code / kTileCodes;
-      char* tile = tiles + (int64_t(tile_number / shared_by) * chunks + chunk) * (kTileCodes * kTileRowBytes);
-      const int place = tile_number % shared_by * 2 * steps + piece;
+      char* tile = tiles + (int64_t(tile_number / tiles_per_stage) * chunks + chunk) * (kTileCodes * kTileRowBytes);
+      const int place = tile_number % tiles_per_stage * 2 * steps + piece;
       if (code < padded && piece < 2 * steps) {
         *reinterpret_cast<uint4*>(tile + swizzled(code % kTileCodes, place)) = rounded;
       }
     }
   }
-  CodeFacts facts{0, 0, 0};
+  CodeNorms norms{0, 0, 0};
 #pragma unroll
-  for (int i = 0; i < kPackAtOnce; ++i) {
+  for (int i = 0; i < kCodesInFlight; ++i) {
     const int code = first_code + i * stride;
-    const CodeFacts own{octet_sum(square[i]), octet_sum(residual[i]), 0.5f * octet_sum(exact_square[i])};
-    const bool usable = octet_sum(nothing[i]) == 0 && code < K;
+    const CodeNorms own{lane_sum<8>(square[i]), lane_sum<8>(residual[i]), 0.5f * lane_sum<8>(exact_square[i])};
+    const bool usable = lane_sum<8>(zero_or_nan[i]) == 0 && code < K;
     // With a bias of NaN or -inf no score of the code compares as good as another.
     if (piece == 0 && code < padded) bias[code] = usable ? -own.bias : code < K ? NAN : -INFINITY;
-    if (usable) facts = larger(facts, own);
+    if (usable) norms = max_norms(norms, own);
   }
-  return facts;
+  return norms;
 }
 
-__device__ __forceinline__ Spread spread_of(int exponent, const CodeFacts& largest) {
+__device__ __forceinline__ CodebookScale codebook_scale(int exponent, const CodeNorms& largest) {
   return {exponent, sqrtf(largest.square), sqrtf(largest.residual), largest.bias};
 }
 
 // The largest of each fact over all threads of the block, in all of them.
-__device__ __forceinline__ CodeFacts block_max(CodeFacts x, CodeFacts* scratch) {  // [warps], shared
+__device__ __forceinline__ CodeNorms block_max(CodeNorms x, CodeNorms* scratch) {  // [warps], shared
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
-    x = larger(x, {__shfl_xor_sync(kAllLanes, x.square, step), __shfl_xor_sync(kAllLanes, x.residual, step),
-                   __shfl_xor_sync(kAllLanes, x.bias, step)});
+    x = max_norms(x, {__shfl_xor_sync(kAllLanes, x.square, step), __shfl_xor_sync(kAllLanes, x.residual, step),
+                      __shfl_xor_sync(kAllLanes, x.bias, step)});
   }
   __syncthreads();
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();
-  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) x = larger(x, scratch[warp]);
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) x = max_norms(x, scratch[warp]);
   return x;
 }
 

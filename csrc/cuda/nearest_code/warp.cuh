@@ -1,52 +1,56 @@
 #pragma once
 
-// Lanes of a warp: reductions among them.
+// Reductions over neighbouring lanes of a warp; every lane gets the result.
 
-#include "../tensor_core.cuh"
+#include <cuda_runtime.h>
 
 namespace ncfast::cuda {
 namespace {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The lane, but the compiler does not know that it is the same as before: what is derived of it in a loop is not kept
-// in registers all through the loop.
-__device__ __forceinline__ int lane_again() {
+// The lane, hidden from the compiler: what a loop derives from it does not stay in registers all through the loop.
+__device__ __forceinline__ int opaque_lane() {
   int lane = threadIdx.x % 32;
   asm volatile("" : "+r"(lane));
   return lane;
 }
 
-__device__ __forceinline__ float octet_sum(float x) {
+template <int kLanes, class T>
+__device__ __forceinline__ T lane_sum(T x) {
 #pragma unroll
-  for (int step = 4; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
   return x;
 }
 
-// Sums over the eight lanes of an octet: that of x[lane % kRows] in each lane.
-template <int kRows>
-__device__ __forceinline__ float octet_sums(const float (&x)[kRows]) {
-  static_assert(kRows == 1 || kRows == 4);
-  if constexpr (kRows == 1) {
-    return octet_sum(x[0]);
-  } else {  // every lane gives away the sums that are not its own
+template <int kLanes>
+__device__ __forceinline__ float lane_max(float x) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, step));
+  return x;
+}
+
+// `active` are the lanes that call it.
+template <int kLanes>
+__device__ __forceinline__ int lane_min(int x, unsigned active = kAllLanes) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) x = min(x, __shfl_xor_sync(active, x, step));
+  return x;
+}
+
+// Sums over eight lanes of each x[i]; lane l gets that of x[l % kSize].
+template <int kSize>
+__device__ __forceinline__ float transposed_sums(const float (&x)[kSize]) {
+  static_assert(kSize == 1 || kSize == 4);
+  if constexpr (kSize == 1) {
+    return lane_sum<8>(x[0]);
+  } else {  // every lane sends away the sums that are not its own
     const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
     const float low = (odd ? x[1] : x[0]) + __shfl_xor_sync(kAllLanes, odd ? x[0] : x[1], 1);
     const float high = (odd ? x[3] : x[2]) + __shfl_xor_sync(kAllLanes, odd ? x[2] : x[3], 1);
     const float sum = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, 2);
     return sum + __shfl_xor_sync(kAllLanes, sum, 4);
   }
-}
-
-__device__ __forceinline__ float octet_max(float x) {
-#pragma unroll
-  for (int step = 4; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, step));
-  return x;
-}
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
 }  // namespace

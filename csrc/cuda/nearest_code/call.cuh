@@ -1,6 +1,6 @@
 #pragma once
 
-// Launch.
+// A call of nearest_code, and how its kernels are launched.
 
 #include <cuda_runtime.h>
 
@@ -9,8 +9,27 @@
 #include <stdexcept>
 #include <string>
 
+#include "matrix.cuh"
+
 namespace ncfast::cuda {
 namespace {
+
+struct Call {
+  Matrix z;              // [H, M, D]
+  const void* codebook;  // [H, K, D] float64 where z is, float32 otherwise
+  int64_t H, M;
+  int K, D;
+  bool exact;
+  cudaStream_t stream;
+  char* workspace;
+  int64_t* indices;  // [H, M]
+
+  const float* codes() const { return static_cast<const float*>(codebook); }
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
@@ -27,9 +46,15 @@ unsigned grid_size(int64_t blocks) {
   return unsigned(blocks);
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+template <class... Parameters, class... Arguments>
+void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
+            cudaStream_t stream, const Arguments&... arguments) {
+  if (shared_bytes > 0) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "shared memory");
+  }
+  kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
+  check(cudaGetLastError(), what);
+}
 
 struct Device {
   int processors;
@@ -37,7 +62,7 @@ struct Device {
   bool hopper;       // wgmma
 };
 
-// NCFAST_CUDA_ISA=mma has a Hopper GPU run what the GPUs before it do.
+// With NCFAST_CUDA_ISA=mma a Hopper GPU runs the kernels of the GPUs before it.
 Device current_device() {
   int device, processors, shared_bytes, major;
   check(cudaGetDevice(&device), "the current device");
@@ -46,11 +71,6 @@ Device current_device() {
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "the device's capability");
   const char* isa = std::getenv("NCFAST_CUDA_ISA");
   return {processors, shared_bytes, major == 9 && !(isa != nullptr && std::string(isa) == "mma")};
-}
-
-template <class Kernel>
-void allow_shared(Kernel* kernel, int bytes) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
 }
 
 }  // namespace
