@@ -3,20 +3,21 @@
 // Tensor-core products and the copies that feed them, one instruction a function.
 //
 // Operands lie in shared memory as tiles of 64 fp16 columns: a row is 128 bytes, its eight pieces of 16 bytes permuted
-// by the row number ("128-byte swizzle"), so that neither ldmatrix nor wgmma meets a bank conflict. Tiles start at
+// by the row number ("128-byte swizzle"), so that neither ldmatrix nor wgmma has bank conflicts. Tiles start at
 // multiples of 1024 bytes.
 
 #include <cuda_fp16.h>
 
 #include <cstdint>
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define NCFAST_HOPPER 1  // wgmma, and bulk copies that complete on an mbarrier
-#else
-#define NCFAST_HOPPER 0
-#endif
-
 namespace ncfast::cuda {
+
+// Whether the code is being compiled for a GPU with wgmma, and bulk copies that complete on an mbarrier.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool kCompilesWgmma = true;
+#else
+constexpr bool kCompilesWgmma = false;
+#endif
 
 constexpr int kTileColumns = 64;
 constexpr int kTileRowBytes = 128;
@@ -29,13 +30,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// A barrier of `threads` threads; 0 is __syncthreads.
+// A barrier of `threads` threads; barrier 0 is that of __syncthreads.
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void arrive_some(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // The lesser, or NaN where either is.
@@ -71,8 +68,6 @@ __device__ __forceinline__ void mma_16x8x16(float* d, const uint32_t (&a)[4], ui
 }
 
 // ---- sm_90a: wgmma, mbarrier, bulk copies ----
-
-#if NCFAST_HOPPER
 
 __device__ __forceinline__ void init_barrier(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
@@ -111,7 +106,9 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
 }
 
 // Makes ordinary stores to shared memory visible to wgmma.
-__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_async_proxy() {
+  if constexpr (kCompilesWgmma) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -162,33 +159,40 @@ __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b) {
 #undef NCFAST_FLOATS64
 #undef NCFAST_FLOATS8
 
-#endif  // NCFAST_HOPPER
+// acc = a b^T (kAdd: + acc) over the first 16 kSteps columns of a and as many columns of b. Only starts the work: its
+// result is there after wgmma_wait.
+template <bool kAdd, int kSteps>
+__device__ __forceinline__ void start_products(float (&acc)[64], uint64_t a, uint64_t b) {
+  wgmma_fence();
+  wgmma<kAdd>(acc, a, b);
+#pragma unroll
+  for (int step = 1; step < kSteps; ++step) wgmma<true>(acc, a + 2 * step, b + 2 * step);
+  wgmma_commit();
+}
+
+// ---- Either ----
 
 // acc = a b^T (kAdd: + acc) over the first 16 steps columns of a tile a [64, 64] and a tile b [kCodes, 64], by the four
 // warps of a warpgroup, each for 16 of the rows. Of those, a thread holds rows lane / 4 and 8 + lane / 4: with c in 0,
-// 1, acc[4 j + c] and acc[4 j + 2 + c] are their products with row 8 j + 2 (lane % 4) + c of b. With wgmma the call
-// only starts the work: it is there after wgmma_wait.
-template <bool kHopper, bool kAdd, int kCodes>
+// 1, acc[4 j + c] and acc[4 j + 2 + c] are their products with row 8 j + 2 (lane % 4) + c of b. With wgmma the result
+// is there after finish_products.
+template <bool kWgmma, bool kAdd, int kCodes>
 __device__ __forceinline__ void multiply(float (&acc)[kCodes / 2], const char* a, const char* b, int steps) {
-  if constexpr (kHopper) {
-#if NCFAST_HOPPER
+  if constexpr (kWgmma) {
     const uint64_t a_tile = tile_descriptor(a);
     const uint64_t b_tile = tile_descriptor(b);
-    wgmma_fence();
-    if (steps == kStepsPerTile) {  // without branches between them the products need no words with each other
-      wgmma<kAdd>(acc, a_tile, b_tile);
-#pragma unroll
-      for (int step = 1; step < kStepsPerTile; ++step) wgmma<true>(acc, a_tile + 2 * step, b_tile + 2 * step);
+    if (steps == kStepsPerTile) {  // without branches the products need not wait for each other
+      start_products<kAdd, kStepsPerTile>(acc, a_tile, b_tile);
     } else {
+      wgmma_fence();
       wgmma<kAdd>(acc, a_tile, b_tile);
 #pragma unroll 1
       for (int step = 1; step < steps; ++step) {
         wgmma_fence();
         wgmma<true>(acc, a_tile + 2 * step, b_tile + 2 * step);
       }
+      wgmma_commit();
     }
-    wgmma_commit();
-#endif
   } else {
     const int lane = threadIdx.x % 32;
     const int a_row = threadIdx.x / 32 % 4 * 16 + lane % 16;
@@ -211,20 +215,12 @@ __device__ __forceinline__ void multiply(float (&acc)[kCodes / 2], const char* a
   }
 }
 
-#if NCFAST_HOPPER
-
-// The same with wgmma, of the first 16 kSteps columns of a with as many columns of b from 16 kSteps part on.
-template <int kSteps>
-__device__ __forceinline__ void multiply_part(float (&acc)[64], const char* a, const char* b, int part) {
-  const uint64_t a_tile = tile_descriptor(a);
-  const uint64_t b_tile = tile_descriptor(b) + 2 * kSteps * part;
-  wgmma_fence();
-  wgmma<false>(acc, a_tile, b_tile);
-#pragma unroll
-  for (int step = 1; step < kSteps; ++step) wgmma<true>(acc, a_tile + 2 * step, b_tile + 2 * step);
-  wgmma_commit();
+template <bool kWgmma, int kSize>
+__device__ __forceinline__ void finish_products(float (&acc)[kSize]) {
+  if constexpr (kWgmma) {
+    wgmma_wait<0>();
+    pin(acc);
+  }
 }
-
-#endif
 
 }  // namespace ncfast::cuda

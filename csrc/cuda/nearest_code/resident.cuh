@@ -95,9 +95,7 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
                    const float* __restrict__ codebook,  // [H, K, D]
                    int M, int K, int D, float accumulation, bool exact,
                    int64_t* __restrict__ indices) {  // [H, M]
-#if !NCFAST_HOPPER
-  if constexpr (kHopper) return;
-#endif
+  if constexpr (kHopper && !kCompilesWgmma) return;
   extern __shared__ char unaligned[];
   char* shared = unaligned + ((1024 - shared_address(unaligned) % 1024) & 1023);
   const int threads = blockDim.x;
@@ -137,9 +135,7 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
   }
   norms = block_max(norms, scratch);
   for (int code = thread; code < padded; code += threads) bias[bias_index(code)] = plain[code];
-#if NCFAST_HOPPER
   fence_async_proxy();
-#endif
   CodebookScale* shared_scale = reinterpret_cast<CodebookScale*>(shared + layout.codebook);
   if (thread == 0) *shared_scale = codebook_scale(exponent, norms);
   __syncthreads();
@@ -153,9 +149,7 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
     prefetch_rows(z, head * M + first_row + next_row, M - first_row - next_row, D);
     stage_rows<kAligned, kAligned ? 4 : 1, 1>(z, head * M + first_row, M - first_row, D, chunks, mean, *shared_scale,
                                               accumulation, exact, row_tiles, warp * 16, scales);
-#if NCFAST_HOPPER
     fence_async_proxy();
-#endif
     sync_threads(1 + group, kWarpgroup);
     const float bias_scale[2] = {scales[lane / 4].bias_scale, scales[lane / 4 + 8].bias_scale};
     // Of the thread's share of each row: the best key, its tile and the next best key.
@@ -173,12 +167,7 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
                                                 code_tile + chunk * (kResidentCodes * kTileRowBytes),
                                                 chunk + 1 < chunks ? kStepsPerTile : last_steps);
       }
-#if NCFAST_HOPPER
-      if constexpr (kHopper) {
-        wgmma_wait<0>();
-        pin(acc);
-      }
-#endif
+      finish_products<kHopper>(acc);
       float tile_best[2], tile_second[2];
       best_two_keys(acc, bias + tile * kResidentCodes, bias_scale, tile_best, tile_second);
       keys[tile * kWarpgroup] = make_float2(tile_best[0], tile_best[1]);

@@ -71,9 +71,7 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
                  float* __restrict__ windows,         // [H, M]
                  Candidate* __restrict__ candidates)  // [H, M, splits, kListLength]
 {
-#if !NCFAST_HOPPER
-  if constexpr (kHopper) return;
-#endif
+  if constexpr (kHopper && !kCompilesWgmma) return;
   constexpr int kCodes = stream_codes(kHopper);
   constexpr int kStageBytes = kCodes * kTileRowBytes;
   constexpr int kTilesPerStage = kStepsPerTile / kSteps;  // tiles of a stage
@@ -101,7 +99,6 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
   const int group = thread / kWarpgroup;
   const int warp = thread / 32 % 4;
 
-#if NCFAST_HOPPER
   uint64_t* full = reinterpret_cast<uint64_t*>(shared + layout.barriers);
   uint64_t* empty = full + kMaxStages;
   if (kHopper && thread == 0) {
@@ -111,7 +108,6 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
     }
     publish_barriers();
   }
-#endif
   for (int d = thread; d < chunks * kTileColumns; d += blockDim.x) {
     shared_mean[d] = mean[head * chunks * kTileColumns + d];
   }
@@ -125,7 +121,6 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
   if (thread == 0) *shared_scale = codebook_scale(exponents[head], most);
   __syncthreads();
 
-#if NCFAST_HOPPER
   if (kHopper && thread >= 2 * kWarpgroup) {
     if (lane != 0) return;
     int stage = 0, parity = 0;
@@ -137,7 +132,6 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
     }
     return;
   }
-#endif
 
   char* row_tiles = shared + layout.rows + group * chunks * kRowTileBytes;
   RowScale* scales = reinterpret_cast<RowScale*>(shared + layout.scales) + group * kWarpgroupRows + warp * 16;
@@ -151,15 +145,12 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
   stage_rows<kAligned, kAligned ? 4 : 1, kAligned ? 2 : 1>(
       z, head * M + first_row, int(min(M - first_row, int64_t(16))), shape.D, chunks, shared_mean, *shared_scale,
       accumulation, exact, row_tiles, warp * 16, scales);
-#if NCFAST_HOPPER
   fence_async_proxy();
-#endif
   sync_threads(1 + group, kWarpgroup);
   RowState rows[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) start_row(rows[h], scales[lane / 4 + 8 * h]);
 
-#if NCFAST_HOPPER
   if constexpr (kHopper) {
     // While one tile is multiplied, the scores of the one before are searched.
     float acc[2][kCodes / 2];
@@ -175,7 +166,9 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
     const auto start = [&](float (&products)[kCodes / 2], int tile) {
       wait(full + stage, parity);
       if constexpr (kTilesPerStage > 1) {
-        multiply_part<kSteps>(products, row_tiles, stages + stage * kStageBytes, tile % kTilesPerStage);
+        start_products<false, kSteps>(
+            products, tile_descriptor(row_tiles),
+            tile_descriptor(stages + stage * kStageBytes) + 2 * kSteps * (tile % kTilesPerStage));
       } else {
         multiply<kHopper, false, kCodes>(products, row_tiles, stages + stage * kStageBytes, kStepsPerTile);
         if (++stage == shape.stages) stage = 0, parity ^= 1;
@@ -197,8 +190,7 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
       sync_threads(1 + group, kWarpgroup);
     };
     const auto finish = [&](float (&products)[kCodes / 2], int tile) {
-      wgmma_wait<0>();
-      pin(products);
+      finish_products<true>(products);
       if (tile % kTilesPerStage != kTilesPerStage - 1) return;
       if (kTilesPerStage > 1 && ++stage == shape.stages) stage = 0, parity ^= 1;
       release(kReleaseEarly ? 1 : chunks, 1);
@@ -224,7 +216,6 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
     finish(acc[1], num_tiles - 1);
     search(acc[1], num_tiles - 1);
   }
-#endif
   if constexpr (!kHopper) {
     const int last_steps = (shape.D - (chunks - 1) * kTileColumns + 15) / 16;
     float acc[kCodes / 2];
