@@ -4,7 +4,7 @@
 //
 // Operands lie in shared memory as tiles of 64 fp16 columns: a row is 128 bytes, its eight pieces of 16 bytes permuted
 // by the row number ("128-byte swizzle"), so that neither ldmatrix nor wgmma has bank conflicts. Tiles start at
-// multiples of 1024 bytes.
+// multiples of kTileAlignment bytes.
 
 #include <cuda_fp16.h>
 
@@ -22,12 +22,19 @@ constexpr bool kCompilesWgmma = false;
 constexpr int kTileColumns = 64;
 constexpr int kTileRowBytes = 128;
 constexpr int kStepsPerTile = 4;  // products take 16 columns at a time
+constexpr int kTileAlignment = 1024;
 
 // Where the 16 bytes of columns 8 piece .. 8 piece + 7 of a row lie in its tile.
 __device__ __forceinline__ int swizzled(int row, int piece) { return row * kTileRowBytes + ((piece ^ (row & 7)) << 4); }
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// The block's dynamic shared memory from the first place for a tile on.
+__device__ __forceinline__ char* tile_memory() {
+  extern __shared__ char unaligned[];
+  return unaligned + (kTileAlignment - shared_address(unaligned) % kTileAlignment) % kTileAlignment;
 }
 
 // A barrier of `threads` threads; barrier 0 is that of __syncthreads.

@@ -56,6 +56,18 @@ void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, int thre
   check(cudaGetLastError(), what);
 }
 
+// Consecutive buffers from `memory` on, at multiples of 16 bytes. Without memory only their size is of use.
+struct Buffers {
+  char* memory;
+  int64_t bytes = 0;
+
+  template <class T>
+  __host__ __device__ __forceinline__ void place(T*& buffer, int64_t count) {
+    buffer = reinterpret_cast<T*>(memory + bytes);
+    bytes += (count * int64_t(sizeof(T)) + 15) / 16 * 16;
+  }
+};
+
 struct Device {
   int processors;
   int shared_bytes;  // that a block can have

@@ -1,6 +1,9 @@
 #pragma once
 
-// Keys.
+// How a resident codebook is searched: without a branch, by keys of groups of codes. The scores that a thread holds of
+// a row and a tile are those of 8 groups of four codes, 16 g + 2 (lane % 4) + {0, 1, 8, 9}. A group's key is its
+// greatest score with the low bits replaced by g, so that the greatest key tells where it came from. The key of a group
+// past the last code, or of codes that are not finite, is NaN.
 
 #include "rounding.cuh"
 
@@ -9,20 +12,17 @@ namespace {
 
 constexpr int kResidentCodes = 128;  // codes of a tile
 
-// The best scores of a tile are found without a branch. The scores that a thread holds of a row come in eights of
-// groups: groups of four codes, 16 g + 2 (lane % 4) + {0, 1, 8, 9}. A group's key is its greatest score with the low
-// bits replaced by g, so that the greatest key tells where it came from; how far a key is from its score is part of
-// what `reaching` allows for. No key (NaN) comes of a group past the last code or of codes that are not finite.
-constexpr int kGroupCodes = 16;  // by the four lanes of a row
+constexpr int kGroupCodes = 16;  // of the groups of one number, in the four lanes of a row
 constexpr unsigned kKeyBits = kResidentCodes / kGroupCodes - 1;
 
-// The bias of a group's four codes lies together.
+// Stores the biases of a group's four codes together.
 __device__ __forceinline__ int bias_index(int code) {
   return (code & ~15) | (code >> 1 & 3) << 2 | (code >> 3 & 1) << 1 | (code & 1);
 }
 
+// The two greatest keys of a tile, for each of the thread's two rows.
 __device__ __forceinline__ void best_two_keys(const float (&acc)[kResidentCodes / 2],
-                                              const float* bias,  // [128], shared, placed
+                                              const float* bias,  // [128], shared, by bias_index
                                               const float (&bias_scale)[2], float (&best)[2], float (&second)[2]) {
 #pragma unroll
   for (int g = 0; g < kResidentCodes / kGroupCodes; ++g) {
@@ -44,7 +44,7 @@ __device__ __forceinline__ void best_two_keys(const float (&acc)[kResidentCodes 
   }
 }
 
-// Codes whose group has no such key are out. A key is within 2^-20 of its score, and so is the best one.
+// Groups whose key is below cannot hold the nearest code. A key is within 2^-20 of its score, and so is the best one.
 __device__ __forceinline__ float key_threshold(float best, float window) {
   return best - (window + 0x1p-18f * (fabsf(best) + window) + 0x1p-140f);
 }
@@ -57,14 +57,14 @@ __device__ __forceinline__ void score_best_groups(const char* rows, const char* 
   const int a_row = threadIdx.x / 32 % 4 * 16 + lane % 16;
   // Column n of product i is code n % 4 of row 2 i + n / 4; two products share a load.
   const char* codes[4];
-  int row_bits[4];
+  int swizzle[4];
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
     const int row = 4 * p + lane / 16 * 2 + lane % 8 / 4;
     const int code = __shfl_sync(kAllLanes, first[p / 2], row % 8 * 4) + lane % 4 / 2 * 8 + lane % 2;
     codes[p] = tiles + code / kResidentCodes * chunks * (kResidentCodes * kTileRowBytes) +
                code % kResidentCodes * kTileRowBytes;
-    row_bits[p] = code % 8;
+    swizzle[p] = code % 8;
   }
   float acc[8][4] = {};
 #pragma unroll 1
@@ -78,7 +78,7 @@ __device__ __forceinline__ void score_best_groups(const char* rows, const char* 
       for (int p = 0; p < 4; ++p) {
         uint32_t b_part[4];
         load_matrices(b_part, codes[p] + chunk * (kResidentCodes * kTileRowBytes) +
-                                  (((2 * step + lane / 8 % 2) ^ row_bits[p]) << 4));
+                                  (((2 * step + lane / 8 % 2) ^ swizzle[p]) << 4));
         mma_16x8x16(acc[2 * p], a_part, b_part[0], b_part[1]);
         mma_16x8x16(acc[2 * p + 1], a_part, b_part[2], b_part[3]);
       }
@@ -98,7 +98,7 @@ __device__ __forceinline__ void score_best_groups(const char* rows, const char* 
   }
 }
 
-// Product of a staged row with the codes of each lane.
+// Product, in float32, of row `row` of `rows` with a code, another one in each lane.
 __device__ __forceinline__ float dot(const char* rows, int row, const char* tiles, int code, int chunks) {
   const char* tile = tiles + code / kResidentCodes * chunks * (kResidentCodes * kTileRowBytes);
   float sum = 0;
@@ -106,11 +106,7 @@ __device__ __forceinline__ float dot(const char* rows, int row, const char* tile
   for (int chunk = 0; chunk < chunks; ++chunk) {
 #pragma unroll 2
     for (int piece = 0; piece < 8; ++piece) {
-      union Pack {
-        uint4 words;
-        __half2 pairs[4];
-      };
-      Pack a, b;
+      Fp16x8 a, b;
       a.words = *reinterpret_cast<const uint4*>(rows + chunk * kRowTileBytes + swizzled(row, piece));
       b.words = *reinterpret_cast<const uint4*>(tile + chunk * (kResidentCodes * kTileRowBytes) +
                                                 swizzled(code % kResidentCodes, piece));

@@ -1,6 +1,7 @@
 #pragma once
 
-// Packing.
+// Three kernels round a codebook once, for all blocks that stream it: into tiles in global memory, as the image that
+// shared memory is to hold.
 
 #include "rounding.cuh"
 
@@ -9,8 +10,8 @@ namespace {
 
 constexpr int kMaxStatBlocks = 256;
 constexpr int kStatThreads = 256;
-constexpr int kPackedCodes = 128;     // by one block
-constexpr int kPackThreads = 32 * 8;  // of that block, 4 codes by eight lanes
+constexpr int kPackedCodes = 128;  // by one block
+constexpr int kPackThreads = kPackedCodes / kCodesInFlight * 8;
 
 __global__ void __launch_bounds__(kStatThreads) column_stats(const float* __restrict__ codebook,  // [H, K, D]
                                                              int K, int D, int blocks_per_head, int codes_per_block,
@@ -93,7 +94,8 @@ __global__ void __launch_bounds__(kPackThreads)
   CodeNorms most = pack_codes<kAligned, kTileCodes>(
       codebook, head * K, block * kPackedCodes + threadIdx.x / 8, kPackedCodes / kCodesInFlight, K, int(padded), D,
       chunks, steps, shared_mean, power_of_two(exponent),
-      packed + head * padded * chunks * kTileRowBytes / (kStepsPerTile / steps), bias + head * padded);
+      packed + head * padded * chunks * kTileRowBytes / (kStepsPerTile / steps), bias + head * padded,
+      [](int code) { return code; });
   most = block_max(most, scratch);
   if (threadIdx.x == 0) {
     norms[blockIdx.x] = most;

@@ -1,6 +1,7 @@
 #pragma once
 
-// Resident.
+// Nearest code with a codebook that fits in shared memory, in one launch. Every block rounds the codebook for itself
+// and keeps it; its warpgroups then take 64 rows at a time, each at its own pace.
 
 #include <algorithm>
 #include <tuple>
@@ -11,28 +12,34 @@
 namespace ncfast::cuda {
 namespace {
 
-// At most. Four warpgroups take turns on the tensor cores; mma.sync keeps its operands in registers too.
+// At most. With mma.sync fewer fit, as it keeps its operands in registers too.
 constexpr int resident_threads(bool hopper) { return (hopper ? 4 : 3) * kWarpgroup; }
 
-struct ResidentLayout {
-  int tiles, rows, keys, bias, scales, mean, scratch, codebook, bytes;
+struct ResidentBuffers : Buffers {  // in shared memory
+  char* codes;                      // [tiles, chunks, 128, 64] fp16
+  char* rows;                       // [groups, chunks, 64, 64] fp16
+  float2* keys;                     // [groups, tiles, 128 threads] best key of rows h = 0 and 1
+  float* bias;                      // [tiles * 128], by bias_index
+  RowScale* scales;                 // [groups, 64]
+  float* mean;                      // [chunks * 64]
+  CodeNorms* scratch;
+  CodebookScale* codebook;
 
-  __host__ __device__ ResidentLayout(int K, int D, int groups) {
+  __host__ __device__ ResidentBuffers(char* memory, int K, int D, int groups) : Buffers{memory} {
     const int chunks = (D + kTileColumns - 1) / kTileColumns;
-    const int num_tiles = (K + kResidentCodes - 1) / kResidentCodes;
-    tiles = 0;
-    rows = tiles + num_tiles * chunks * kResidentCodes * kTileRowBytes;
-    keys = rows + groups * chunks * kRowTileBytes;
-    bias = keys + groups * num_tiles * kWarpgroup * int(sizeof(float2));
-    scales = bias + num_tiles * kResidentCodes * 4;
-    mean = scales + groups * kWarpgroupRows * int(sizeof(RowScale));
-    scratch = mean + chunks * kTileColumns * 4;
-    codebook = scratch + 32 * int(sizeof(CodeNorms));
-    bytes = codebook + int(sizeof(CodebookScale)) + 1024;  // to align the first tile
+    const int tiles = (K + kResidentCodes - 1) / kResidentCodes;
+    place(codes, tiles * chunks * kResidentCodes * kTileRowBytes);
+    place(rows, groups * chunks * kRowTileBytes);
+    place(keys, groups * tiles * kWarpgroup);
+    place(bias, tiles * kResidentCodes);
+    place(scales, groups * kWarpgroupRows);
+    place(mean, chunks * kTileColumns);
+    place(scratch, 32);
+    place(codebook, 1);
   }
 };
 
-// The mean of the codes goes to `mean`; returns the exponent that scales them.
+// Writes the mean of the codes to `mean` and returns the exponent that scales them.
 template <bool kAligned>
 __device__ __forceinline__ int centre(const float* codes,  // [K, D]
                                       int K, int D, int columns,
@@ -47,7 +54,7 @@ __device__ __forceinline__ int centre(const float* codes,  // [K, D]
   const int stride = thread / (columns / 4);
   if (stride < strides) {
     ColumnStats stats[4];
-    constexpr int kInFlight = 8;  // loads under way
+    constexpr int kInFlight = 8;  // loads
 #pragma unroll 1
     for (int first = stride; first < K; first += kInFlight * strides) {
       float x[kInFlight][4];
@@ -86,9 +93,8 @@ __device__ __forceinline__ int centre(const float* codes,  // [K, D]
   return scale_exponent(block_max({reach, 0, 0}, scratch).square);
 }
 
-constexpr int kMaxRescored = 16;  // codes of a row, in float64, before measuring all of them is as well
+constexpr int kMaxRescored = 16;  // candidates of a row; with more its distances to all codes are computed
 
-// A block packs the codebook of a head; its warpgroups then go their own ways, 64 rows at a time.
 template <bool kHopper, bool kAligned>
 __global__ void __launch_bounds__(resident_threads(kHopper), 1)
     score_resident(Matrix z,                            // [H, M, D]
@@ -96,14 +102,11 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
                    int M, int K, int D, float accumulation, bool exact,
                    int64_t* __restrict__ indices) {  // [H, M]
   if constexpr (kHopper && !kCompilesWgmma) return;
-  extern __shared__ char unaligned[];
-  char* shared = unaligned + ((1024 - shared_address(unaligned) % 1024) & 1023);
+  constexpr bool kWgmma = kHopper && kCompilesWgmma;
   const int threads = blockDim.x;
-  const ResidentLayout layout(K, D, threads / kWarpgroup);
-  char* code_tiles = shared + layout.tiles;
-  float* bias = reinterpret_cast<float*>(shared + layout.bias);
-  float* mean = reinterpret_cast<float*>(shared + layout.mean);
-  CodeNorms* scratch = reinterpret_cast<CodeNorms*>(shared + layout.scratch);
+  const ResidentBuffers shared(tile_memory(), K, D, threads / kWarpgroup);
+  const char* code_tiles = shared.codes;
+  const float* bias = shared.bias;
 
   const int chunks = (D + kTileColumns - 1) / kTileColumns;
   const int columns = chunks * kTileColumns;
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
 
   const int thread = threadIdx.x;
   const int lane = thread % 32;
-  // Of a lane, so that the compiler sees them to be the same in all.
+  // Read from one lane, so that the compiler knows that they are the same in all.
   const int group = __shfl_sync(kAllLanes, thread / kWarpgroup, 0);
   const int warp = __shfl_sync(kAllLanes, thread / 32 % 4, 0);
   const int groups = threads / kWarpgroup;
@@ -124,35 +127,33 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
   prefetch_rows(z, head * M + first_row, M - first_row, D);
 
   const int exponent =
-      centre<kAligned>(codes, K, D, columns, reinterpret_cast<ColumnStats*>(shared + layout.rows), mean, scratch);
-  float* plain = reinterpret_cast<float*>(shared + layout.rows);  // the rows' place is free: the bias before its move
+      centre<kAligned>(codes, K, D, columns, reinterpret_cast<ColumnStats*>(shared.rows), shared.mean, shared.scratch);
   CodeNorms norms{0, 0, 0};
 #pragma unroll 1
   for (int first = 0; first < padded; first += threads / 8 * kCodesInFlight) {
-    norms = max_norms(norms, pack_codes<kAligned, kResidentCodes>(codebook, head * K, first + thread / 8, threads / 8,
-                                                                  K, padded, D, chunks, kStepsPerTile, mean,
-                                                                  power_of_two(exponent), code_tiles, plain));
+    norms =
+        max_norms(norms, pack_codes<kAligned, kResidentCodes>(
+                             codebook, head * K, first + thread / 8, threads / 8, K, padded, D, chunks, kStepsPerTile,
+                             shared.mean, power_of_two(exponent), shared.codes, shared.bias, bias_index));
   }
-  norms = block_max(norms, scratch);
-  for (int code = thread; code < padded; code += threads) bias[bias_index(code)] = plain[code];
+  norms = block_max(norms, shared.scratch);
   fence_async_proxy();
-  CodebookScale* shared_scale = reinterpret_cast<CodebookScale*>(shared + layout.codebook);
-  if (thread == 0) *shared_scale = codebook_scale(exponent, norms);
+  if (thread == 0) *shared.codebook = CodebookScale(exponent, norms);
   __syncthreads();
 
-  char* row_tiles = shared + layout.rows + group * chunks * kRowTileBytes;
-  RowScale* scales = reinterpret_cast<RowScale*>(shared + layout.scales) + group * kWarpgroupRows + warp * 16;
-  float2* keys = reinterpret_cast<float2*>(shared + layout.keys) + group * tiles * kWarpgroup + thread % kWarpgroup;
+  char* row_tiles = shared.rows + group * chunks * kRowTileBytes;
+  RowScale* scales = shared.scales + group * kWarpgroupRows + warp * 16;
+  float2* keys = shared.keys + group * tiles * kWarpgroup + thread % kWarpgroup;
   const int last_steps = (D - (chunks - 1) * kTileColumns + 15) / 16;
 
   for (; first_row - warp * 16 < M; first_row += next_row) {
     prefetch_rows(z, head * M + first_row + next_row, M - first_row - next_row, D);
-    stage_rows<kAligned, kAligned ? 4 : 1, 1>(z, head * M + first_row, M - first_row, D, chunks, mean, *shared_scale,
-                                              accumulation, exact, row_tiles, warp * 16, scales);
+    stage_rows<kAligned, kAligned ? 4 : 1, 1>(z, head * M + first_row, M - first_row, D, chunks, shared.mean,
+                                              *shared.codebook, accumulation, exact, row_tiles, warp * 16, scales);
     fence_async_proxy();
     sync_threads(1 + group, kWarpgroup);
     const float bias_scale[2] = {scales[lane / 4].bias_scale, scales[lane / 4 + 8].bias_scale};
-    // Of the thread's share of each row: the best key, its tile and the next best key.
+    // Of the scores that the thread holds of each row: the best key, its tile and the second best key.
     float best[2] = {-INFINITY, -INFINITY}, second[2] = {-INFINITY, -INFINITY};
     int best_tile[2] = {0, 0};
 
@@ -160,14 +161,14 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
     for (int tile = 0; tile < tiles; ++tile) {
       float acc[kResidentCodes / 2];
       const char* code_tile = code_tiles + tile * tile_bytes;
-      multiply<kHopper, false, kResidentCodes>(acc, row_tiles, code_tile, chunks > 1 ? kStepsPerTile : last_steps);
+      multiply<kWgmma, false, kResidentCodes>(acc, row_tiles, code_tile, chunks > 1 ? kStepsPerTile : last_steps);
 #pragma unroll 1
       for (int chunk = 1; chunk < chunks; ++chunk) {
-        multiply<kHopper, true, kResidentCodes>(acc, row_tiles + chunk * kRowTileBytes,
-                                                code_tile + chunk * (kResidentCodes * kTileRowBytes),
-                                                chunk + 1 < chunks ? kStepsPerTile : last_steps);
+        multiply<kWgmma, true, kResidentCodes>(acc, row_tiles + chunk * kRowTileBytes,
+                                               code_tile + chunk * (kResidentCodes * kTileRowBytes),
+                                               chunk + 1 < chunks ? kStepsPerTile : last_steps);
       }
-      finish_products<kHopper>(acc);
+      finish_products<kWgmma>(acc);
       float tile_best[2], tile_second[2];
       best_two_keys(acc, bias + tile * kResidentCodes, bias_scale, tile_best, tile_second);
       keys[tile * kWarpgroup] = make_float2(tile_best[0], tile_best[1]);
@@ -178,9 +179,9 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
         best[h] = fmaxf(best[h], tile_best[h]);
       }
     }
-    sync_threads(1 + group, kWarpgroup);  // the row tiles are not multiplied any more
+    sync_threads(1 + group, kWarpgroup);  // all warps are done with the row tiles
 
-    // Most rows have one group that can hold the nearest code.
+    // Most rows have one group that can hold the nearest code: its four scores are computed again.
     float threshold[2];
     int first_code[2];
     bool one[2];
@@ -215,9 +216,8 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
       const unsigned quad = 0xfu << (lane & ~3);
       const int count =
           __popc(__ballot_sync(kAllLanes, x_reaches) & quad) + __popc(__ballot_sync(kAllLanes, y_reaches) & quad);
-      const int lowest = x_reaches ? own_code : y_reaches ? own_code + 1 : INT_MAX;
-      const int code = lane_min<4>(lowest);
-      // Without a window the codes that are left score the same.
+      const int code = lane_min<4>(x_reaches ? own_code : y_reaches ? own_code + 1 : INT_MAX);
+      // With a window of 0 the codes that are left score the same.
       const bool decided =
           window == kNotFinite || ((h == 0 ? one[0] : one[1]) && (count == 1 || (window == 0 && count > 0)));
       const bool writes = lane % 4 == 0 && window != kPastEnd;
@@ -236,8 +236,8 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
         const bool by_score = scales[row].window == 0;
         Nearest nearest{INFINITY, INT_MAX};
         int rescored = 0;
-        // The share of a tile whose best key reaches the floor is scored again, a code a lane; what reaches it then
-        // is measured.
+        // A share is the 32 codes of a tile whose scores one lane held. Where its best key reaches the threshold it is
+        // scored again, a code a lane, and the codes that reach the threshold then are rescored.
 #pragma unroll 1
         for (int first = 0; first < 4 * tiles; first += 32) {
           const int share = first + lane;
@@ -279,12 +279,12 @@ bool launch_resident(const Call& call, const Device& device) {
   if (int64_t(K) * D * 2 > device.shared_bytes || H > 65535 || M > INT_MAX / 2) return false;
   if (ceil_div(D, kTileColumns) > kMaxChunks) return false;
   int groups = resident_threads(kHopper) / kWarpgroup;
-  while (groups >= 2 && ResidentLayout(K, D, groups).bytes > device.shared_bytes) --groups;
+  while (groups >= 2 && ResidentBuffers(nullptr, K, D, groups).bytes + kTileAlignment > device.shared_bytes) --groups;
   if (groups < 2) return false;
   const int64_t blocks_per_head = std::max<int64_t>(1, std::min(device.processors / H, ceil_div(M, kWarpgroupRows)));
   launch("tensor-core pass", score_resident<kHopper, kAligned>, dim3(unsigned(blocks_per_head), unsigned(H)),
-         groups * kWarpgroup, ResidentLayout(K, D, groups).bytes, call.stream, call.z, call.codes(), int(M), K, D,
-         accumulation_error(D), call.exact, call.indices);
+         groups * kWarpgroup, int(ResidentBuffers(nullptr, K, D, groups).bytes) + kTileAlignment, call.stream, call.z,
+         call.codes(), int(M), K, D, accumulation_error(D), call.exact, call.indices);
   return true;
 }
 

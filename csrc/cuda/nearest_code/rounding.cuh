@@ -1,6 +1,8 @@
 #pragma once
 
-// Centring, scaling and rounding to fp16.
+// Rows and codes as operands of the tensor cores, and what rounding them costs. With mu the codebook's mean, z' = z -
+// mu and e' = e - mu are each scaled by a power of two, one a row and one a codebook, and rounded to fp16: z^ and e^. A
+// row's `window` is twice the bound of the error of its scores; docs/nearest_code_cuda.md derives it.
 
 #include <cuda_fp16.h>
 
@@ -20,23 +22,50 @@ constexpr int kWarpgroupRows = 64;  // rows of z that a warpgroup takes, 16 a wa
 constexpr int kRowTileBytes = kWarpgroupRows * kTileRowBytes;
 constexpr int kMaxChunks = 8;
 
-// What the scores need to know of a codebook, in its scaled units.
-struct CodebookScale {
-  int exponent;    // codes are scaled by 2 to it
-  float norm;      // largest |e^| of the fp16 codes
-  float residual;  // largest |e' - e^|
-  float bias;      // largest |e'|^2 / 2
+// Of a code, after scaling.
+struct CodeNorms {
+  float square;    // |e^|^2
+  float residual;  // |e' - e^|^2
+  float bias;      // |e'|^2 / 2
 };
 
-// What the scores need to know of a row.
+__device__ __forceinline__ CodeNorms max_norms(const CodeNorms& a, const CodeNorms& b) {
+  return {fmaxf(a.square, b.square), fmaxf(a.residual, b.residual), fmaxf(a.bias, b.bias)};
+}
+
+// The largest norms over all threads of the block, in all of them.
+__device__ __forceinline__ CodeNorms block_max(CodeNorms x, CodeNorms* scratch) {  // [32], shared
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    x = max_norms(x, {__shfl_xor_sync(kAllLanes, x.square, step), __shfl_xor_sync(kAllLanes, x.residual, step),
+                      __shfl_xor_sync(kAllLanes, x.bias, step)});
+  }
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) x = max_norms(x, scratch[warp]);
+  return x;
+}
+
+// The scale of a codebook, and the largest norms of its scaled codes.
+struct CodebookScale {
+  int exponent;  // of the power of two
+  float norm, residual, bias;
+
+  CodebookScale() = default;
+  __device__ CodebookScale(int exponent, const CodeNorms& largest)
+      : exponent(exponent), norm(sqrtf(largest.square)), residual(sqrtf(largest.residual)), bias(largest.bias) {}
+};
+
 struct RowScale {
   float bias_scale;  // turns a bias into the units of the row's products
-  float window;      // twice the error, or one of these
+  float window;      // or one of these
 };
-constexpr float kPastEnd = -1;
-constexpr float kNotFinite = -2;
+constexpr float kPastEnd = -1;    // there is no such row
+constexpr float kNotFinite = -2;  // it holds a NaN or an infinity
 
-// Scales `largest` to between 2^14 and 2^15: fp16 ends at 65504, and what is 2^28 times smaller is still normal.
+// The exponent that takes `largest` to between 2^14 and 2^15: fp16 ends at 65504, and what is 2^28 times smaller is
+// still normal.
 __device__ __forceinline__ int scale_exponent(float largest) {
   const int exponent = largest > 0 && largest <= FLT_MAX ? 14 - ilogbf(largest) : 0;
   return max(-126, min(126, exponent));
@@ -44,12 +73,14 @@ __device__ __forceinline__ int scale_exponent(float largest) {
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
-// Rounds eight scaled numbers to fp16 and adds up the squares of the results and of what the rounding took.
+union Fp16x8 {
+  uint4 words;
+  __half2 pairs[4];
+};
+
+// Rounds eight scaled numbers to fp16 and adds up the squares of the results and of the residuals.
 __device__ __forceinline__ uint4 round8(const float (&y)[8], float& square, float& residual) {
-  union {
-    __half2 pairs[4];
-    uint4 words;
-  } pack;
+  Fp16x8 pack;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     pack.pairs[i] = __floats2half2_rn(y[2 * i], y[2 * i + 1]);
@@ -63,8 +94,8 @@ __device__ __forceinline__ uint4 round8(const float (&y)[8], float& square, floa
   return pack.words;
 }
 
-// A warp writes 16 rows of z into the rows `tile_row` on of `tiles`: eight lanes a row, kRows rows of each at a time
-// and kUnroll chunks of each, so that as many loads are under way.
+// A warp rounds 16 rows of z into the rows from `tile_row` on of `tiles`. Eight lanes take a row, kRows rows at a time
+// and kUnroll chunks of 64 columns of each, so that as many loads are in flight.
 template <bool kAligned, int kRows, int kUnroll>
 __device__ __forceinline__ void stage_rows(const Matrix& z,  // [.., D]
                                            int64_t first_row, int left, int D, int chunks,
@@ -75,7 +106,7 @@ __device__ __forceinline__ void stage_rows(const Matrix& z,  // [.., D]
                                            RowScale* scales) {  // [16]
   const int octet = opaque_lane() / 8;
   const int piece = opaque_lane() % 8;
-  // A warp without any row reads the last one before; its window says that there is none.
+  // Past the end the last row is read again.
   first_row += min(0, left - 1);
   const int last = max(0, min(15, left - 1));
 #pragma unroll 1
@@ -83,7 +114,7 @@ __device__ __forceinline__ void stage_rows(const Matrix& z,  // [.., D]
     const int first = pass + octet;
     float x[kRows][8];
     float largest[kRows] = {};
-    float zero_or_nan[kRows] = {};  // becomes NaN with the first NaN or infinity
+    float zero_or_nan[kRows] = {};  // NaN once a NaN or an infinity was read
     const auto load_centred = [&](int chunk, bool again) {
       const int d = chunk * kTileColumns + piece * 8;
       load_rows<kAligned>(z, first_row, [&](int i) { return min(first + 4 * i, last); }, d, D, x);
@@ -124,7 +155,7 @@ __device__ __forceinline__ void stage_rows(const Matrix& z,  // [.., D]
       }
     }
 
-    // A lane for each row.
+    // From here on a lane takes one row.
     const float norm = sqrtf(transposed_sums(square));
     const float rest = sqrtf(transposed_sums(residual));
     const bool row_finite = transposed_sums(zero_or_nan) == 0;
@@ -138,7 +169,7 @@ __device__ __forceinline__ void stage_rows(const Matrix& z,  // [.., D]
     const float bias_scale = power_of_two(max(own_exponent - codes.exponent, -100));
     const float code_norm = codes.norm + codes.residual;
     const float magnitude = norm * code_norm;
-    // The last term is for a bias scale that was cut off.
+    // The last term is for a bias scale that was raised to 2^-100.
     const float error = norm * codes.residual + rest * code_norm + accumulation * magnitude +
                         (chunks * 8 + 24) * 0x1p-24f * (magnitude + codes.bias * bias_scale) + codes.bias * 0x1p-99f;
     float window = 2.002f * error;
@@ -152,31 +183,23 @@ __device__ __forceinline__ void stage_rows(const Matrix& z,  // [.., D]
   }
 }
 
-struct CodeNorms {
-  float square, residual, bias;
-};
-
-__device__ __forceinline__ CodeNorms max_norms(const CodeNorms& a, const CodeNorms& b) {
-  return {fmaxf(a.square, b.square), fmaxf(a.residual, b.residual), fmaxf(a.bias, b.bias)};
-}
-
-// Eight lanes pack kCount codes, every `stride`th from `first_code` on, as fp16 into rows of tiles; past the last code
-// they pack zeros that cannot win. Returns the largest facts of these codes.
 constexpr int kCodesInFlight = 4;
 
-// Codes of few columns share tile rows: a code takes `steps` times 16 columns (1, 2 or 4), beside it lie those of the
-// tiles that follow.
-template <bool kAligned, int kTileCodes>
+// Eight lanes round kCodesInFlight codes, every `stride`th from `first_code` on, into rows of tiles; past the last code
+// they write zeros. Returns the largest norms of these codes. A code takes `steps` times 16 columns (1, 2 or 4) of a
+// tile row; with fewer than 4 the following tiles lie beside it. `bias_index` says where the bias of a code goes.
+template <bool kAligned, int kTileCodes, class Index>
 __device__ __forceinline__ CodeNorms pack_codes(const float* codebook,  // [.., D]
                                                 int64_t head_row, int first_code, int stride, int K, int padded, int D,
                                                 int chunks, int steps,
                                                 const float* mean,  // [64 chunks]
                                                 float scale,
-                                                char* tiles,    // [padded / kTileCodes][chunks][kTileCodes][64] fp16
-                                                float* bias) {  // [padded]
+                                                char* tiles,  // [padded / kTileCodes][chunks][kTileCodes][64] fp16
+                                                float* bias,  // [padded]
+                                                const Index& bias_index) {
   const int piece = threadIdx.x % 8;
   float square[kCodesInFlight] = {}, residual[kCodesInFlight] = {}, exact_square[kCodesInFlight] = {};
-  float zero_or_nan[kCodesInFlight] = {};  // becomes NaN with the first NaN or infinity
+  float zero_or_nan[kCodesInFlight] = {};  // NaN once a NaN or an infinity was read
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const int d = chunk * kTileColumns + piece * 8;
@@ -196,9 +219,9 @@ __device__ __forceinline__ CodeNorms pack_codes(const float* codebook,  // [.., 
       const int tiles_per_stage = kStepsPerTile / steps;
       const int tile_number = code / kTileCodes;
       char* tile = tiles + (int64_t(tile_number / tiles_per_stage) * chunks + chunk) * (kTileCodes * kTileRowBytes);
-      const int place = tile_number % tiles_per_stage * 2 * steps + piece;
+      const int tile_piece = tile_number % tiles_per_stage * 2 * steps + piece;
       if (code < padded && piece < 2 * steps) {
-        *reinterpret_cast<uint4*>(tile + swizzled(code % kTileCodes, place)) = rounded;
+        *reinterpret_cast<uint4*>(tile + swizzled(code % kTileCodes, tile_piece)) = rounded;
       }
     }
   }
@@ -208,32 +231,14 @@ __device__ __forceinline__ CodeNorms pack_codes(const float* codebook,  // [.., 
     const int code = first_code + i * stride;
     const CodeNorms own{lane_sum<8>(square[i]), lane_sum<8>(residual[i]), 0.5f * lane_sum<8>(exact_square[i])};
     const bool usable = lane_sum<8>(zero_or_nan[i]) == 0 && code < K;
-    // With a bias of NaN or -inf no score of the code compares as good as another.
-    if (piece == 0 && code < padded) bias[code] = usable ? -own.bias : code < K ? NAN : -INFINITY;
+    // A score with a bias of NaN or -inf never reaches a threshold.
+    if (piece == 0 && code < padded) bias[bias_index(code)] = usable ? -own.bias : code < K ? NAN : -INFINITY;
     if (usable) norms = max_norms(norms, own);
   }
   return norms;
 }
 
-__device__ __forceinline__ CodebookScale codebook_scale(int exponent, const CodeNorms& largest) {
-  return {exponent, sqrtf(largest.square), sqrtf(largest.residual), largest.bias};
-}
-
-// The largest of each fact over all threads of the block, in all of them.
-__device__ __forceinline__ CodeNorms block_max(CodeNorms x, CodeNorms* scratch) {  // [warps], shared
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    x = max_norms(x, {__shfl_xor_sync(kAllLanes, x.square, step), __shfl_xor_sync(kAllLanes, x.residual, step),
-                      __shfl_xor_sync(kAllLanes, x.bias, step)});
-  }
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) x = max_norms(x, scratch[warp]);
-  return x;
-}
-
-// Sum, least and greatest of the finite elements of a column; elements come in already divided by their number.
+// Mean, least and greatest of the finite elements of a column; the mean counts the others as zeros.
 struct ColumnStats {
   float mean = 0, least = INFINITY, greatest = -INFINITY;
 

@@ -1,64 +1,71 @@
 #pragma once
 
-// Streamed.
+// Nearest code with any codebook of up to 512 columns: rounded once (packing.cuh), then streamed through shared memory.
+// A block keeps 128 rows and lists their candidates while all codes pass.
 
 #include <algorithm>
 #include <cstdint>
 #include <tuple>
-#include <type_traits>
 
-#include "candidate_lists.cuh"
+#include "candidates.cuh"
 #include "packing.cuh"
 #include "rescoring.cuh"
 
 namespace ncfast::cuda {
 namespace {
 
-// Codes of a tile: two sets of accumulators fit with wgmma, one with mma.sync, which keeps its operands in registers
-// too.
+// Codes of a tile. Two sets of accumulators fit with wgmma, one with mma.sync, which keeps operands in registers too.
 __host__ __device__ constexpr int stream_codes(bool hopper) { return hopper ? 128 : 256; }
-// Products of short codes take as many steps of 16 columns as the code has, one or two; four otherwise.
+// Steps of 16 columns that a product takes. With wgmma, codes of up to 32 columns share tile rows and take fewer.
 __host__ __device__ constexpr int stream_steps(bool hopper, int64_t D) {
   return hopper && D <= 16 ? 1 : hopper && D <= 32 ? 2 : kStepsPerTile;
 }
-// A block takes tiles by so many.
+// The number of tiles of a block is a multiple of this: of the tiles that share rows, or of a pair for wgmma.
 __host__ __device__ constexpr int tile_multiple(bool hopper, int steps) {
   return steps == 1 ? kStepsPerTile : hopper ? 2 : 1;
 }
 
 constexpr int kStreamRows = 2 * kWarpgroupRows;
-constexpr int kMaxStages = 8;
+constexpr int kMaxStages = 8;    // tiles of 64 columns in shared memory
+constexpr int kBiasBuffers = 3;  // of a warpgroup
 
-constexpr int kBiasBuffers = 3;  // of each warpgroup
+struct StreamBuffers : Buffers {  // in shared memory
+  char* rows;                     // [2 warpgroups, chunks, 64, 64] fp16
+  char* stages;                   // [stages, codes, 64] fp16
+  Candidate* lists;               // [2 warpgroups, 2 rows, kSlots, 128 threads]
+  float* bias;                    // [2 warpgroups, kBiasBuffers, codes]
+  RowScale* scales;               // [2 warpgroups, 64]
+  float* mean;                    // [chunks * 64]
+  CodeNorms* scratch;
+  CodebookScale* codebook;
+  int64_t* first_rows;     // [warps]
+  uint64_t *full, *empty;  // [kMaxStages] barriers
 
-struct StreamLayout {
-  int rows, stages, lists, bias, scales, mean, scratch, codebook, first_rows, barriers, bytes;
-
-  __host__ __device__ StreamLayout(int chunks, int num_stages, int tile_codes) {
-    rows = 0;
-    stages = rows + 2 * chunks * kRowTileBytes;
-    lists = stages + num_stages * tile_codes * kTileRowBytes;
-    bias = lists + 2 * kListBytes;
-    scales = bias + 2 * kBiasBuffers * tile_codes * 4;
-    mean = scales + kStreamRows * int(sizeof(RowScale));
-    scratch = mean + chunks * kTileColumns * 4;
-    codebook = scratch + 32 * int(sizeof(CodeNorms));
-    first_rows = codebook + int(sizeof(CodebookScale));
-    barriers = first_rows + 2 * kWarpgroup / 32 * 8;
-    bytes = barriers + 2 * kMaxStages * 8 + 1024;  // to align the first tile
+  __host__ __device__ StreamBuffers(char* memory, int chunks, int num_stages, int codes) : Buffers{memory} {
+    place(rows, 2 * chunks * kRowTileBytes);
+    place(stages, num_stages * codes * kTileRowBytes);
+    place(lists, 2 * kListEntries);
+    place(bias, 2 * kBiasBuffers * codes);
+    place(scales, kStreamRows);
+    place(mean, chunks * kTileColumns);
+    place(scratch, 32);
+    place(codebook, 1);
+    place(first_rows, 2 * kWarpgroup / 32);
+    place(full, kMaxStages);
+    place(empty, kMaxStages);
   }
 };
 
-// With wgmma a ninth warp does nothing but copy.
+// With wgmma a ninth warp copies.
 constexpr int stream_threads(bool hopper) { return 2 * kWarpgroup + (hopper ? 32 : 0); }
 
 struct StreamShape {
   int64_t M;
-  int K, D, chunks, tiles, splits, stages;
+  int D, chunks, tiles, splits, stages;
 };
 
-// One block takes 128 rows of one head past a share of the tiles: all of them, unless there are fewer rows than it
-// takes to fill the GPU.
+// A block scores 128 rows of a head with one of `splits` equal parts of the tiles. There is one part, unless there are
+// too few rows to fill the GPU.
 template <bool kHopper, bool kReleaseEarly, bool kAligned, int kSteps>
 __global__ void __launch_bounds__(stream_threads(kHopper), 1)
     score_stream(Matrix z,                             // [H, M, D]
@@ -72,25 +79,23 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
                  Candidate* __restrict__ candidates)  // [H, M, splits, kListLength]
 {
   if constexpr (kHopper && !kCompilesWgmma) return;
+  constexpr bool kWgmma = kHopper && kCompilesWgmma;
   constexpr int kCodes = stream_codes(kHopper);
   constexpr int kStageBytes = kCodes * kTileRowBytes;
-  constexpr int kTilesPerStage = kStepsPerTile / kSteps;  // tiles of a stage
+  constexpr int kTilesPerStage = kStepsPerTile / kSteps;  // side by side
   constexpr int kTileMultiple = tile_multiple(kHopper, kSteps);
-  extern __shared__ char unaligned[];
-  char* shared = unaligned + ((1024 - shared_address(unaligned) % 1024) & 1023);
   const int chunks = shape.chunks;
-  const StreamLayout layout(chunks, shape.stages, kCodes);
-  char* stages = shared + layout.stages;
-  float* shared_mean = reinterpret_cast<float*>(shared + layout.mean);
+  const StreamBuffers shared(tile_memory(), chunks, shape.stages, kCodes);
+  char* stages = shared.stages;
 
   const int64_t M = shape.M;
   const int split = blockIdx.x % shape.splits;
   const int64_t row_blocks = (M + kStreamRows - 1) / kStreamRows;
   const int64_t head = blockIdx.x / shape.splits / row_blocks;
   const int64_t block_row = blockIdx.x / shape.splits % row_blocks * kStreamRows;
-  const int units = shape.tiles / kTileMultiple;
-  const int first_tile = int(int64_t(units) * split / shape.splits) * kTileMultiple;
-  const int num_tiles = int(int64_t(units) * (split + 1) / shape.splits) * kTileMultiple - first_tile;
+  const int multiples = shape.tiles / kTileMultiple;
+  const int first_tile = int(int64_t(multiples) * split / shape.splits) * kTileMultiple;
+  const int num_tiles = int(int64_t(multiples) * (split + 1) / shape.splits) * kTileMultiple - first_tile;
   packed += (head * shape.tiles + first_tile) / kTilesPerStage * chunks * kStageBytes;
   bias += (head * shape.tiles + first_tile) * kCodes;
 
@@ -99,51 +104,51 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
   const int group = thread / kWarpgroup;
   const int warp = thread / 32 % 4;
 
-  uint64_t* full = reinterpret_cast<uint64_t*>(shared + layout.barriers);
-  uint64_t* empty = full + kMaxStages;
-  if (kHopper && thread == 0) {
-    for (int stage = 0; stage < shape.stages; ++stage) {
-      init_barrier(full + stage, 1);
-      init_barrier(empty + stage, 2 * kWarpgroup / 32);
+  if (kWgmma && thread == 0) {
+    for (int i = 0; i < shape.stages; ++i) {
+      init_barrier(shared.full + i, 1);
+      init_barrier(shared.empty + i, 2 * kWarpgroup / 32);
     }
     publish_barriers();
   }
   for (int d = thread; d < chunks * kTileColumns; d += blockDim.x) {
-    shared_mean[d] = mean[head * chunks * kTileColumns + d];
+    shared.mean[d] = mean[head * chunks * kTileColumns + d];
   }
   const int parts = shape.tiles * (kCodes / kPackedCodes);
   CodeNorms most{0, 0, 0};
   for (int part = thread; part < parts; part += blockDim.x) {
     most = max_norms(most, norms[head * parts + part]);
   }
-  most = block_max(most, reinterpret_cast<CodeNorms*>(shared + layout.scratch));
-  CodebookScale* shared_scale = reinterpret_cast<CodebookScale*>(shared + layout.codebook);
-  if (thread == 0) *shared_scale = codebook_scale(exponents[head], most);
+  most = block_max(most, shared.scratch);
+  if (thread == 0) *shared.codebook = CodebookScale(exponents[head], most);
   __syncthreads();
 
-  if (kHopper && thread >= 2 * kWarpgroup) {
+  int stage = 0, parity = 0;
+  const auto next_stage = [&] {
+    if (++stage == shape.stages) stage = 0, parity ^= 1;
+  };
+  if (kWgmma && thread >= 2 * kWarpgroup) {
     if (lane != 0) return;
-    int stage = 0, parity = 0;
     for (int64_t chunk = 0; chunk < int64_t(num_tiles / kTilesPerStage) * chunks; ++chunk) {
-      wait(empty + stage, parity ^ 1);
-      arrive_and_expect(full + stage, kStageBytes);
-      copy_bulk(stages + stage * kStageBytes, packed + chunk * kStageBytes, kStageBytes, full + stage);
-      if (++stage == shape.stages) stage = 0, parity ^= 1;
+      wait(shared.empty + stage, parity ^ 1);
+      arrive_and_expect(shared.full + stage, kStageBytes);
+      copy_bulk(stages + stage * kStageBytes, packed + chunk * kStageBytes, kStageBytes, shared.full + stage);
+      next_stage();
     }
     return;
   }
 
-  char* row_tiles = shared + layout.rows + group * chunks * kRowTileBytes;
-  RowScale* scales = reinterpret_cast<RowScale*>(shared + layout.scales) + group * kWarpgroupRows + warp * 16;
-  float* group_bias = reinterpret_cast<float*>(shared + layout.bias) + group * kBiasBuffers * kCodes;
-  Candidate* lists = reinterpret_cast<Candidate*>(shared + layout.lists + group * kListBytes) + thread % kWarpgroup;
+  char* row_tiles = shared.rows + group * chunks * kRowTileBytes;
+  RowScale* scales = shared.scales + group * kWarpgroupRows + warp * 16;
+  float* group_bias = shared.bias + group * kBiasBuffers * kCodes;
+  Candidate* lists = shared.lists + group * kListEntries + thread % kWarpgroup;
   constexpr int kThreads = 2 * kWarpgroup;
   const int64_t first_row = block_row + group * kWarpgroupRows + warp * 16;
-  // Kept there because registers are short until the end.
-  int64_t* first_index = reinterpret_cast<int64_t*>(shared + layout.first_rows) + thread / 32;
+  // In shared memory, since it is needed only at the end and registers are short.
+  int64_t* first_index = shared.first_rows + thread / 32;
   if (lane == 0) *first_index = head * M + first_row;
   stage_rows<kAligned, kAligned ? 4 : 1, kAligned ? 2 : 1>(
-      z, head * M + first_row, int(min(M - first_row, int64_t(16))), shape.D, chunks, shared_mean, *shared_scale,
+      z, head * M + first_row, int(min(M - first_row, int64_t(16))), shape.D, chunks, shared.mean, *shared.codebook,
       accumulation, exact, row_tiles, warp * 16, scales);
   fence_async_proxy();
   sync_threads(1 + group, kWarpgroup);
@@ -151,56 +156,55 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
 #pragma unroll
   for (int h = 0; h < 2; ++h) start_row(rows[h], scales[lane / 4 + 8 * h]);
 
-  if constexpr (kHopper) {
+  if constexpr (kWgmma) {
     // While one tile is multiplied, the scores of the one before are searched.
     float acc[2][kCodes / 2];
-    int stage = 0, parity = 0;
+    // Lets the copying warp overwrite the stages from the first_ago-th before this one to the last_ago-th.
     const auto release = [&](int first_ago, int last_ago) {
       __syncwarp();
       if (lane != 0) return;
       for (int ago = first_ago; ago >= last_ago; --ago) {
-        arrive(empty + stage - ago + (stage < ago ? shape.stages : 0));
+        arrive(shared.empty + stage - ago + (stage < ago ? shape.stages : 0));
       }
     };
     float next_bias = bias[thread % kWarpgroup];
     const auto start = [&](float (&products)[kCodes / 2], int tile) {
-      wait(full + stage, parity);
+      wait(shared.full + stage, parity);
       if constexpr (kTilesPerStage > 1) {
         start_products<false, kSteps>(
             products, tile_descriptor(row_tiles),
             tile_descriptor(stages + stage * kStageBytes) + 2 * kSteps * (tile % kTilesPerStage));
       } else {
-        multiply<kHopper, false, kCodes>(products, row_tiles, stages + stage * kStageBytes, kStepsPerTile);
-        if (++stage == shape.stages) stage = 0, parity ^= 1;
+        multiply<kWgmma, false, kCodes>(products, row_tiles, stages + stage * kStageBytes, kStepsPerTile);
+        next_stage();
       }
 #pragma unroll 1
       for (int chunk = 1; kTilesPerStage == 1 && chunk < chunks; ++chunk) {
-        wait(full + stage, parity);
-        multiply<kHopper, true, kCodes>(products, row_tiles + chunk * kRowTileBytes, stages + stage * kStageBytes,
-                                        kStepsPerTile);
-        if (++stage == shape.stages) stage = 0, parity ^= 1;
+        wait(shared.full + stage, parity);
+        multiply<kWgmma, true, kCodes>(products, row_tiles + chunk * kRowTileBytes, stages + stage * kStageBytes,
+                                       kStepsPerTile);
+        next_stage();
         if constexpr (kReleaseEarly) {
           wgmma_wait<1>();
           release(2, 2);
         }
       }
-      // The buffer was last read two searches ago, before the barrier of the last start.
+      // Its buffer was last read two searches ago, before the barrier of the previous start.
       group_bias[tile % kBiasBuffers * kCodes + thread % kWarpgroup] = next_bias;
-      next_bias = bias[min(tile + 1, num_tiles - 1) * kCodes + thread % kWarpgroup];  // it takes longer than a search
+      next_bias = bias[min(tile + 1, num_tiles - 1) * kCodes + thread % kWarpgroup];  // takes longer than a search
       sync_threads(1 + group, kWarpgroup);
     };
     const auto finish = [&](float (&products)[kCodes / 2], int tile) {
       finish_products<true>(products);
       if (tile % kTilesPerStage != kTilesPerStage - 1) return;
-      if (kTilesPerStage > 1 && ++stage == shape.stages) stage = 0, parity ^= 1;
+      if constexpr (kTilesPerStage > 1) next_stage();
       release(kReleaseEarly ? 1 : chunks, 1);
     };
     const auto search = [&](float (&products)[kCodes / 2], int tile) {
       add_tile<kCodes>(products, group_bias + tile % kBiasBuffers * kCodes, (first_tile + tile) * kCodes, scales, rows,
                        lists);
     };
-    // Tiles come in pairs. No branch lies between a start and its finish: the compiler would make the tensor cores
-    // wait.
+    // Tiles come in pairs. With a branch between a start and its finish the compiler would make the products wait.
     start(acc[0], 0);
     for (int tile = 0; tile + 2 < num_tiles; tile += 2) {
       finish(acc[0], tile);
@@ -215,8 +219,7 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
     search(acc[0], num_tiles - 2);
     finish(acc[1], num_tiles - 1);
     search(acc[1], num_tiles - 1);
-  }
-  if constexpr (!kHopper) {
+  } else {
     const int last_steps = (shape.D - (chunks - 1) * kTileColumns + 15) / 16;
     float acc[kCodes / 2];
     const auto copy_stage = [&](int64_t chunk) {
@@ -240,9 +243,9 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
         const char* code_tile = stages + current % 2 * kStageBytes;
         const int steps = chunk + 1 < chunks ? kStepsPerTile : last_steps;
         if (chunk == 0) {
-          multiply<kHopper, false, kCodes>(acc, row_tiles, code_tile, steps);
+          multiply<kWgmma, false, kCodes>(acc, row_tiles, code_tile, steps);
         } else {
-          multiply<kHopper, true, kCodes>(acc, row_tiles + chunk * kRowTileBytes, code_tile, steps);
+          multiply<kWgmma, true, kCodes>(acc, row_tiles + chunk * kRowTileBytes, code_tile, steps);
         }
       }
       add_tile<kCodes>(acc, tile_bias, (first_tile + tile) * kCodes, scales, rows, lists);
@@ -251,107 +254,16 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
 
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const RowState& row = rows[h];
     const float window = scales[lane / 4 + 8 * h].window;
     if (window == kPastEnd) continue;  // for all four lanes
-    const unsigned quad = 0xfu << (lane & ~3);
     const int64_t index = *first_index + 8 * h + lane / 4;
-    Candidate* out = candidates + (index * shape.splits + split) * kListLength;
     if (split == 0 && lane % 4 == 0) windows[index] = fmaxf(window, 0.f);
-    int before = 0, total = 0, most_of_a_lane = 0;
-#pragma unroll
-    for (int other = 0; other < 4; ++other) {
-      const int count = __shfl_sync(quad, row.count, other, 4);
-      before += other < lane % 4 ? count : 0;
-      total += count;
-      most_of_a_lane = max(most_of_a_lane, count);
-    }
-    int first_code = row.count > 0 ? slot(lists, h, 0).code : INT_MAX;
-    first_code = lane_min<4>(first_code, quad);
-
-    Candidate only{row.best, kListOverflow};  // also of a row that has no window
-    bool one = most_of_a_lane > kSlots || total > kListLength || !(window <= FLT_MAX);
-    if (window == kNotFinite) {
-      only = split == 0 ? Candidate{0, 0} : Candidate{-INFINITY, kListEnd};
-      one = true;
-    } else if (window == 0 && total > 0) {  // all candidates score the same, and each list is in order
-      only.code = first_code;
-      one = true;
-    }
-    if (one) {
-      if (lane % 4 == 0) {
-        out[0] = only;
-        out[1] = {-INFINITY, kListEnd};
-      }
-    } else {
-      for (int i = 0; i < row.count; ++i) out[before + i] = slot(lists, h, i);
-      if (lane % 4 == 0 && total < kListLength) out[total] = {-INFINITY, kListEnd};
-    }
-  }
-}
-
-// Picks the winner among the candidates of all splits: a thread a row, then a warp a row where several are left.
-constexpr int kChooseThreads = 128;
-constexpr int kChooseRows = 8;  // of a warp
-
-__global__ void __launch_bounds__(kChooseThreads, 8)
-    choose_nearest(Matrix z,                            // [H, M, D]
-                   const float* __restrict__ codebook,  // [H, K, D]
-                   int64_t rows, int64_t M, int K, int D, int splits,
-                   const float* __restrict__ windows,         // [H, M]
-                   const Candidate* __restrict__ candidates,  // [H, M, splits, kListLength]
-                   int64_t* __restrict__ indices) {           // [H, M]
-  const int64_t warp_row = (int64_t(blockIdx.x) * (kChooseThreads / 32) + threadIdx.x / 32) * kChooseRows;
-  const int lane = threadIdx.x % 32;
-  const auto each = [&](int64_t row, auto&& use) {
-    for (int split = 0; split < splits; ++split) {
-      const Candidate* list = candidates + (row * splits + split) * kListLength;
-      for (int i = 0; i < kListLength; ++i) {
-        const Candidate candidate = list[i];
-        if (candidate.code == kListEnd) break;
-        use(candidate);
-        if (candidate.code == kListOverflow) break;
-      }
-    }
-  };
-
-  bool open = false;
-  float threshold = 0;
-  if (lane < kChooseRows && warp_row + lane < rows) {
-    const int64_t row = warp_row + lane;
-    const float window = windows[row];
-    float best = -INFINITY;
-    each(row, [&](const Candidate& candidate) { best = fmaxf(best, candidate.score); });
-    threshold = best - window;
-    int count = 0, code = INT_MAX;
-    bool unlisted = false;
-    each(row, [&](const Candidate& candidate) {
-      if (!(candidate.score >= threshold)) return;
-      unlisted |= candidate.code == kListOverflow;
-      code = min(code, candidate.code);
-      ++count;
-    });
-    const bool unknown = unlisted || count == 0;
-    open = !unknown && count > 1 && window > 0;
-    if (!open) indices[row] = unknown ? kUndecided : code;
-  }
-  for (unsigned pending = __ballot_sync(kAllLanes, open); pending != 0; pending &= pending - 1) {
-    const int leader = __ffs(int(pending)) - 1;
-    const int64_t row = warp_row + leader;
-    const float row_threshold = __shfl_sync(kAllLanes, threshold, leader);
-    const float* codes = codebook + row / M * K * D;
-    Nearest nearest{INFINITY, INT_MAX};
-    each(row, [&](const Candidate& candidate) {
-      if (!(candidate.score >= row_threshold)) return;
-      const double distance = exact_distance<4>(z, row, codes + int64_t(candidate.code) * D, D);
-      offer(nearest, distance, candidate.code);
-    });
-    if (lane == 0) indices[row] = nearest.code;
+    write_candidates(rows[h], window, lists, h, split == 0, candidates + (index * shape.splits + split) * kListLength);
   }
 }
 
 // The sizes of a streamed call, and its buffers in the workspace.
-struct StreamPlan {
+struct StreamPlan : Buffers {
   int chunks, steps, tiles, splits, stat_blocks, codes_per_stat_block, pack_blocks;
   char* packed;
   float *bias, *windows, *mean, *reach;
@@ -359,9 +271,9 @@ struct StreamPlan {
   ColumnStats* partial;
   CodeNorms* norms;
   int* exponents;
-  int64_t bytes;
 
-  StreamPlan(int64_t H, int64_t M, int64_t K, int64_t D, int processors, bool hopper, char* workspace = nullptr) {
+  StreamPlan(int64_t H, int64_t M, int64_t K, int64_t D, int processors, bool hopper, char* workspace = nullptr)
+      : Buffers{workspace} {
     const int tile_codes = stream_codes(hopper);
     constexpr int64_t kMaxSplits = 16;
     chunks = int(ceil_div(D, kTileColumns));
@@ -374,11 +286,6 @@ struct StreamPlan {
     stat_blocks = int(ceil_div(K, codes_per_stat_block));
     pack_blocks = tiles * (tile_codes / kPackedCodes);
 
-    bytes = 0;
-    const auto place = [&](auto*& buffer, int64_t count) {
-      buffer = reinterpret_cast<std::remove_reference_t<decltype(buffer)>>(uintptr_t(workspace) + bytes);
-      bytes += ceil_div(count * int64_t(sizeof(*buffer)), 16) * 16;
-    };
     place(packed, H * tiles * chunks * tile_codes * kTileRowBytes);
     place(bias, H * tiles * tile_codes);
     place(candidates, H * M * splits * kListLength);
@@ -391,7 +298,7 @@ struct StreamPlan {
   }
 };
 
-constexpr int kMaxProcessors = 1024;  // the workspace is measured for it, since its device is not known
+constexpr int kMaxProcessors = 1024;  // the workspace is sized for it, since its device is not known
 
 // Whether the codes are short enough, and so the kernels were launched.
 template <bool kHopper, bool kAligned>
@@ -403,9 +310,12 @@ bool launch_streamed(const Call& call, const Device& device) {
   // With wgmma a tile keeps its stages until it is done while the next tile fills as many. Codes too long for that
   // release theirs early.
   const bool release_early = kHopper && 2 * plan.chunks > kMaxStages;
+  const auto shared_bytes = [&](int stages) {
+    return int(StreamBuffers(nullptr, plan.chunks, stages, kCodes).bytes) + kTileAlignment;
+  };
   int stages = kHopper ? kMaxStages : 2;
   const int fewest_stages = kHopper && !release_early ? 2 * plan.chunks : 2;
-  while (stages >= fewest_stages && StreamLayout(plan.chunks, stages, kCodes).bytes > device.shared_bytes) --stages;
+  while (stages >= fewest_stages && shared_bytes(stages) > device.shared_bytes) --stages;
   if (stages < fewest_stages) return false;
 
   const auto run = [&](const char* what, auto* kernel, int64_t blocks, int threads, int shared_bytes,
@@ -425,10 +335,10 @@ bool launch_streamed(const Call& call, const Device& device) {
                       : plan.steps == 1 ? score_stream<kHopper, false, kAligned, kOne>
                       : plan.steps == 2 ? score_stream<kHopper, false, kAligned, kTwo>
                                         : score_stream<kHopper, false, kAligned, kStepsPerTile>;
-  const StreamShape shape{M, K, D, plan.chunks, plan.tiles, plan.splits, stages};
+  const StreamShape shape{M, D, plan.chunks, plan.tiles, plan.splits, stages};
   run("tensor-core pass", kernel, H * ceil_div(M, kStreamRows) * plan.splits, stream_threads(kHopper),
-      StreamLayout(plan.chunks, stages, kCodes).bytes, call.z, plan.packed, plan.bias, plan.mean, plan.exponents,
-      plan.norms, shape, accumulation_error(D), call.exact, plan.windows, plan.candidates);
+      shared_bytes(stages), call.z, plan.packed, plan.bias, plan.mean, plan.exponents, plan.norms, shape,
+      accumulation_error(D), call.exact, plan.windows, plan.candidates);
   run("float64 choice", choose_nearest, ceil_div(H * M, kChooseThreads / 32 * kChooseRows), kChooseThreads, 0, call.z,
       call.codes(), H * M, M, K, D, plan.splits, plan.windows, plan.candidates, call.indices);
   launch_rescore_undecided<float>(call);

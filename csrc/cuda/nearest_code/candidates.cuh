@@ -1,0 +1,237 @@
+#pragma once
+
+// Candidates of a streamed codebook: the codes of a row that score at most its window less than the best. Four lanes
+// share a row. While the tiles pass, each lists the candidates that it meets in shared memory; at the end their lists
+// are joined in global memory, and `choose_nearest` chooses among those of all blocks.
+
+#include <cfloat>
+#include <climits>
+#include <cmath>
+
+#include "rescoring.cuh"
+#include "rounding.cuh"
+
+namespace ncfast::cuda {
+namespace {
+
+struct Candidate {
+  float score;
+  int code;
+};
+
+constexpr int kSlots = 4;       // candidates that a thread keeps of a row
+constexpr int kListLength = 8;  // candidates of a row that one block hands on
+constexpr int kListEnd = -1;
+constexpr int kListOverflow = -2;  // there are more; the score is the best of them
+
+// Of one of the two rows of a thread. best and threshold are the same in its four lanes.
+struct RowState {
+  float best;
+  float threshold;  // lower scores are no candidates
+  int count;        // of candidates; kSlots + 1 if some were not kept
+};
+
+constexpr int kListEntries = 2 * kSlots * kWarpgroup;  // of a warpgroup
+
+// Candidate i of row h = 0 or 1 of the thread whose lists start at `lists`.
+__device__ __forceinline__ Candidate& slot(Candidate* lists, int h, int i) {
+  return lists[(h * kSlots + i) * kWarpgroup];
+}
+
+__device__ __forceinline__ void start_row(RowState& row, const RowScale& scale) {
+  // No score reaches the threshold of a row without a window.
+  const bool scored = scale.window >= 0 && scale.window <= FLT_MAX;
+  row = {scored ? -INFINITY : INFINITY, scored ? -FLT_MAX : INFINITY, 0};
+}
+
+// Raises the best score and drops the candidates that are then below the threshold.
+__device__ __forceinline__ void raise_best(RowState& row, float best, float window, Candidate* lists, int h) {
+  const float threshold = fmaxf(best - window, -FLT_MAX);
+  if (threshold > row.best) {
+    row.count = 0;
+  } else if (row.count <= kSlots) {
+    int kept = 0;
+    for (int i = 0; i < row.count; ++i) {
+      const Candidate candidate = slot(lists, h, i);
+      if (candidate.score >= threshold) slot(lists, h, kept++) = candidate;
+    }
+    row.count = kept;
+  }
+  row.best = best;
+  row.threshold = threshold;
+}
+
+constexpr int kSearchCodes = 64;  // codes that are searched together, 16 by each lane
+
+// Turns a tile of products, as `multiply` leaves them, into scores and finds the best of every 64 codes.
+template <int kCodes>
+__device__ __forceinline__ void score_tile(float (&acc)[kCodes / 2],
+                                           const float* bias,       // [kCodes], shared
+                                           const RowScale* scales,  // [16], shared
+                                           float (&top)[2][kCodes / kSearchCodes]) {
+  const int row = threadIdx.x % 32 / 4;
+  const float bias_scale[2] = {scales[row].bias_scale, scales[row + 8].bias_scale};
+#pragma unroll
+  for (int j = 0; j < kCodes / 8; ++j) {
+    const float2 b = *reinterpret_cast<const float2*>(bias + 8 * j + threadIdx.x % 4 * 2);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float& x = acc[4 * j + 2 * h];
+      float& y = acc[4 * j + 2 * h + 1];
+      x = fmaf(b.x, bias_scale[h], x);
+      y = fmaf(b.y, bias_scale[h], y);
+      float& best = top[h][8 * j / kSearchCodes];
+      best = 8 * j % kSearchCodes == 0 ? fmaxf(x, y) : fmaxf(best, fmaxf(x, y));
+    }
+  }
+}
+
+template <int kSize>
+__device__ __forceinline__ float max_of(const float (&x)[kSize]) {
+  float greatest = x[0];
+#pragma unroll
+  for (int i = 1; i < kSize; ++i) greatest = fmaxf(greatest, x[i]);
+  return greatest;
+}
+
+// Lists the codes of a tile of scores that reach the threshold of row h.
+template <int kCodes>
+__device__ __forceinline__ void list_candidates(const float (&acc)[kCodes / 2],
+                                                const float (&top)[2][kCodes / kSearchCodes], int first_code, int h,
+                                                RowState& row, Candidate* lists) {
+#pragma unroll
+  for (int search = 0; search < kCodes / kSearchCodes; ++search) {
+    if (!(top[h][search] >= row.threshold)) continue;
+    unsigned hits = 0;
+#pragma unroll
+    for (int i = 0; i < kSearchCodes / 4; ++i) {
+      if (acc[search * (kSearchCodes / 2) + 4 * (i / 2) + 2 * h + i % 2] >= row.threshold) hits |= 1u << i;
+    }
+    for (; hits != 0; hits &= hits - 1) {
+      const int i = __ffs(int(hits)) - 1;
+      const int code = first_code + search * kSearchCodes + 8 * (i / 2) + threadIdx.x % 4 * 2 + i % 2;
+      // The best of the search stands for the score of each hit: an upper bound, which keeps it a little longer.
+      if (row.count < kSlots) slot(lists, h, row.count) = Candidate{top[h][search], code};
+      row.count = min(row.count + 1, kSlots + 1);
+    }
+  }
+}
+
+// Takes a tile of products. Most tiles have no score that reaches a threshold, and end at the first branch.
+template <int kCodes>
+__device__ __forceinline__ void add_tile(float (&acc)[kCodes / 2],
+                                         const float* bias,  // [kCodes], shared
+                                         int first_code,
+                                         const RowScale* scales,  // [16], shared
+                                         RowState (&rows)[2], Candidate* lists) {
+  float top[2][kCodes / kSearchCodes];
+  score_tile<kCodes>(acc, bias, scales, top);
+  float greatest[2] = {max_of(top[0]), max_of(top[1])};
+  if (!__any_sync(kAllLanes, greatest[0] >= rows[0].threshold || greatest[1] >= rows[1].threshold)) return;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) greatest[h] = lane_max<4>(greatest[h]);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (greatest[h] > rows[h].best) {
+      raise_best(rows[h], greatest[h], scales[threadIdx.x % 32 / 4 + 8 * h].window, lists, h);
+    }
+    list_candidates<kCodes>(acc, top, first_code, h, rows[h], lists);
+  }
+}
+
+// Four lanes join their lists of a row, of which the first block (`first`) also writes what has no candidates.
+__device__ __forceinline__ void write_candidates(const RowState& row, float window, Candidate* lists, int h, bool first,
+                                                 Candidate* out) {  // [kListLength]
+  const int lane = threadIdx.x % 32;
+  const unsigned quad = 0xfu << (lane & ~3);
+  int before = 0, total = 0, most_of_a_lane = 0;
+#pragma unroll
+  for (int other = 0; other < 4; ++other) {
+    const int count = __shfl_sync(quad, row.count, other, 4);
+    before += other < lane % 4 ? count : 0;
+    total += count;
+    most_of_a_lane = max(most_of_a_lane, count);
+  }
+  const int first_code = lane_min<4>(row.count > 0 ? slot(lists, h, 0).code : INT_MAX, quad);
+
+  Candidate only{row.best, kListOverflow};  // also of a row without a window
+  bool one = most_of_a_lane > kSlots || total > kListLength || !(window <= FLT_MAX);
+  if (window == kNotFinite) {
+    only = first ? Candidate{0, 0} : Candidate{-INFINITY, kListEnd};
+    one = true;
+  } else if (window == 0 && total > 0) {  // all candidates score the same, and each list is in order
+    only.code = first_code;
+    one = true;
+  }
+  if (!one) {
+    for (int i = 0; i < row.count; ++i) out[before + i] = slot(lists, h, i);
+    if (lane % 4 == 0 && total < kListLength) out[total] = {-INFINITY, kListEnd};
+  } else if (lane % 4 == 0) {
+    out[0] = only;
+    out[1] = {-INFINITY, kListEnd};
+  }
+}
+
+constexpr int kChooseThreads = 128;
+constexpr int kChooseRows = 8;  // of a warp
+
+// Chooses among the candidates of all splits: a thread a row by their scores, then, where several are left, a warp a
+// row by their float64 distances.
+__global__ void __launch_bounds__(kChooseThreads, 8)
+    choose_nearest(Matrix z,                            // [H, M, D]
+                   const float* __restrict__ codebook,  // [H, K, D]
+                   int64_t rows, int64_t M, int K, int D, int splits,
+                   const float* __restrict__ windows,         // [H, M]
+                   const Candidate* __restrict__ candidates,  // [H, M, splits, kListLength]
+                   int64_t* __restrict__ indices) {           // [H, M]
+  const int64_t warp_row = (int64_t(blockIdx.x) * (kChooseThreads / 32) + threadIdx.x / 32) * kChooseRows;
+  const int lane = threadIdx.x % 32;
+  const auto each = [&](int64_t row, auto&& use) {
+    for (int split = 0; split < splits; ++split) {
+      const Candidate* list = candidates + (row * splits + split) * kListLength;
+      for (int i = 0; i < kListLength; ++i) {
+        const Candidate candidate = list[i];
+        if (candidate.code == kListEnd) break;
+        use(candidate);
+        if (candidate.code == kListOverflow) break;
+      }
+    }
+  };
+
+  bool open = false;
+  float threshold = 0;
+  if (lane < kChooseRows && warp_row + lane < rows) {
+    const int64_t row = warp_row + lane;
+    const float window = windows[row];
+    float best = -INFINITY;
+    each(row, [&](const Candidate& candidate) { best = fmaxf(best, candidate.score); });
+    threshold = best - window;
+    int count = 0, code = INT_MAX;
+    bool unlisted = false;
+    each(row, [&](const Candidate& candidate) {
+      if (!(candidate.score >= threshold)) return;
+      unlisted |= candidate.code == kListOverflow;
+      code = min(code, candidate.code);
+      ++count;
+    });
+    const bool unknown = unlisted || count == 0;
+    open = !unknown && count > 1 && window > 0;
+    if (!open) indices[row] = unknown ? kUndecided : code;
+  }
+  for (unsigned pending = __ballot_sync(kAllLanes, open); pending != 0; pending &= pending - 1) {
+    const int leader = __ffs(int(pending)) - 1;
+    const int64_t row = warp_row + leader;
+    const float row_threshold = __shfl_sync(kAllLanes, threshold, leader);
+    const float* codes = codebook + row / M * K * D;
+    Nearest nearest{INFINITY, INT_MAX};
+    each(row, [&](const Candidate& candidate) {
+      if (!(candidate.score >= row_threshold)) return;
+      const double distance = exact_distance<4>(z, row, codes + int64_t(candidate.code) * D, D);
+      offer(nearest, distance, candidate.code);
+    });
+    if (lane == 0) indices[row] = nearest.code;
+  }
+}
+
+}  // namespace
+}  // namespace ncfast::cuda
