@@ -12,7 +12,6 @@
 #include "matrix.cuh"
 
 namespace ncfast::cuda {
-namespace {
 
 struct Call {
   Matrix z;              // [H, M, D]
@@ -27,17 +26,17 @@ struct Call {
   const float* codes() const { return static_cast<const float*>(codebook); }
 };
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+inline bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
-void check(cudaError_t error, const char* what) {
+inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("nearest_code: ") + what + ": " + cudaGetErrorString(error));
   }
 }
 
-unsigned grid_size(int64_t blocks) {
+inline unsigned grid_size(int64_t blocks) {
   if (blocks > INT_MAX) {
     throw std::runtime_error("nearest_code: a launch of " + std::to_string(blocks) +
                              " blocks is over CUDA's limit of " + std::to_string(INT_MAX) +
@@ -62,7 +61,7 @@ struct Buffers {
   int64_t bytes = 0;
 
   template <class T>
-  __host__ __device__ __forceinline__ void place(T*& buffer, int64_t count) {
+  __host__ NCFAST_DEVICE void place(T*& buffer, int64_t count) {
     buffer = reinterpret_cast<T*>(memory + bytes);
     bytes += (count * int64_t(sizeof(T)) + 15) / 16 * 16;
   }
@@ -75,7 +74,7 @@ struct Device {
 };
 
 // With NCFAST_CUDA_ISA=mma a Hopper GPU runs the kernels of the GPUs before it.
-Device current_device() {
+inline Device current_device() {
   int device, processors, shared_bytes, major;
   check(cudaGetDevice(&device), "the current device");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "the device's processors");
@@ -85,5 +84,4 @@ Device current_device() {
   return {processors, shared_bytes, major == 9 && !(isa != nullptr && std::string(isa) == "mma")};
 }
 
-}  // namespace
 }  // namespace ncfast::cuda

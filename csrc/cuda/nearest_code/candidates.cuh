@@ -12,7 +12,6 @@
 #include "rounding.cuh"
 
 namespace ncfast::cuda {
-namespace {
 
 struct Candidate {
   float score;
@@ -34,18 +33,16 @@ struct RowState {
 constexpr int kListEntries = 2 * kSlots * kWarpgroup;  // of a warpgroup
 
 // Candidate i of row h = 0 or 1 of the thread whose lists start at `lists`.
-__device__ __forceinline__ Candidate& slot(Candidate* lists, int h, int i) {
-  return lists[(h * kSlots + i) * kWarpgroup];
-}
+NCFAST_DEVICE Candidate& slot(Candidate* lists, int h, int i) { return lists[(h * kSlots + i) * kWarpgroup]; }
 
-__device__ __forceinline__ void start_row(RowState& row, const RowScale& scale) {
+NCFAST_DEVICE void start_row(RowState& row, const RowScale& scale) {
   // No score reaches the threshold of a row without a window.
   const bool scored = scale.window >= 0 && scale.window <= FLT_MAX;
   row = {scored ? -INFINITY : INFINITY, scored ? -FLT_MAX : INFINITY, 0};
 }
 
 // Raises the best score and drops the candidates that are then below the threshold.
-__device__ __forceinline__ void raise_best(RowState& row, float best, float window, Candidate* lists, int h) {
+NCFAST_DEVICE void raise_best(RowState& row, float best, float window, Candidate* lists, int h) {
   const float threshold = fmaxf(best - window, -FLT_MAX);
   if (threshold > row.best) {
     row.count = 0;
@@ -65,10 +62,10 @@ constexpr int kSearchCodes = 64;  // codes that are searched together, 16 by eac
 
 // Turns a tile of products, as `multiply` leaves them, into scores and finds the best of every 64 codes.
 template <int kCodes>
-__device__ __forceinline__ void score_tile(float (&acc)[kCodes / 2],
-                                           const float* bias,       // [kCodes], shared
-                                           const RowScale* scales,  // [16], shared
-                                           float (&top)[2][kCodes / kSearchCodes]) {
+NCFAST_DEVICE void score_tile(float (&acc)[kCodes / 2],
+                              const float* bias,       // [kCodes], shared
+                              const RowScale* scales,  // [16], shared
+                              float (&top)[2][kCodes / kSearchCodes]) {
   const int row = threadIdx.x % 32 / 4;
   const float bias_scale[2] = {scales[row].bias_scale, scales[row + 8].bias_scale};
 #pragma unroll
@@ -87,7 +84,7 @@ __device__ __forceinline__ void score_tile(float (&acc)[kCodes / 2],
 }
 
 template <int kSize>
-__device__ __forceinline__ float max_of(const float (&x)[kSize]) {
+NCFAST_DEVICE float max_of(const float (&x)[kSize]) {
   float greatest = x[0];
 #pragma unroll
   for (int i = 1; i < kSize; ++i) greatest = fmaxf(greatest, x[i]);
@@ -96,9 +93,8 @@ __device__ __forceinline__ float max_of(const float (&x)[kSize]) {
 
 // Lists the codes of a tile of scores that reach the threshold of row h.
 template <int kCodes>
-__device__ __forceinline__ void list_candidates(const float (&acc)[kCodes / 2],
-                                                const float (&top)[2][kCodes / kSearchCodes], int first_code, int h,
-                                                RowState& row, Candidate* lists) {
+NCFAST_DEVICE void list_candidates(const float (&acc)[kCodes / 2], const float (&top)[2][kCodes / kSearchCodes],
+                                   int first_code, int h, RowState& row, Candidate* lists) {
 #pragma unroll
   for (int search = 0; search < kCodes / kSearchCodes; ++search) {
     if (!(top[h][search] >= row.threshold)) continue;
@@ -119,11 +115,11 @@ __device__ __forceinline__ void list_candidates(const float (&acc)[kCodes / 2],
 
 // Takes a tile of products. Most tiles have no score that reaches a threshold, and end at the first branch.
 template <int kCodes>
-__device__ __forceinline__ void add_tile(float (&acc)[kCodes / 2],
-                                         const float* bias,  // [kCodes], shared
-                                         int first_code,
-                                         const RowScale* scales,  // [16], shared
-                                         RowState (&rows)[2], Candidate* lists) {
+NCFAST_DEVICE void add_tile(float (&acc)[kCodes / 2],
+                            const float* bias,  // [kCodes], shared
+                            int first_code,
+                            const RowScale* scales,  // [16], shared
+                            RowState (&rows)[2], Candidate* lists) {
   float top[2][kCodes / kSearchCodes];
   score_tile<kCodes>(acc, bias, scales, top);
   float greatest[2] = {max_of(top[0]), max_of(top[1])};
@@ -140,8 +136,8 @@ __device__ __forceinline__ void add_tile(float (&acc)[kCodes / 2],
 }
 
 // Four lanes join their lists of a row, of which the first block (`first`) also writes what has no candidates.
-__device__ __forceinline__ void write_candidates(const RowState& row, float window, Candidate* lists, int h, bool first,
-                                                 Candidate* out) {  // [kListLength]
+NCFAST_DEVICE void write_candidates(const RowState& row, float window, Candidate* lists, int h, bool first,
+                                    Candidate* out) {  // [kListLength]
   const int lane = threadIdx.x % 32;
   const unsigned quad = 0xfu << (lane & ~3);
   int before = 0, total = 0, most_of_a_lane = 0;
@@ -177,7 +173,7 @@ constexpr int kChooseRows = 8;  // of a warp
 
 // Chooses among the candidates of all splits: a thread a row by their scores, then, where several are left, a warp a
 // row by their float64 distances.
-__global__ void __launch_bounds__(kChooseThreads, 8)
+static __global__ void __launch_bounds__(kChooseThreads, 8)
     choose_nearest(Matrix z,                            // [H, M, D]
                    const float* __restrict__ codebook,  // [H, K, D]
                    int64_t rows, int64_t M, int K, int D, int splits,
@@ -233,5 +229,4 @@ __global__ void __launch_bounds__(kChooseThreads, 8)
   }
 }
 
-}  // namespace
 }  // namespace ncfast::cuda

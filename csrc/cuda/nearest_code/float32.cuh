@@ -9,7 +9,6 @@
 #include "rescoring.cuh"
 
 namespace ncfast::cuda {
-namespace {
 
 constexpr int kScoreThreads = 256;  // 16 x 16
 constexpr int kThreadTile = 8;      // rows, and codes, of one thread
@@ -28,7 +27,7 @@ struct Top2 {
 };
 
 // A NaN score changes nothing. Of equal scores the first wins, and the gap of zero sends the row to the second pass.
-__device__ __forceinline__ void offer(Top2& top, float score, int index) {
+NCFAST_DEVICE void offer(Top2& top, float score, int index) {
   const bool wins = score > top.best;
   top.second = fmaxf(top.second, wins ? top.best : score);
   top.best = wins ? score : top.best;
@@ -37,7 +36,7 @@ __device__ __forceinline__ void offer(Top2& top, float score, int index) {
 
 // Elements d .. d + 3 of a row of D, zeros past its end.
 template <bool kAligned, class T>
-__device__ __forceinline__ float4 load4(const T* row, int d, int D) {
+NCFAST_DEVICE float4 load4(const T* row, int d, int D) {
   if constexpr (kAligned) {  // then D is a multiple of 4 as well
     struct alignas(4 * sizeof(T)) Pack {
       T x[4];
@@ -53,9 +52,9 @@ __device__ __forceinline__ float4 load4(const T* row, int d, int D) {
 
 // -|e|²/2 of every code, one warp a code. NaN marks a code with a NaN or an infinity: its scores are NaN and never win.
 // A finite code whose square overflows float32 gives -inf, which makes every row of its codebook ambiguous.
-__global__ void __launch_bounds__(kScoreThreads) compute_bias(const float* __restrict__ codebook,  // [codes, D]
-                                                              int64_t codes, int D,
-                                                              float* __restrict__ bias) {  // [codes]
+static __global__ void __launch_bounds__(kScoreThreads) compute_bias(const float* __restrict__ codebook,  // [codes, D]
+                                                                     int64_t codes, int D,
+                                                                     float* __restrict__ bias) {  // [codes]
   const int64_t code = int64_t(blockIdx.x) * (kScoreThreads / 32) + threadIdx.x / 32;
   if (code >= codes) return;
   double square = 0;
@@ -225,5 +224,4 @@ void launch_float32(const Call& call) {
   launch_rescore_undecided<float>(call);
 }
 
-}  // namespace
 }  // namespace ncfast::cuda

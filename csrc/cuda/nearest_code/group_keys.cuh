@@ -8,7 +8,6 @@
 #include "rounding.cuh"
 
 namespace ncfast::cuda {
-namespace {
 
 constexpr int kResidentCodes = 128;  // codes of a tile
 
@@ -16,14 +15,14 @@ constexpr int kGroupCodes = 16;  // of the groups of one number, in the four lan
 constexpr unsigned kKeyBits = kResidentCodes / kGroupCodes - 1;
 
 // Stores the biases of a group's four codes together.
-__device__ __forceinline__ int bias_index(int code) {
+NCFAST_DEVICE int bias_index(int code) {
   return (code & ~15) | (code >> 1 & 3) << 2 | (code >> 3 & 1) << 1 | (code & 1);
 }
 
 // The two greatest keys of a tile, for each of the thread's two rows.
-__device__ __forceinline__ void best_two_keys(const float (&acc)[kResidentCodes / 2],
-                                              const float* bias,  // [128], shared, by bias_index
-                                              const float (&bias_scale)[2], float (&best)[2], float (&second)[2]) {
+NCFAST_DEVICE void best_two_keys(const float (&acc)[kResidentCodes / 2],
+                                 const float* bias,  // [128], shared, by bias_index
+                                 const float (&bias_scale)[2], float (&best)[2], float (&second)[2]) {
 #pragma unroll
   for (int g = 0; g < kResidentCodes / kGroupCodes; ++g) {
     const float4 b = *reinterpret_cast<const float4*>(bias + g * kGroupCodes + threadIdx.x % 4 * 4);
@@ -45,14 +44,14 @@ __device__ __forceinline__ void best_two_keys(const float (&acc)[kResidentCodes 
 }
 
 // Groups whose key is below cannot hold the nearest code. A key is within 2^-20 of its score, and so is the best one.
-__device__ __forceinline__ float key_threshold(float best, float window) {
+NCFAST_DEVICE float key_threshold(float best, float window) {
   return best - (window + 0x1p-18f * (fabsf(best) + window) + 0x1p-140f);
 }
 
 // Products of a warp's 16 rows with four codes each: x[h][c] is that of row lane / 4 + 8 h with code
 // first[h] + 8 (lane % 2) + c, in the two lanes of four where lane / 2 and lane / 4 are both even or both odd.
-__device__ __forceinline__ void score_best_groups(const char* rows, const char* tiles, int chunks, int last_steps,
-                                                  const int (&first)[2], float (&x)[2][2]) {
+NCFAST_DEVICE void score_best_groups(const char* rows, const char* tiles, int chunks, int last_steps,
+                                     const int (&first)[2], float (&x)[2][2]) {
   const int lane = opaque_lane();
   const int a_row = threadIdx.x / 32 % 4 * 16 + lane % 16;
   // Column n of product i is code n % 4 of row 2 i + n / 4; two products share a load.
@@ -99,7 +98,7 @@ __device__ __forceinline__ void score_best_groups(const char* rows, const char* 
 }
 
 // Product, in float32, of row `row` of `rows` with a code, another one in each lane.
-__device__ __forceinline__ float dot(const char* rows, int row, const char* tiles, int code, int chunks) {
+NCFAST_DEVICE float dot(const char* rows, int row, const char* tiles, int code, int chunks) {
   const char* tile = tiles + code / kResidentCodes * chunks * (kResidentCodes * kTileRowBytes);
   float sum = 0;
 #pragma unroll 1
@@ -121,5 +120,4 @@ __device__ __forceinline__ float dot(const char* rows, int row, const char* tile
   return sum;
 }
 
-}  // namespace
 }  // namespace ncfast::cuda

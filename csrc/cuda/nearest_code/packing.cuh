@@ -6,16 +6,16 @@
 #include "rounding.cuh"
 
 namespace ncfast::cuda {
-namespace {
 
 constexpr int kMaxStatBlocks = 256;
 constexpr int kStatThreads = 256;
 constexpr int kPackedCodes = 128;  // by one block
 constexpr int kPackThreads = kPackedCodes / kCodesInFlight * 8;
 
-__global__ void __launch_bounds__(kStatThreads) column_stats(const float* __restrict__ codebook,  // [H, K, D]
-                                                             int K, int D, int blocks_per_head, int codes_per_block,
-                                                             ColumnStats* __restrict__ partial) {  // [H, blocks, D]
+static __global__ void __launch_bounds__(kStatThreads)
+    column_stats(const float* __restrict__ codebook,  // [H, K, D]
+                 int K, int D, int blocks_per_head, int codes_per_block,
+                 ColumnStats* __restrict__ partial) {  // [H, blocks, D]
   __shared__ ColumnStats sums[kStatThreads];
   const int64_t head = blockIdx.x / blocks_per_head;
   const int first = blockIdx.x % blocks_per_head * codes_per_block;
@@ -44,10 +44,11 @@ __global__ void __launch_bounds__(kStatThreads) column_stats(const float* __rest
   }
 }
 
-__global__ void __launch_bounds__(kStatThreads) combine_stats(const ColumnStats* __restrict__ partial,  // [H, parts, D]
-                                                              int D, int padded, int parts,
-                                                              float* __restrict__ mean,     // [H, padded]
-                                                              float* __restrict__ reach) {  // [H, padded]
+static __global__ void __launch_bounds__(kStatThreads)
+    combine_stats(const ColumnStats* __restrict__ partial,  // [H, parts, D]
+                  int D, int padded, int parts,
+                  float* __restrict__ mean,     // [H, padded]
+                  float* __restrict__ reach) {  // [H, padded]
   __shared__ ColumnStats sums[kStatThreads];
   const int blocks = padded / 32;
   const int64_t head = blockIdx.x / blocks;
@@ -103,5 +104,4 @@ __global__ void __launch_bounds__(kPackThreads)
   }
 }
 
-}  // namespace
 }  // namespace ncfast::cuda

@@ -7,12 +7,11 @@
 #include <cmath>
 #include <type_traits>
 
+#include "../warp.cuh"
 #include "call.cuh"
 #include "matrix.cuh"
-#include "warp.cuh"
 
 namespace ncfast::cuda {
-namespace {
 
 constexpr int kUndecided = -1;  // an index that `rescore_undecided` replaces
 
@@ -22,13 +21,13 @@ struct Nearest {
 };
 
 // A NaN or infinite distance is never nearer.
-__device__ __forceinline__ void offer(Nearest& nearest, double distance, int code) {
+NCFAST_DEVICE void offer(Nearest& nearest, double distance, int code) {
   const bool wins = distance < nearest.distance || (distance == nearest.distance && code < nearest.code);
   nearest.distance = wins ? distance : nearest.distance;
   nearest.code = wins ? code : nearest.code;
 }
 
-__device__ __forceinline__ void offer_from_all_lanes(Nearest& nearest) {
+NCFAST_DEVICE void offer_from_all_lanes(Nearest& nearest) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
     const double distance = __shfl_xor_sync(kAllLanes, nearest.distance, step);
@@ -36,14 +35,14 @@ __device__ __forceinline__ void offer_from_all_lanes(Nearest& nearest) {
   }
 }
 
-__device__ __forceinline__ double add_square(double distance, float z, float e) {
+NCFAST_DEVICE double add_square(double distance, float z, float e) {
   const double difference = double(z) - double(e);
   return fma(difference, difference, distance);
 }
 
 // |z - e|^2 by one warp, in all lanes.
 template <int kUnroll>
-__device__ __forceinline__ double exact_distance(const Matrix& z, int64_t row, const float* code, int D) {
+NCFAST_DEVICE double exact_distance(const Matrix& z, int64_t row, const float* code, int D) {
   double distance = 0;
 #pragma unroll kUnroll
   for (int d = threadIdx.x % 32; d < D; d += 32) distance = add_square(distance, load1(z, row * D + d), code[d]);
@@ -51,9 +50,9 @@ __device__ __forceinline__ double exact_distance(const Matrix& z, int64_t row, c
 }
 
 // The nearest of all codes by one warp, a code a lane; 0 where no distance is finite.
-__device__ __forceinline__ int nearest_of_all(const Matrix& z, int64_t row,
-                                              const float* codebook,  // [K, D]
-                                              int K, int D) {
+NCFAST_DEVICE int nearest_of_all(const Matrix& z, int64_t row,
+                                 const float* codebook,  // [K, D]
+                                 int K, int D) {
   Nearest nearest{INFINITY, INT_MAX};
 #pragma unroll 1
   for (int code = threadIdx.x % 32; code < K; code += 32) {
@@ -76,7 +75,7 @@ static_assert(kRescoreSlice <= kRescoreThreads);
 
 // An element of z, which is float64 where the codebook is.
 template <class E>
-__device__ __forceinline__ double load_double(const Matrix& z, int64_t index) {
+NCFAST_DEVICE double load_double(const Matrix& z, int64_t index) {
   if constexpr (std::is_same_v<E, double>) {
     return static_cast<const double*>(z.data)[index];
   } else {
@@ -183,5 +182,4 @@ void launch_rescore_undecided(const Call& call) {
          static_cast<const E*>(call.codebook), call.M, call.K, call.D, call.indices);
 }
 
-}  // namespace
 }  // namespace ncfast::cuda

@@ -10,7 +10,6 @@
 #include "rescoring.cuh"
 
 namespace ncfast::cuda {
-namespace {
 
 // At most. With mma.sync fewer fit, as it keeps its operands in registers too.
 constexpr int resident_threads(bool hopper) { return (hopper ? 4 : 3) * kWarpgroup; }
@@ -41,11 +40,11 @@ struct ResidentBuffers : Buffers {  // in shared memory
 
 // Writes the mean of the codes to `mean` and returns the exponent that scales them.
 template <bool kAligned>
-__device__ __forceinline__ int centre(const float* codes,  // [K, D]
-                                      int K, int D, int columns,
-                                      ColumnStats* partial,  // [strides, columns], 4 a thread, shared
-                                      float* mean,           // [columns], shared
-                                      CodeNorms* scratch) {  // [warps], shared
+NCFAST_DEVICE int centre(const float* codes,  // [K, D]
+                         int K, int D, int columns,
+                         ColumnStats* partial,  // [strides, columns], 4 a thread, shared
+                         float* mean,           // [columns], shared
+                         CodeNorms* scratch) {  // [warps], shared
   // Four columns a thread, every so many codes; then the threads of a column are added up.
   const int threads = blockDim.x;
   const int thread = threadIdx.x;
@@ -288,5 +287,4 @@ bool launch_resident(const Call& call, const Device& device) {
   return true;
 }
 
-}  // namespace
 }  // namespace ncfast::cuda

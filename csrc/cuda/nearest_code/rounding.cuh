@@ -10,12 +10,11 @@
 #include <cmath>
 
 #include "../tensor_core.cuh"
+#include "../warp.cuh"
 #include "call.cuh"
 #include "matrix.cuh"
-#include "warp.cuh"
 
 namespace ncfast::cuda {
-namespace {
 
 constexpr int kWarpgroup = 128;     // threads
 constexpr int kWarpgroupRows = 64;  // rows of z that a warpgroup takes, 16 a warp
@@ -29,12 +28,12 @@ struct CodeNorms {
   float bias;      // |e'|^2 / 2
 };
 
-__device__ __forceinline__ CodeNorms max_norms(const CodeNorms& a, const CodeNorms& b) {
+NCFAST_DEVICE CodeNorms max_norms(const CodeNorms& a, const CodeNorms& b) {
   return {fmaxf(a.square, b.square), fmaxf(a.residual, b.residual), fmaxf(a.bias, b.bias)};
 }
 
 // The largest norms over all threads of the block, in all of them.
-__device__ __forceinline__ CodeNorms block_max(CodeNorms x, CodeNorms* scratch) {  // [32], shared
+NCFAST_DEVICE CodeNorms block_max(CodeNorms x, CodeNorms* scratch) {  // [32], shared
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
     x = max_norms(x, {__shfl_xor_sync(kAllLanes, x.square, step), __shfl_xor_sync(kAllLanes, x.residual, step),
@@ -53,7 +52,7 @@ struct CodebookScale {
   float norm, residual, bias;
 
   CodebookScale() = default;
-  __device__ CodebookScale(int exponent, const CodeNorms& largest)
+  NCFAST_DEVICE CodebookScale(int exponent, const CodeNorms& largest)
       : exponent(exponent), norm(sqrtf(largest.square)), residual(sqrtf(largest.residual)), bias(largest.bias) {}
 };
 
@@ -66,12 +65,12 @@ constexpr float kNotFinite = -2;  // it holds a NaN or an infinity
 
 // The exponent that takes `largest` to between 2^14 and 2^15: fp16 ends at 65504, and what is 2^28 times smaller is
 // still normal.
-__device__ __forceinline__ int scale_exponent(float largest) {
+NCFAST_DEVICE int scale_exponent(float largest) {
   const int exponent = largest > 0 && largest <= FLT_MAX ? 14 - ilogbf(largest) : 0;
   return max(-126, min(126, exponent));
 }
 
-__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
+NCFAST_DEVICE float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
 union Fp16x8 {
   uint4 words;
@@ -79,7 +78,7 @@ union Fp16x8 {
 };
 
 // Rounds eight scaled numbers to fp16 and adds up the squares of the results and of the residuals.
-__device__ __forceinline__ uint4 round8(const float (&y)[8], float& square, float& residual) {
+NCFAST_DEVICE uint4 round8(const float (&y)[8], float& square, float& residual) {
   Fp16x8 pack;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -97,13 +96,13 @@ __device__ __forceinline__ uint4 round8(const float (&y)[8], float& square, floa
 // A warp rounds 16 rows of z into the rows from `tile_row` on of `tiles`. Eight lanes take a row, kRows rows at a time
 // and kUnroll chunks of 64 columns of each, so that as many loads are in flight.
 template <bool kAligned, int kRows, int kUnroll>
-__device__ __forceinline__ void stage_rows(const Matrix& z,  // [.., D]
-                                           int64_t first_row, int left, int D, int chunks,
-                                           const float* mean,  // [64 chunks], shared
-                                           const CodebookScale& codes, float accumulation, bool exact,
-                                           char* tiles,  // [chunks][64][64] fp16
-                                           int tile_row,
-                                           RowScale* scales) {  // [16]
+NCFAST_DEVICE void stage_rows(const Matrix& z,  // [.., D]
+                              int64_t first_row, int left, int D, int chunks,
+                              const float* mean,  // [64 chunks], shared
+                              const CodebookScale& codes, float accumulation, bool exact,
+                              char* tiles,  // [chunks][64][64] fp16
+                              int tile_row,
+                              RowScale* scales) {  // [16]
   const int octet = opaque_lane() / 8;
   const int piece = opaque_lane() % 8;
   // Past the end the last row is read again.
@@ -189,14 +188,14 @@ constexpr int kCodesInFlight = 4;
 // they write zeros. Returns the largest norms of these codes. A code takes `steps` times 16 columns (1, 2 or 4) of a
 // tile row; with fewer than 4 the following tiles lie beside it. `bias_index` says where the bias of a code goes.
 template <bool kAligned, int kTileCodes, class Index>
-__device__ __forceinline__ CodeNorms pack_codes(const float* codebook,  // [.., D]
-                                                int64_t head_row, int first_code, int stride, int K, int padded, int D,
-                                                int chunks, int steps,
-                                                const float* mean,  // [64 chunks]
-                                                float scale,
-                                                char* tiles,  // [padded / kTileCodes][chunks][kTileCodes][64] fp16
-                                                float* bias,  // [padded]
-                                                const Index& bias_index) {
+NCFAST_DEVICE CodeNorms pack_codes(const float* codebook,  // [.., D]
+                                   int64_t head_row, int first_code, int stride, int K, int padded, int D, int chunks,
+                                   int steps,
+                                   const float* mean,  // [64 chunks]
+                                   float scale,
+                                   char* tiles,  // [padded / kTileCodes][chunks][kTileCodes][64] fp16
+                                   float* bias,  // [padded]
+                                   const Index& bias_index) {
   const int piece = threadIdx.x % 8;
   float square[kCodesInFlight] = {}, residual[kCodesInFlight] = {}, exact_square[kCodesInFlight] = {};
   float zero_or_nan[kCodesInFlight] = {};  // NaN once a NaN or an infinity was read
@@ -242,23 +241,22 @@ __device__ __forceinline__ CodeNorms pack_codes(const float* codebook,  // [.., 
 struct ColumnStats {
   float mean = 0, least = INFINITY, greatest = -INFINITY;
 
-  __device__ __forceinline__ void add(float x, float inverse_count) {
+  NCFAST_DEVICE void add(float x, float inverse_count) {
     const bool finite = fabsf(x) <= FLT_MAX;
     mean = fmaf(finite ? x : 0.f, inverse_count, mean);
     least = fminf(least, finite ? x : INFINITY);
     greatest = fmaxf(greatest, finite ? x : -INFINITY);
   }
-  __device__ __forceinline__ void add(const ColumnStats& other) {
+  NCFAST_DEVICE void add(const ColumnStats& other) {
     mean += other.mean;
     least = fminf(least, other.least);
     greatest = fmaxf(greatest, other.greatest);
   }
   // Largest distance of an element to the mean.
-  __device__ __forceinline__ float reach() const { return fmaxf(0.f, fmaxf(greatest - mean, mean - least)); }
+  NCFAST_DEVICE float reach() const { return fmaxf(0.f, fmaxf(greatest - mean, mean - least)); }
 };
 
 // Error of a tensor core's sum, in units of the product of the norms.
-float accumulation_error(int D) { return 1.5f * float(ceil_div(D, 16) * 16 + 16) * 0x1p-23f; }
+inline float accumulation_error(int D) { return 1.5f * float(ceil_div(D, 16) * 16 + 16) * 0x1p-23f; }
 
-}  // namespace
 }  // namespace ncfast::cuda

@@ -12,7 +12,6 @@
 #include "rescoring.cuh"
 
 namespace ncfast::cuda {
-namespace {
 
 // Codes of a tile. Two sets of accumulators fit with wgmma, one with mma.sync, which keeps operands in registers too.
 __host__ __device__ constexpr int stream_codes(bool hopper) { return hopper ? 128 : 256; }
@@ -345,5 +344,4 @@ bool launch_streamed(const Call& call, const Device& device) {
   return true;
 }
 
-}  // namespace
 }  // namespace ncfast::cuda

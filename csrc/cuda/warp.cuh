@@ -4,27 +4,28 @@
 
 #include <cuda_runtime.h>
 
+#define NCFAST_DEVICE __device__ __forceinline__
+
 namespace ncfast::cuda {
-namespace {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // The lane, hidden from the compiler: what a loop derives from it does not stay in registers all through the loop.
-__device__ __forceinline__ int opaque_lane() {
+NCFAST_DEVICE int opaque_lane() {
   int lane = threadIdx.x % 32;
   asm volatile("" : "+r"(lane));
   return lane;
 }
 
 template <int kLanes, class T>
-__device__ __forceinline__ T lane_sum(T x) {
+NCFAST_DEVICE T lane_sum(T x) {
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
   return x;
 }
 
 template <int kLanes>
-__device__ __forceinline__ float lane_max(float x) {
+NCFAST_DEVICE float lane_max(float x) {
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, step));
   return x;
@@ -32,7 +33,7 @@ __device__ __forceinline__ float lane_max(float x) {
 
 // `active` are the lanes that call it.
 template <int kLanes>
-__device__ __forceinline__ int lane_min(int x, unsigned active = kAllLanes) {
+NCFAST_DEVICE int lane_min(int x, unsigned active = kAllLanes) {
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2) x = min(x, __shfl_xor_sync(active, x, step));
   return x;
@@ -40,7 +41,7 @@ __device__ __forceinline__ int lane_min(int x, unsigned active = kAllLanes) {
 
 // Sums over eight lanes of each x[i]; lane l gets that of x[l % kSize].
 template <int kSize>
-__device__ __forceinline__ float transposed_sums(const float (&x)[kSize]) {
+NCFAST_DEVICE float transposed_sums(const float (&x)[kSize]) {
   static_assert(kSize == 1 || kSize == 4);
   if constexpr (kSize == 1) {
     return lane_sum<8>(x[0]);
@@ -53,5 +54,4 @@ __device__ __forceinline__ float transposed_sums(const float (&x)[kSize]) {
   }
 }
 
-}  // namespace
 }  // namespace ncfast::cuda
