@@ -23,7 +23,7 @@ struct Call {
   char* workspace;
   int64_t* indices;  // [H, M]
 
-  const float* codes() const { return static_cast<const float*>(codebook); }
+  __host__ NCFAST_DEVICE const float* codes() const { return static_cast<const float*>(codebook); }
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

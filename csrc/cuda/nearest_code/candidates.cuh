@@ -8,7 +8,6 @@
 #include <climits>
 #include <cmath>
 
-#include "rescoring.cuh"
 #include "rounding.cuh"
 
 namespace ncfast::cuda {
@@ -165,67 +164,6 @@ NCFAST_DEVICE void write_candidates(const RowState& row, float window, Candidate
   } else if (lane % 4 == 0) {
     out[0] = only;
     out[1] = {-INFINITY, kListEnd};
-  }
-}
-
-constexpr int kChooseThreads = 128;
-constexpr int kChooseRows = 8;  // of a warp
-
-// Chooses among the candidates of all splits: a thread a row by their scores, then, where several are left, a warp a
-// row by their float64 distances.
-static __global__ void __launch_bounds__(kChooseThreads, 8)
-    choose_nearest(Matrix z,                            // [H, M, D]
-                   const float* __restrict__ codebook,  // [H, K, D]
-                   int64_t rows, int64_t M, int K, int D, int splits,
-                   const float* __restrict__ windows,         // [H, M]
-                   const Candidate* __restrict__ candidates,  // [H, M, splits, kListLength]
-                   int64_t* __restrict__ indices) {           // [H, M]
-  const int64_t warp_row = (int64_t(blockIdx.x) * (kChooseThreads / 32) + threadIdx.x / 32) * kChooseRows;
-  const int lane = threadIdx.x % 32;
-  const auto each = [&](int64_t row, auto&& use) {
-    for (int split = 0; split < splits; ++split) {
-      const Candidate* list = candidates + (row * splits + split) * kListLength;
-      for (int i = 0; i < kListLength; ++i) {
-        const Candidate candidate = list[i];
-        if (candidate.code == kListEnd) break;
-        use(candidate);
-        if (candidate.code == kListOverflow) break;
-      }
-    }
-  };
-
-  bool open = false;
-  float threshold = 0;
-  if (lane < kChooseRows && warp_row + lane < rows) {
-    const int64_t row = warp_row + lane;
-    const float window = windows[row];
-    float best = -INFINITY;
-    each(row, [&](const Candidate& candidate) { best = fmaxf(best, candidate.score); });
-    threshold = best - window;
-    int count = 0, code = INT_MAX;
-    bool unlisted = false;
-    each(row, [&](const Candidate& candidate) {
-      if (!(candidate.score >= threshold)) return;
-      unlisted |= candidate.code == kListOverflow;
-      code = min(code, candidate.code);
-      ++count;
-    });
-    const bool unknown = unlisted || count == 0;
-    open = !unknown && count > 1 && window > 0;
-    if (!open) indices[row] = unknown ? kUndecided : code;
-  }
-  for (unsigned pending = __ballot_sync(kAllLanes, open); pending != 0; pending &= pending - 1) {
-    const int leader = __ffs(int(pending)) - 1;
-    const int64_t row = warp_row + leader;
-    const float row_threshold = __shfl_sync(kAllLanes, threshold, leader);
-    const float* codes = codebook + row / M * K * D;
-    Nearest nearest{INFINITY, INT_MAX};
-    each(row, [&](const Candidate& candidate) {
-      if (!(candidate.score >= row_threshold)) return;
-      const double distance = exact_distance<4>(z, row, codes + int64_t(candidate.code) * D, D);
-      offer(nearest, distance, candidate.code);
-    });
-    if (lane == 0) indices[row] = nearest.code;
   }
 }
 

@@ -86,10 +86,7 @@ NCFAST_DEVICE double load_double(const Matrix& z, int64_t index) {
 // Replaces every kUndecided by the nearest of all codes. A thread sums the squared differences of one code in order of
 // the dimensions.
 template <class E, bool kAligned>
-__global__ void __launch_bounds__(kRescoreThreads) rescore_undecided(Matrix z,                        // [H, M, D]
-                                                                     const E* __restrict__ codebook,  // [H, K, D]
-                                                                     int64_t M, int K, int D,
-                                                                     int64_t* __restrict__ indices) {  // [H, M]
+__global__ void __launch_bounds__(kRescoreThreads) rescore_undecided(const Call call) {
   constexpr int kPack = kAligned ? 16 / sizeof(E) : 1;
   struct alignas(kPack * sizeof(E)) Pack {
     E x[kPack];
@@ -97,12 +94,14 @@ __global__ void __launch_bounds__(kRescoreThreads) rescore_undecided(Matrix z,  
   __shared__ __align__(16) double z_slices[kRowsAtOnce][kRescoreSlice];
   __shared__ Nearest warp_nearest[kRescoreThreads / 32][kRowsAtOnce];
 
+  const int64_t M = call.M;
+  const int K = call.K, D = call.D;
   const int64_t row_blocks = (M + kRescoreRows - 1) / kRescoreRows;
   const int64_t head = blockIdx.x / row_blocks;
   const int64_t block_row = blockIdx.x % row_blocks * kRescoreRows;
   const int64_t first_row = head * M + block_row;
-  codebook += head * K * D;
-  indices += first_row;
+  const E* codebook = static_cast<const E*>(call.codebook) + head * K * D;
+  int64_t* indices = call.indices + first_row;
   const int rows = int(min(int64_t(kRescoreRows), M - block_row));
 
   const int thread = threadIdx.x;
@@ -134,7 +133,7 @@ __global__ void __launch_bounds__(kRescoreThreads) rescore_undecided(Matrix z,  
             __syncthreads();
 #pragma unroll
             for (int i = 0; i < kRowsAtOnce && thread < length; ++i) {
-              z_slices[i][thread] = load_double<E>(z, (first_row + row[i]) * D + first_d + thread);
+              z_slices[i][thread] = load_double<E>(call.z, (first_row + row[i]) * D + first_d + thread);
             }
             __syncthreads();
           }
@@ -178,8 +177,7 @@ template <class E>
 void launch_rescore_undecided(const Call& call) {
   const bool aligned = call.D * sizeof(E) % 16 == 0 && is_aligned(call.codebook, 16);
   launch("float64 pass", aligned ? rescore_undecided<E, true> : rescore_undecided<E, false>,
-         grid_size(call.H * ceil_div(call.M, kRescoreRows)), kRescoreThreads, 0, call.stream, call.z,
-         static_cast<const E*>(call.codebook), call.M, call.K, call.D, call.indices);
+         grid_size(call.H * ceil_div(call.M, kRescoreRows)), kRescoreThreads, 0, call.stream, call);
 }
 
 }  // namespace ncfast::cuda

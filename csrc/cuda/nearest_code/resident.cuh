@@ -4,7 +4,6 @@
 // and keeps it; its warpgroups then take 64 rows at a time, each at its own pace.
 
 #include <algorithm>
-#include <tuple>
 
 #include "group_keys.cuh"
 #include "rescoring.cuh"
@@ -95,13 +94,11 @@ NCFAST_DEVICE int centre(const float* codes,  // [K, D]
 constexpr int kMaxRescored = 16;  // candidates of a row; with more its distances to all codes are computed
 
 template <bool kHopper, bool kAligned>
-__global__ void __launch_bounds__(resident_threads(kHopper), 1)
-    score_resident(Matrix z,                            // [H, M, D]
-                   const float* __restrict__ codebook,  // [H, K, D]
-                   int M, int K, int D, float accumulation, bool exact,
-                   int64_t* __restrict__ indices) {  // [H, M]
+__global__ void __launch_bounds__(resident_threads(kHopper), 1) score_resident(const Call call, float accumulation) {
   if constexpr (kHopper && !kCompilesWgmma) return;
   constexpr bool kWgmma = kHopper && kCompilesWgmma;
+  const Matrix z = call.z;
+  const int M = int(call.M), K = call.K, D = call.D;
   const int threads = blockDim.x;
   const ResidentBuffers shared(tile_memory(), K, D, threads / kWarpgroup);
   const char* code_tiles = shared.codes;
@@ -113,7 +110,7 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
   const int padded = tiles * kResidentCodes;
   const int tile_bytes = chunks * kResidentCodes * kTileRowBytes;
   const int64_t head = blockIdx.y;
-  const float* codes = codebook + head * K * D;
+  const float* codes = call.codes() + head * K * D;
 
   const int thread = threadIdx.x;
   const int lane = thread % 32;
@@ -130,10 +127,10 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
   CodeNorms norms{0, 0, 0};
 #pragma unroll 1
   for (int first = 0; first < padded; first += threads / 8 * kCodesInFlight) {
-    norms =
-        max_norms(norms, pack_codes<kAligned, kResidentCodes>(
-                             codebook, head * K, first + thread / 8, threads / 8, K, padded, D, chunks, kStepsPerTile,
-                             shared.mean, power_of_two(exponent), shared.codes, shared.bias, bias_index));
+    norms = max_norms(
+        norms, pack_codes<kAligned, kResidentCodes>(call.codes(), head * K, first + thread / 8, threads / 8, K, padded,
+                                                    D, chunks, kStepsPerTile, shared.mean, power_of_two(exponent),
+                                                    shared.codes, shared.bias, bias_index));
   }
   norms = block_max(norms, shared.scratch);
   fence_async_proxy();
@@ -148,7 +145,7 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
   for (; first_row - warp * 16 < M; first_row += next_row) {
     prefetch_rows(z, head * M + first_row + next_row, M - first_row - next_row, D);
     stage_rows<kAligned, kAligned ? 4 : 1, 1>(z, head * M + first_row, M - first_row, D, chunks, shared.mean,
-                                              *shared.codebook, accumulation, exact, row_tiles, warp * 16, scales);
+                                              *shared.codebook, accumulation, call.exact, row_tiles, warp * 16, scales);
     fence_async_proxy();
     sync_threads(1 + group, kWarpgroup);
     const float bias_scale[2] = {scales[lane / 4].bias_scale, scales[lane / 4 + 8].bias_scale};
@@ -221,7 +218,7 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
           window == kNotFinite || ((h == 0 ? one[0] : one[1]) && (count == 1 || (window == 0 && count > 0)));
       const bool writes = lane % 4 == 0 && window != kPastEnd;
       if (writes && decided) {
-        indices[head * M + first_row + 8 * h + lane / 4] = window == kNotFinite ? 0 : code;
+        call.indices[head * M + first_row + 8 * h + lane / 4] = window == kNotFinite ? 0 : code;
       }
 
       const float lane_threshold = h == 0 ? threshold[0] : threshold[1];
@@ -265,7 +262,7 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
         }
         const bool unknown = nearest.code == INT_MAX || rescored > kMaxRescored;
         const int code = unknown ? nearest_of_all(z, open_row, codes, K, D) : nearest.code;
-        if (lane == 0) indices[open_row] = code;
+        if (lane == 0) call.indices[open_row] = code;
       }
     }
   }
@@ -274,7 +271,8 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
 // Whether the codebook fits in shared memory, and so the kernel was launched.
 template <bool kHopper, bool kAligned>
 bool launch_resident(const Call& call, const Device& device) {
-  const auto [H, M, K, D] = std::tuple(call.H, call.M, call.K, call.D);
+  const int64_t H = call.H, M = call.M;
+  const int K = call.K, D = call.D;
   if (int64_t(K) * D * 2 > device.shared_bytes || H > 65535 || M > INT_MAX / 2) return false;
   if (ceil_div(D, kTileColumns) > kMaxChunks) return false;
   int groups = resident_threads(kHopper) / kWarpgroup;
@@ -282,8 +280,8 @@ bool launch_resident(const Call& call, const Device& device) {
   if (groups < 2) return false;
   const int64_t blocks_per_head = std::max<int64_t>(1, std::min(device.processors / H, ceil_div(M, kWarpgroupRows)));
   launch("tensor-core pass", score_resident<kHopper, kAligned>, dim3(unsigned(blocks_per_head), unsigned(H)),
-         groups * kWarpgroup, int(ResidentBuffers(nullptr, K, D, groups).bytes) + kTileAlignment, call.stream, call.z,
-         call.codes(), int(M), K, D, accumulation_error(D), call.exact, call.indices);
+         groups * kWarpgroup, int(ResidentBuffers(nullptr, K, D, groups).bytes) + kTileAlignment, call.stream, call,
+         accumulation_error(D));
   return true;
 }
 

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <tuple>
 
 #include "candidates.cuh"
 #include "packing.cuh"
@@ -13,18 +12,6 @@
 
 namespace ncfast::cuda {
 
-// Codes of a tile. Two sets of accumulators fit with wgmma, one with mma.sync, which keeps operands in registers too.
-__host__ __device__ constexpr int stream_codes(bool hopper) { return hopper ? 128 : 256; }
-// Steps of 16 columns that a product takes. With wgmma, codes of up to 32 columns share tile rows and take fewer.
-__host__ __device__ constexpr int stream_steps(bool hopper, int64_t D) {
-  return hopper && D <= 16 ? 1 : hopper && D <= 32 ? 2 : kStepsPerTile;
-}
-// The number of tiles of a block is a multiple of this: of the tiles that share rows, or of a pair for wgmma.
-__host__ __device__ constexpr int tile_multiple(bool hopper, int steps) {
-  return steps == 1 ? kStepsPerTile : hopper ? 2 : 1;
-}
-
-constexpr int kStreamRows = 2 * kWarpgroupRows;
 constexpr int kMaxStages = 8;    // tiles of 64 columns in shared memory
 constexpr int kBiasBuffers = 3;  // of a warpgroup
 
@@ -58,45 +45,31 @@ struct StreamBuffers : Buffers {  // in shared memory
 // With wgmma a ninth warp copies.
 constexpr int stream_threads(bool hopper) { return 2 * kWarpgroup + (hopper ? 32 : 0); }
 
-struct StreamShape {
-  int64_t M;
-  int D, chunks, tiles, splits, stages;
-};
-
 // A block scores 128 rows of a head with one of `splits` equal parts of the tiles. There is one part, unless there are
 // too few rows to fill the GPU.
 template <bool kHopper, bool kReleaseEarly, bool kAligned, int kSteps>
 __global__ void __launch_bounds__(stream_threads(kHopper), 1)
-    score_stream(Matrix z,                             // [H, M, D]
-                 const char* __restrict__ packed,      // [H, tiles, chunks, kCodes, 64] fp16
-                 const float* __restrict__ bias,       // [H, tiles * kCodes]
-                 const float* __restrict__ mean,       // [H, 64 chunks]
-                 const int* __restrict__ exponents,    // [H]
-                 const CodeNorms* __restrict__ norms,  // [H, parts]
-                 const StreamShape shape, float accumulation, bool exact,
-                 float* __restrict__ windows,         // [H, M]
-                 Candidate* __restrict__ candidates)  // [H, M, splits, kListLength]
-{
+    score_stream(const StreamPlan plan, int num_stages, float accumulation) {
   if constexpr (kHopper && !kCompilesWgmma) return;
   constexpr bool kWgmma = kHopper && kCompilesWgmma;
   constexpr int kCodes = stream_codes(kHopper);
   constexpr int kStageBytes = kCodes * kTileRowBytes;
   constexpr int kTilesPerStage = kStepsPerTile / kSteps;  // side by side
   constexpr int kTileMultiple = tile_multiple(kHopper, kSteps);
-  const int chunks = shape.chunks;
-  const StreamBuffers shared(tile_memory(), chunks, shape.stages, kCodes);
+  const int chunks = plan.chunks;
+  const StreamBuffers shared(tile_memory(), chunks, num_stages, kCodes);
   char* stages = shared.stages;
 
-  const int64_t M = shape.M;
-  const int split = blockIdx.x % shape.splits;
+  const int64_t M = plan.call.M;
+  const int split = blockIdx.x % plan.splits;
   const int64_t row_blocks = (M + kStreamRows - 1) / kStreamRows;
-  const int64_t head = blockIdx.x / shape.splits / row_blocks;
-  const int64_t block_row = blockIdx.x / shape.splits % row_blocks * kStreamRows;
-  const int multiples = shape.tiles / kTileMultiple;
-  const int first_tile = int(int64_t(multiples) * split / shape.splits) * kTileMultiple;
-  const int num_tiles = int(int64_t(multiples) * (split + 1) / shape.splits) * kTileMultiple - first_tile;
-  packed += (head * shape.tiles + first_tile) / kTilesPerStage * chunks * kStageBytes;
-  bias += (head * shape.tiles + first_tile) * kCodes;
+  const int64_t head = blockIdx.x / plan.splits / row_blocks;
+  const int64_t block_row = blockIdx.x / plan.splits % row_blocks * kStreamRows;
+  const int multiples = plan.tiles / kTileMultiple;
+  const int first_tile = int(int64_t(multiples) * split / plan.splits) * kTileMultiple;
+  const int num_tiles = int(int64_t(multiples) * (split + 1) / plan.splits) * kTileMultiple - first_tile;
+  const char* packed = plan.packed + (head * plan.tiles + first_tile) / kTilesPerStage * chunks * kStageBytes;
+  const float* bias = plan.bias + (head * plan.tiles + first_tile) * kCodes;
 
   const int thread = threadIdx.x;
   const int lane = thread % 32;
@@ -104,27 +77,26 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
   const int warp = thread / 32 % 4;
 
   if (kWgmma && thread == 0) {
-    for (int i = 0; i < shape.stages; ++i) {
+    for (int i = 0; i < num_stages; ++i) {
       init_barrier(shared.full + i, 1);
       init_barrier(shared.empty + i, 2 * kWarpgroup / 32);
     }
     publish_barriers();
   }
   for (int d = thread; d < chunks * kTileColumns; d += blockDim.x) {
-    shared.mean[d] = mean[head * chunks * kTileColumns + d];
+    shared.mean[d] = plan.mean[head * chunks * kTileColumns + d];
   }
-  const int parts = shape.tiles * (kCodes / kPackedCodes);
   CodeNorms most{0, 0, 0};
-  for (int part = thread; part < parts; part += blockDim.x) {
-    most = max_norms(most, norms[head * parts + part]);
+  for (int part = thread; part < plan.pack_blocks; part += blockDim.x) {
+    most = max_norms(most, plan.norms[head * plan.pack_blocks + part]);
   }
   most = block_max(most, shared.scratch);
-  if (thread == 0) *shared.codebook = CodebookScale(exponents[head], most);
+  if (thread == 0) *shared.codebook = CodebookScale(plan.exponents[head], most);
   __syncthreads();
 
   int stage = 0, parity = 0;
   const auto next_stage = [&] {
-    if (++stage == shape.stages) stage = 0, parity ^= 1;
+    if (++stage == num_stages) stage = 0, parity ^= 1;
   };
   if (kWgmma && thread >= 2 * kWarpgroup) {
     if (lane != 0) return;
@@ -147,8 +119,8 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
   int64_t* first_index = shared.first_rows + thread / 32;
   if (lane == 0) *first_index = head * M + first_row;
   stage_rows<kAligned, kAligned ? 4 : 1, kAligned ? 2 : 1>(
-      z, head * M + first_row, int(min(M - first_row, int64_t(16))), shape.D, chunks, shared.mean, *shared.codebook,
-      accumulation, exact, row_tiles, warp * 16, scales);
+      plan.call.z, head * M + first_row, int(min(M - first_row, int64_t(16))), plan.call.D, chunks, shared.mean,
+      *shared.codebook, accumulation, plan.call.exact, row_tiles, warp * 16, scales);
   fence_async_proxy();
   sync_threads(1 + group, kWarpgroup);
   RowState rows[2];
@@ -163,7 +135,7 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
       __syncwarp();
       if (lane != 0) return;
       for (int ago = first_ago; ago >= last_ago; --ago) {
-        arrive(shared.empty + stage - ago + (stage < ago ? shape.stages : 0));
+        arrive(shared.empty + stage - ago + (stage < ago ? num_stages : 0));
       }
     };
     float next_bias = bias[thread % kWarpgroup];
@@ -219,7 +191,7 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
     finish(acc[1], num_tiles - 1);
     search(acc[1], num_tiles - 1);
   } else {
-    const int last_steps = (shape.D - (chunks - 1) * kTileColumns + 15) / 16;
+    const int last_steps = (plan.call.D - (chunks - 1) * kTileColumns + 15) / 16;
     float acc[kCodes / 2];
     const auto copy_stage = [&](int64_t chunk) {
       char* to = stages + chunk % 2 * kStageBytes;
@@ -256,46 +228,68 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
     const float window = scales[lane / 4 + 8 * h].window;
     if (window == kPastEnd) continue;  // for all four lanes
     const int64_t index = *first_index + 8 * h + lane / 4;
-    if (split == 0 && lane % 4 == 0) windows[index] = fmaxf(window, 0.f);
-    write_candidates(rows[h], window, lists, h, split == 0, candidates + (index * shape.splits + split) * kListLength);
+    if (split == 0 && lane % 4 == 0) plan.windows[index] = fmaxf(window, 0.f);
+    write_candidates(rows[h], window, lists, h, split == 0,
+                     plan.candidates + (index * plan.splits + split) * kListLength);
   }
 }
 
-// The sizes of a streamed call, and its buffers in the workspace.
-struct StreamPlan : Buffers {
-  int chunks, steps, tiles, splits, stat_blocks, codes_per_stat_block, pack_blocks;
-  char* packed;
-  float *bias, *windows, *mean, *reach;
-  Candidate* candidates;
-  ColumnStats* partial;
-  CodeNorms* norms;
-  int* exponents;
+constexpr int kChooseThreads = 128;
+constexpr int kChooseRows = 8;  // of a warp
 
-  StreamPlan(int64_t H, int64_t M, int64_t K, int64_t D, int processors, bool hopper, char* workspace = nullptr)
-      : Buffers{workspace} {
-    const int tile_codes = stream_codes(hopper);
-    constexpr int64_t kMaxSplits = 16;
-    chunks = int(ceil_div(D, kTileColumns));
-    steps = stream_steps(hopper, D);
-    const int multiple = tile_multiple(hopper, steps);
-    tiles = int(ceil_div(K, tile_codes * multiple)) * multiple;
-    const int64_t row_blocks = H * ceil_div(M, kStreamRows);
-    splits = int(std::max<int64_t>(1, std::min({processors / row_blocks, int64_t(tiles / multiple), kMaxSplits})));
-    codes_per_stat_block = int(ceil_div(K, std::min<int64_t>(kMaxStatBlocks, ceil_div(K, 64))));
-    stat_blocks = int(ceil_div(K, codes_per_stat_block));
-    pack_blocks = tiles * (tile_codes / kPackedCodes);
+// Chooses among the candidates of all splits: a thread a row by their scores, then, where several are left, a warp a
+// row by their float64 distances.
+static __global__ void __launch_bounds__(kChooseThreads, 8) choose_nearest(const StreamPlan plan) {
+  const int64_t M = plan.call.M;
+  const int K = plan.call.K, D = plan.call.D;
+  const int64_t warp_row = (int64_t(blockIdx.x) * (kChooseThreads / 32) + threadIdx.x / 32) * kChooseRows;
+  const int lane = threadIdx.x % 32;
+  const auto each = [&](int64_t row, auto&& use) {
+    for (int split = 0; split < plan.splits; ++split) {
+      const Candidate* list = plan.candidates + (row * plan.splits + split) * kListLength;
+      for (int i = 0; i < kListLength; ++i) {
+        const Candidate candidate = list[i];
+        if (candidate.code == kListEnd) break;
+        use(candidate);
+        if (candidate.code == kListOverflow) break;
+      }
+    }
+  };
 
-    place(packed, H * tiles * chunks * tile_codes * kTileRowBytes);
-    place(bias, H * tiles * tile_codes);
-    place(candidates, H * M * splits * kListLength);
-    place(windows, H * M);
-    place(partial, H * stat_blocks * D);
-    place(mean, H * chunks * kTileColumns);
-    place(reach, H * chunks * kTileColumns);
-    place(norms, H * pack_blocks);
-    place(exponents, H);
+  bool open = false;
+  float threshold = 0;
+  if (lane < kChooseRows && warp_row + lane < plan.call.H * M) {
+    const int64_t row = warp_row + lane;
+    const float window = plan.windows[row];
+    float best = -INFINITY;
+    each(row, [&](const Candidate& candidate) { best = fmaxf(best, candidate.score); });
+    threshold = best - window;
+    int count = 0, code = INT_MAX;
+    bool unlisted = false;
+    each(row, [&](const Candidate& candidate) {
+      if (!(candidate.score >= threshold)) return;
+      unlisted |= candidate.code == kListOverflow;
+      code = min(code, candidate.code);
+      ++count;
+    });
+    const bool unknown = unlisted || count == 0;
+    open = !unknown && count > 1 && window > 0;
+    if (!open) plan.call.indices[row] = unknown ? kUndecided : code;
   }
-};
+  for (unsigned pending = __ballot_sync(kAllLanes, open); pending != 0; pending &= pending - 1) {
+    const int leader = __ffs(int(pending)) - 1;
+    const int64_t row = warp_row + leader;
+    const float row_threshold = __shfl_sync(kAllLanes, threshold, leader);
+    const float* codes = plan.call.codes() + row / M * K * D;
+    Nearest nearest{INFINITY, INT_MAX};
+    each(row, [&](const Candidate& candidate) {
+      if (!(candidate.score >= row_threshold)) return;
+      const double distance = exact_distance<4>(plan.call.z, row, codes + int64_t(candidate.code) * D, D);
+      offer(nearest, distance, candidate.code);
+    });
+    if (lane == 0) plan.call.indices[row] = nearest.code;
+  }
+}
 
 constexpr int kMaxProcessors = 1024;  // the workspace is sized for it, since its device is not known
 
@@ -303,8 +297,7 @@ constexpr int kMaxProcessors = 1024;  // the workspace is sized for it, since it
 template <bool kHopper, bool kAligned>
 bool launch_streamed(const Call& call, const Device& device) {
   constexpr int kCodes = stream_codes(kHopper);
-  const auto [H, M, K, D] = std::tuple(call.H, call.M, call.K, call.D);
-  const StreamPlan plan(H, M, K, D, std::min(device.processors, kMaxProcessors), kHopper, call.workspace);
+  const StreamPlan plan(call, std::min(device.processors, kMaxProcessors), kHopper);
   if (plan.chunks > kMaxChunks) return false;
   // With wgmma a tile keeps its stages until it is done while the next tile fills as many. Codes too long for that
   // release theirs early.
@@ -317,29 +310,21 @@ bool launch_streamed(const Call& call, const Device& device) {
   while (stages >= fewest_stages && shared_bytes(stages) > device.shared_bytes) --stages;
   if (stages < fewest_stages) return false;
 
-  const auto run = [&](const char* what, auto* kernel, int64_t blocks, int threads, int shared_bytes,
-                       auto... arguments) {
-    launch(what, kernel, grid_size(blocks), threads, shared_bytes, call.stream, arguments...);
+  const auto run = [&](const char* what, auto* kernel, int64_t blocks, int threads) {
+    launch(what, kernel, grid_size(blocks), threads, 0, call.stream, plan);
   };
-  run("codebook statistics", column_stats, H * plan.stat_blocks, kStatThreads, 0, call.codes(), K, D, plan.stat_blocks,
-      plan.codes_per_stat_block, plan.partial);
-  const int padded = plan.chunks * kTileColumns;
-  run("codebook mean", combine_stats, H * padded / 32, kStatThreads, 0, plan.partial, D, padded, plan.stat_blocks,
-      plan.mean, plan.reach);
-  run("packing the codebook", pack_codebook<kAligned, kCodes>, H * plan.pack_blocks, kPackThreads, 0, call.codes(), K,
-      D, plan.chunks, plan.steps, plan.tiles, plan.mean, plan.reach, plan.packed, plan.bias, plan.exponents,
-      plan.norms);
+  const int64_t rows = call.H * call.M;
+  run("codebook statistics", column_stats, call.H * plan.stat_blocks, kStatThreads);
+  run("codebook mean", combine_stats, call.H * plan.chunks * kTileColumns / 32, kStatThreads);
+  run("packing the codebook", pack_codebook<kAligned, kCodes>, call.H * plan.pack_blocks, kPackThreads);
   constexpr int kOne = stream_steps(kHopper, 16), kTwo = stream_steps(kHopper, 32);
   const auto kernel = release_early     ? score_stream<kHopper, kHopper, kAligned, kStepsPerTile>
                       : plan.steps == 1 ? score_stream<kHopper, false, kAligned, kOne>
                       : plan.steps == 2 ? score_stream<kHopper, false, kAligned, kTwo>
                                         : score_stream<kHopper, false, kAligned, kStepsPerTile>;
-  const StreamShape shape{M, D, plan.chunks, plan.tiles, plan.splits, stages};
-  run("tensor-core pass", kernel, H * ceil_div(M, kStreamRows) * plan.splits, stream_threads(kHopper),
-      shared_bytes(stages), call.z, plan.packed, plan.bias, plan.mean, plan.exponents, plan.norms, shape,
-      accumulation_error(D), call.exact, plan.windows, plan.candidates);
-  run("float64 choice", choose_nearest, ceil_div(H * M, kChooseThreads / 32 * kChooseRows), kChooseThreads, 0, call.z,
-      call.codes(), H * M, M, K, D, plan.splits, plan.windows, plan.candidates, call.indices);
+  launch("tensor-core pass", kernel, grid_size(call.H * ceil_div(call.M, kStreamRows) * plan.splits),
+         stream_threads(kHopper), shared_bytes(stages), call.stream, plan, stages, accumulation_error(call.D));
+  run("float64 choice", choose_nearest, ceil_div(rows, kChooseThreads / 32 * kChooseRows), kChooseThreads);
   launch_rescore_undecided<float>(call);
   return true;
 }
