@@ -30,7 +30,7 @@ bool launch_tensor_cores(const Call& call, const Device& device) {
 
 int64_t nearest_code_workspace_bytes(int64_t H, int64_t M, int64_t K, int64_t D) {
   const int64_t bias = H * K * int64_t(sizeof(float));  // of the float32 kernel
-  if (H == 0 || M == 0 || D == 0 || D > kMaxChunks * kTileColumns) return bias;
+  if (H == 0 || M == 0 || D == 0 || K > INT_MAX / 2 || D > kMaxChunks * kTileColumns) return bias;
   Call call{};
   call.H = H, call.M = M, call.K = int(K), call.D = int(D);
   return std::max({bias, StreamPlan(call, kMaxProcessors, true).bytes, StreamPlan(call, kMaxProcessors, false).bytes});

@@ -59,37 +59,6 @@ NCFAST_DEVICE void raise_best(RowState& row, float best, float window, Candidate
 
 constexpr int kSearchCodes = 64;  // codes that are searched together, 16 by each lane
 
-// Turns a tile of products, as `multiply` leaves them, into scores and finds the best of every 64 codes.
-template <int kCodes>
-NCFAST_DEVICE void score_tile(float (&acc)[kCodes / 2],
-                              const float* bias,       // [kCodes], shared
-                              const RowScale* scales,  // [16], shared
-                              float (&top)[2][kCodes / kSearchCodes]) {
-  const int row = threadIdx.x % 32 / 4;
-  const float bias_scale[2] = {scales[row].bias_scale, scales[row + 8].bias_scale};
-#pragma unroll
-  for (int j = 0; j < kCodes / 8; ++j) {
-    const float2 b = *reinterpret_cast<const float2*>(bias + 8 * j + threadIdx.x % 4 * 2);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float& x = acc[4 * j + 2 * h];
-      float& y = acc[4 * j + 2 * h + 1];
-      x = fmaf(b.x, bias_scale[h], x);
-      y = fmaf(b.y, bias_scale[h], y);
-      float& best = top[h][8 * j / kSearchCodes];
-      best = 8 * j % kSearchCodes == 0 ? fmaxf(x, y) : fmaxf(best, fmaxf(x, y));
-    }
-  }
-}
-
-template <int kSize>
-NCFAST_DEVICE float max_of(const float (&x)[kSize]) {
-  float greatest = x[0];
-#pragma unroll
-  for (int i = 1; i < kSize; ++i) greatest = fmaxf(greatest, x[i]);
-  return greatest;
-}
-
 // Lists the codes of a tile of scores that reach the threshold of row h.
 template <int kCodes>
 NCFAST_DEVICE void list_candidates(const float (&acc)[kCodes / 2], const float (&top)[2][kCodes / kSearchCodes],
@@ -112,23 +81,39 @@ NCFAST_DEVICE void list_candidates(const float (&acc)[kCodes / 2], const float (
   }
 }
 
-// Takes a tile of products. Most tiles have no score that reaches a threshold, and end at the first branch.
+// Turns a tile of products, as `multiply` leaves them, into scores and lists the candidates. Most tiles have no score
+// that reaches a threshold, and end at the first branch.
 template <int kCodes>
 NCFAST_DEVICE void add_tile(float (&acc)[kCodes / 2],
                             const float* bias,  // [kCodes], shared
                             int first_code,
                             const RowScale* scales,  // [16], shared
                             RowState (&rows)[2], Candidate* lists) {
-  float top[2][kCodes / kSearchCodes];
-  score_tile<kCodes>(acc, bias, scales, top);
-  float greatest[2] = {max_of(top[0]), max_of(top[1])};
+  const int row = threadIdx.x % 32 / 4;
+  const float bias_scale[2] = {scales[row].bias_scale, scales[row + 8].bias_scale};
+  float top[2][kCodes / kSearchCodes];  // the best score of every 64 codes
+#pragma unroll
+  for (int j = 0; j < kCodes / 8; ++j) {
+    const float2 b = *reinterpret_cast<const float2*>(bias + 8 * j + threadIdx.x % 4 * 2);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float &x = acc[4 * j + 2 * h], &y = acc[4 * j + 2 * h + 1];
+      x = fmaf(b.x, bias_scale[h], x);
+      y = fmaf(b.y, bias_scale[h], y);
+      float& best = top[h][8 * j / kSearchCodes];
+      best = 8 * j % kSearchCodes == 0 ? fmaxf(x, y) : fmaxf(best, fmaxf(x, y));
+    }
+  }
+  float greatest[2] = {top[0][0], top[1][0]};
+#pragma unroll
+  for (int i = 2; i < 2 * kCodes / kSearchCodes; ++i) greatest[i % 2] = fmaxf(greatest[i % 2], top[i % 2][i / 2]);
   if (!__any_sync(kAllLanes, greatest[0] >= rows[0].threshold || greatest[1] >= rows[1].threshold)) return;
 #pragma unroll
   for (int h = 0; h < 2; ++h) greatest[h] = lane_max<4>(greatest[h]);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     if (greatest[h] > rows[h].best) {
-      raise_best(rows[h], greatest[h], scales[threadIdx.x % 32 / 4 + 8 * h].window, lists, h);
+      raise_best(rows[h], greatest[h], scales[row + 8 * h].window, lists, h);
     }
     list_candidates<kCodes>(acc, top, first_code, h, rows[h], lists);
   }

@@ -1,6 +1,7 @@
 #pragma once
 
-// Float32.
+// Nearest code with codes of more than 512 columns: a score in float32, z·e - |e|²/2, of which a row keeps the two
+// best. Where these are further apart than twice the rounding error can be, the best code is the nearest one.
 
 #include <cfloat>
 #include <cmath>
@@ -26,7 +27,7 @@ struct Top2 {
   int index;  // of the best
 };
 
-// A NaN score changes nothing. Of equal scores the first wins, and the gap of zero sends the row to the second pass.
+// A NaN score changes nothing. Of equal scores the first wins, and with no gap between them the row is undecided.
 NCFAST_DEVICE void offer(Top2& top, float score, int index) {
   const bool wins = score > top.best;
   top.second = fmaxf(top.second, wins ? top.best : score);
@@ -34,24 +35,26 @@ NCFAST_DEVICE void offer(Top2& top, float score, int index) {
   top.index = wins ? index : top.index;
 }
 
+template <class T>
+struct alignas(4 * sizeof(T)) Pack4 {
+  T x[4];
+};
+
 // Elements d .. d + 3 of a row of D, zeros past its end.
 template <bool kAligned, class T>
-NCFAST_DEVICE float4 load4(const T* row, int d, int D) {
+NCFAST_DEVICE Pack4<float> load4(const T* row, int d, int D) {
   if constexpr (kAligned) {  // then D is a multiple of 4 as well
-    struct alignas(4 * sizeof(T)) Pack {
-      T x[4];
-    };
-    if (d >= D) return make_float4(0.f, 0.f, 0.f, 0.f);
-    const Pack pack = *reinterpret_cast<const Pack*>(row + d);
-    return make_float4(float(pack.x[0]), float(pack.x[1]), float(pack.x[2]), float(pack.x[3]));
+    if (d >= D) return {};
+    const Pack4<T> pack = *reinterpret_cast<const Pack4<T>*>(row + d);
+    return {float(pack.x[0]), float(pack.x[1]), float(pack.x[2]), float(pack.x[3])};
   } else {
-    return make_float4(d < D ? float(row[d]) : 0.f, d + 1 < D ? float(row[d + 1]) : 0.f,
-                       d + 2 < D ? float(row[d + 2]) : 0.f, d + 3 < D ? float(row[d + 3]) : 0.f);
+    const auto at = [&](int i) { return d + i < D ? float(row[d + i]) : 0.f; };
+    return {at(0), at(1), at(2), at(3)};
   }
 }
 
 // -|e|²/2 of every code, one warp a code. NaN marks a code with a NaN or an infinity: its scores are NaN and never win.
-// A finite code whose square overflows float32 gives -inf, which makes every row of its codebook ambiguous.
+// A finite code whose square overflows float32 gives -inf, which leaves every row of its codebook undecided.
 static __global__ void __launch_bounds__(kScoreThreads) compute_bias(const float* __restrict__ codebook,  // [codes, D]
                                                                      int64_t codes, int D,
                                                                      float* __restrict__ bias) {  // [codes]
@@ -82,10 +85,8 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
   __shared__ __align__(16) float z_slices[2][kSlice][kPitch];
   __shared__ __align__(16) float code_slices[2][kSlice][kPitch];
   __shared__ float row_squares[kTileRows];
-  // What each thread has found so far, touched once a tile: with the scores it would not fit in 128 registers.
-  __shared__ float bests[kThreadTile][kScoreThreads];
-  __shared__ float seconds[kThreadTile][kScoreThreads];
-  __shared__ int best_codes[kThreadTile][kScoreThreads];
+  // The best of each thread so far, touched once a tile: beside the scores it would not fit in 128 registers.
+  __shared__ Top2 tops[kThreadTile][kScoreThreads];
 
   const int64_t row_blocks = (M + kTileRows - 1) / kTileRows;
   const int64_t head = blockIdx.x / row_blocks;
@@ -106,32 +107,27 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
 
   float square = 0;
   for (int d = staged_d; d < D; d += kSlice) {
-    const float4 x = load4<kAligned>(z_row, d, D);
-    square = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, square))));
+    const Pack4<float> pack = load4<kAligned>(z_row, d, D);
+#pragma unroll
+    for (int i = 3; i >= 0; --i) square = fmaf(pack.x[i], pack.x[i], square);
   }
   square = lane_sum<2>(square);
   if (staged_d == 0) row_squares[staged] = square;
 
-  float4 z_next, code_next;
+  Pack4<float> z_next, code_next;
   const auto fetch = [&](int first_code, int d) {
     z_next = load4<kAligned>(z_row, d + staged_d, D);
     code_next = load4<kAligned>(codebook + int64_t(min(first_code + staged, K - 1)) * D, d + staged_d, D);
   };
   const auto stage = [&](int buffer) {
-    z_slices[buffer][staged_d + 0][staged] = z_next.x;
-    z_slices[buffer][staged_d + 1][staged] = z_next.y;
-    z_slices[buffer][staged_d + 2][staged] = z_next.z;
-    z_slices[buffer][staged_d + 3][staged] = z_next.w;
-    code_slices[buffer][staged_d + 0][staged] = code_next.x;
-    code_slices[buffer][staged_d + 1][staged] = code_next.y;
-    code_slices[buffer][staged_d + 2][staged] = code_next.z;
-    code_slices[buffer][staged_d + 3][staged] = code_next.w;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      z_slices[buffer][staged_d + i][staged] = z_next.x[i];
+      code_slices[buffer][staged_d + i][staged] = code_next.x[i];
+    }
   };
 
-  for (int i = 0; i < kThreadTile; ++i) {
-    bests[i][threadIdx.x] = seconds[i][threadIdx.x] = -INFINITY;
-    best_codes[i][threadIdx.x] = 0;
-  }
+  for (auto& top : tops) top[threadIdx.x] = {-INFINITY, -INFINITY, 0};
   float bias_max = 0;  // largest |h| of the usable codes
 
   fetch(0, 0);
@@ -175,12 +171,10 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
 
 #pragma unroll
     for (int i = 0; i < kThreadTile; ++i) {
-      Top2 top{bests[i][threadIdx.x], seconds[i][threadIdx.x], best_codes[i][threadIdx.x]};
+      Top2 top = tops[i][threadIdx.x];
 #pragma unroll
       for (int j = 0; j < kThreadTile; ++j) offer(top, scores[i][j], first_code + j / 4 * 64 + tx * 4 + j % 4);
-      bests[i][threadIdx.x] = top.best;
-      seconds[i][threadIdx.x] = top.second;
-      best_codes[i][threadIdx.x] = top.index;
+      tops[i][threadIdx.x] = top;
     }
   }
 
@@ -188,7 +182,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
   bias_max = lane_max<16>(bias_max);
 #pragma unroll
   for (int i = 0; i < kThreadTile; ++i) {
-    Top2 top{bests[i][threadIdx.x], seconds[i][threadIdx.x], best_codes[i][threadIdx.x]};
+    Top2 top = tops[i][threadIdx.x];
     for (int lane = 8; lane > 0; lane /= 2) {
       const float second = __shfl_xor_sync(kAllLanes, top.second, lane);
       const float best = __shfl_xor_sync(kAllLanes, top.best, lane);

@@ -27,7 +27,7 @@ NCFAST_DEVICE float load1(const Matrix& matrix, int64_t index) {
 }
 
 // Elements d .. d + 7 of the rows first + row(0), first + row(1), .., zeros past their ends. `kAligned` says that rows
-// are multiples of 8 elements and start at multiples of 16 bytes; the loads of all rows are then under way together.
+// are multiples of 8 elements and start at multiples of 16 bytes; the loads of all rows are then in flight together.
 template <bool kAligned, int kRows, class Row>
 NCFAST_DEVICE void load_rows(const Matrix& matrix, int64_t first, const Row& row, int d, int D, float (&x)[kRows][8]) {
   if constexpr (!kAligned) {
@@ -66,7 +66,7 @@ NCFAST_DEVICE void load_rows(const Matrix& matrix, int64_t first, const Row& row
   }
 }
 
-// Has the 16 rows of z from `first` on, or the `left` that there are, on their way to the L2 cache.
+// Starts loading 16 rows of z from `first` on, or the `left` that there are, into the L2 cache.
 NCFAST_DEVICE void prefetch_rows(const Matrix& z,  // [.., D]
                                  int64_t first, int left, int D) {
   const int size = z.dtype == DType::f32 ? 4 : 2;

@@ -19,7 +19,7 @@ namespace ncfast::cuda {
 constexpr int kWarpgroup = 128;     // threads
 constexpr int kWarpgroupRows = 64;  // rows of z that a warpgroup takes, 16 a warp
 constexpr int kRowTileBytes = kWarpgroupRows * kTileRowBytes;
-constexpr int kMaxChunks = 8;
+constexpr int kMaxChunks = 8;  // of 64 columns
 
 // Of a code, after scaling.
 struct CodeNorms {
