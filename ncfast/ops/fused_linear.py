@@ -58,8 +58,8 @@ def fused_linear(
         gelu: apply the exact GELU, y Φ(y).
         return_x: return x as well, to be used instead of x from there on: what comes to it in the backward pass, the
             Triton kernel adds to its own gradient of x, and autograd need not.
-        impl: "auto", "reference" (plain PyTorch), "cpp" (float32) or "triton" (bfloat16, float16, and float32 where
-            torch.backends.cuda.matmul.allow_tf32 is set; with a norm K <= 512).
+        impl: "auto", "reference" (plain PyTorch), "cpp" (float32) or "triton" (bfloat16 and float16; with a
+            norm K <= 512). Float32 on a GPU is PyTorch's: its products in TF32 are faster.
 
     Returns:
         [..., N] in x's type, or in autocast's; with return_x this and x, in the same type. Differentiable in all
@@ -228,17 +228,12 @@ def why_not(
         unfit = "bfloat16 input: Triton's interpreter takes it for integers where it multiplies"
     elif normed and K > MAX_NORMED:
         unfit = f"a norm of {K} columns: the kernel takes up to {MAX_NORMED}"
-    elif device.type == "cuda" and dtype == torch.float32 and not allows_tf32():
-        unfit = "float32 input, and torch.backends.cuda.matmul.allow_tf32 is not set: the kernel multiplies in TF32"
+    elif device.type == "cuda" and dtype == torch.float32:
+        unfit = "float32 input: PyTorch's products are faster"
     elif device.type == "cuda" and dispatch.shared_memory_of(device) < LEAST_SHARED_MEMORY:
         there = dispatch.shared_memory_of(device)
         unfit = f"the kernel needs {LEAST_SHARED_MEMORY} bytes of shared memory; {device} has {there}"
     return dispatch.table(device, cpp=unfit_cpp, triton=unfit)
-
-
-@dispatch.constant_when_compiled
-def allows_tf32() -> bool:
-    return torch.backends.cuda.matmul.allow_tf32
 
 
 def empty_results(x, weight, bias, norm_weight, residual, norm_eps, gelu, keep_pre) -> tuple[Tensor, Tensor]:

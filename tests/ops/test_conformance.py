@@ -37,15 +37,6 @@ class Case(NamedTuple):
     refuses: bool = False  # second derivatives
 
 
-@pytest.fixture(autouse=True)
-def tf32():
-    """Float32 may be multiplied as TF32: else fused_linear leaves it to PyTorch on a GPU."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def nearest(z, codebook, impl):
     return ops.nearest_code(z, codebook, impl=impl)
 
@@ -165,6 +156,9 @@ CASES = {
     ),
     "batch_norm, padded": Case(padded, lambda n, s: (images(n, s), *vectors(3, 1, 2)), 3, refuses=True),
     "fused_linear": Case(linear, lambda n, s: (randn(n, 8, seed=s), randn(6, 8)), 2, refuses=True),
+    "fused_linear, float16": Case(
+        linear, lambda n, s: (randn(n, 8, seed=s).half(), randn(6, 8).half()), 2, refuses=True
+    ),
     "fused_linear, all parts": Case(
         linear,
         lambda n, s: (randn(n, 8, seed=s), randn(6, 8), *vectors(6, 1), *vectors(8, 2), randn(n, 6, seed=s)),
@@ -308,7 +302,6 @@ def product(case, inputs, impl):
 @every_implementation
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.trained and not case.refuses])
 def test_second_derivatives_are_those_of_the_definition(name, impl):
-    torch.backends.cuda.matmul.allow_tf32 = False  # they are PyTorch's products
     case = CASES[name]
     found = product(case, inputs_of(case, impl), impl)
     exact = [x.detach().double() if x.is_floating_point() else x for x in inputs_of(case, impl)]

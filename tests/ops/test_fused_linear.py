@@ -191,7 +191,7 @@ def test_gradient_is_the_same_bits_for_any_number_of_threads(run, threads):
 @each(IMPLEMENTATIONS, "cpp-portable", "triton")
 @pytest.mark.parametrize("return_x", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_compiles_whole_without_recompiling(run, return_x, autocast, tf32):
+def test_compiles_whole_without_recompiling(run, return_x, autocast):
     if autocast and run.name == "cpp":
         pytest.skip("the kernel is float32")
     run.skip_unless_it_runs(torch.float16 if autocast else torch.float32)
@@ -214,15 +214,6 @@ def test_compiles_whole_without_recompiling(run, return_x, autocast, tf32):
                     assert torch.equal(ours, plain)
 
 
-@pytest.fixture
-def tf32():
-    """Lets float32 be multiplied as TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def gradients(run, inputs, grads_out, dtype=None, **options):
     """y, with return_x x, and the gradients of the inputs that are not None. dtype: of autocast."""
     leaves = [None if part is None else part.detach().clone().requires_grad_() for part in inputs]
@@ -243,7 +234,7 @@ TOLERANCES = {torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 @pytest.mark.parametrize(
     "size", [(33, 40, 24), (70, 384, 256), (200, 64, 500), (130, 20, 600), (3, 0, 5), (0, 4, 5)], ids=str
 )
-def test_every_type_against_float64(run, dtype, size, tf32):
+def test_every_type_against_float64(run, dtype, size):
     run.skip_unless_it_runs(dtype)
     inputs, grads_out = data(*size, dtype), [x.to(dtype) for x in (data(*size, seed=1)[4], data(*size, seed=2)[0])]
     for given in ((1, 1, 1, 1, 1), (0, 1, 0, 0, 1), (1, 0, 1, 0, 0), (1, 0, 0, 1, 0), (0, 0, 0, 0, 1)):
@@ -316,7 +307,7 @@ def test_x_is_returned_with_its_gradient(run):
 
 
 @every_triton
-def test_gradient_is_the_same_bits_twice(run, tf32):
+def test_gradient_is_the_same_bits_twice(run):
     inputs, grad_out = data(300, 40, 64), [data(300, 40, 64, seed=1)[4]]
     first, second = (gradients(run, inputs, grad_out, gelu=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -336,16 +327,10 @@ def test_why_triton_does_not_run():
 
 
 @pytest.mark.gpu
-def test_float32_on_a_gpu_is_tf32_or_left_to_pytorch():
-    device, before = torch.device("cuda"), torch.backends.cuda.matmul.allow_tf32
-    try:
-        for allowed in (False, True):
-            torch.backends.cuda.matmul.allow_tf32 = allowed
-            table = why_not(device)
-            assert (table["triton"] is None) == allowed
-            assert next(name for name, why in table.items() if why is None) == ("triton" if allowed else "reference")
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+def test_float32_on_a_gpu_is_left_to_pytorch():
+    table = why_not(torch.device("cuda"))
+    assert "faster" in table["triton"]
+    assert next(name for name, why in table.items() if why is None) == "reference"
 
 
 @pytest.mark.gpu
@@ -380,15 +365,15 @@ OFFLINE = [  # N, K, bias, norm, residual and GELU
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90])
 def test_triton_kernels_compile_offline(tmp_path, capability):
-    from ncfast.ops.triton.fused_linear import SUM_BLOCKS, backward_blocks, forward_blocks, given
+    from ncfast.ops.triton.fused_linear import SUM_BLOCKS, backward_blocks, forward_blocks
 
     large = capability == 90
     wide = dict.fromkeys(("bias", "norm_weight", "bias_sums", "norm_sums", "grad_bias", "grad_norm_weight"), "*fp32")
     tensors = ("x", "weight", "residual", "y", "pre", "grad_y", "grad_passed", "grad_pre", "grad_x", "normalised")
     jobs = [("sum_kernel", wide, {"N": 256, "K": 384, **SUM_BLOCKS})]
-    for dtype, (N, K, parts) in itertools.product((torch.bfloat16, torch.float32), OFFLINE):
-        types = wide | {"norm_eps": "fp32"} | dict.fromkeys(tensors, TRITON_TYPES[dtype])
-        shared = {"N": N, "K": K, **given(dtype)}
+    for N, K, parts in OFFLINE:
+        types = wide | {"norm_eps": "fp32"} | dict.fromkeys(tensors, "*bf16")
+        shared = {"N": N, "K": K}
         without = {
             "bias": ("bias", "bias_sums"),
             "norm": ("norm_weight", "x", "normalised", "norm_sums", "grad_passed"),
@@ -398,8 +383,8 @@ def test_triton_kernels_compile_offline(tmp_path, capability):
         absent = dict.fromkeys(name for part, names in without.items() if part not in parts for name in names)
         forward = {name: value for name, value in absent.items() if name in ("bias", "norm_weight", "residual", "pre")}
         backward = {name: value for name, value in absent.items() if name not in ("bias", "residual")}
-        forward |= {"GELU": "gelu" in parts, **shared, **forward_blocks(N, K, dtype, large)}
-        backward |= shared | backward_blocks(N, K, dtype, "norm" in parts, large)
+        forward |= {"GELU": "gelu" in parts, **shared, **forward_blocks(N, K, large)}
+        backward |= shared | backward_blocks(N, K, "norm" in parts, large)
         jobs += [("fused_linear_kernel", types, forward), ("fused_linear_backward_kernel", types, backward)]
     used = compile_offline("ncfast.ops.triton.fused_linear", jobs, tmp_path, capability)
     for job, of in zip(jobs, used, strict=True):

@@ -361,13 +361,13 @@ def test_loss_of_many_rows(run):
 def test_triton_adds_up_what_any_number_of_programs_left(programs):
     run = IMPLEMENTATIONS["triton"]
     run.skip_unless_it_runs(torch.float32)
-    from ncfast.ops.triton.rotate_to_code import LOSS_BLOCKS, loss_kernel
+    from ncfast.ops.triton.rotate_to_code import LOSS_BLOCKS, rotate_to_code_loss_kernel
 
     generator = torch.Generator().manual_seed(0)
     errors, used_rows = torch.rand(programs, generator=generator), torch.randint(1, 9, (programs,), generator=generator)
     loss, inverse_count = torch.full((2, 1), torch.nan, device=run.device)
     partials = errors.to(run.device), used_rows.int().to(run.device)
-    loss_kernel[(1,)](*partials, loss, inverse_count, programs, 7, **LOSS_BLOCKS)
+    rotate_to_code_loss_kernel[(1,)](*partials, loss, inverse_count, programs, 7, **LOSS_BLOCKS)
     elements = 7 * used_rows.sum().item()
     assert inverse_count.item() == pytest.approx(1 / elements if elements else 0, rel=1e-6)
     assert loss.item() == pytest.approx(errors.double().sum().item() / max(elements, 1), rel=1e-6)

@@ -16,35 +16,36 @@ WHOLE_ROW = 512  # columns of x that a program holds at most; a norm needs all o
 SUM_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4}
 
 
-def forward_blocks(N: int, K: int, dtype: torch.dtype, large: bool) -> dict:
+def forward_blocks(N: int, K: int, large: bool) -> dict:
     """Rows and columns of a product, and among how many programs the columns of a row are divided (SPLITS).
 
     large: 227 KB of shared memory a program (sm_90), else 99 KB will do.
     """
     if K > WHOLE_ROW:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLITS": triton.cdiv(N, 64), **launch(4, 3)}
-    depth, single = power_of_2(K), dtype == torch.float32
+    depth = power_of_2(K)
     # The weights of two products, one of them on its way, are what takes shared memory.
-    columns = 64 if large and not single else 16 if single and depth == WHOLE_ROW else 32
-    rows = 32 if depth == WHOLE_ROW or single else 64
+    columns = 64 if large else 32
+    rows = 32 if depth == WHOLE_ROW else 64
     return {"BLOCK_M": rows, "BLOCK_N": min(columns, power_of_2(N)), "BLOCK_K": depth, "SPLITS": 1, **launch(4, 2)}
 
 
-def backward_blocks(N: int, K: int, dtype: torch.dtype, normed: bool, large: bool) -> dict:
+def backward_blocks(N: int, K: int, normed: bool, large: bool) -> dict:
     """Rows of a program, columns of grad_y that a product takes (BLOCK_N), and columns of x (BLOCK_K): if normed, all.
 
     large: as for forward_blocks.
     """
-    depth, single = power_of_2(K) if normed else min(power_of_2(K), 256), dtype == torch.float32
-    rows = 32 if depth > 256 or single else 64
-    columns = 16 if depth > 256 and single else 64 if depth <= 256 and not single and large else 32
+    depth = power_of_2(K) if normed else min(power_of_2(K), 256)
+    rows = 32 if depth > 256 else 64
+    columns = 64 if depth <= 256 and large else 32
     # On an H100, 19456 x 256 x 256, norm, bias and GELU, bfloat16, forward and backward take 121 us, with 16 warps 152,
     # with 32 rows 132 (4 warps) or 204 (8).
     return {"BLOCK_M": rows, "BLOCK_N": min(columns, power_of_2(N)), "BLOCK_K": depth, **launch(8, 2)}
 
 
 def launch(warps: int, stages: int) -> dict:
-    return {"num_warps": warps, "num_stages": stages}
+    # Enable FMA fusion explicitly: newer Triton turns it off by default.
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def power_of_2(n: int) -> int:
@@ -53,11 +54,6 @@ def power_of_2(n: int) -> int:
 
 def is_large(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 227 << 10
-
-
-def given(dtype: torch.dtype) -> dict:
-    # Enable FMA fusion explicitly: newer Triton turns it off by default.
-    return {"PRECISION": "tf32" if dtype == torch.float32 else "ieee", "enable_fp_fusion": True}
 
 
 def fused_linear_triton(
@@ -70,13 +66,13 @@ def fused_linear_triton(
     gelu: bool,
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
-    """All contiguous: x [..., K], weight [N, K] and residual [..., N] of one type, bfloat16, float16 or float32 (as
-    TF32); bias [N] and norm_weight [K] of that or float32 -> y [..., N], and what the GELU was taken of, or empty."""
+    """All contiguous: x [..., K], weight [N, K] and residual [..., N] of one type, bfloat16 or float16 (interpreted
+    float32); bias [N] and norm_weight [K] of that or float32 -> y [..., N], and what the GELU was taken of or empty."""
     (N, K), M = weight.shape, x.shape[:-1].numel()
     y = x.new_empty(*x.shape[:-1], N)
     pre = torch.empty_like(y) if keep_pre else x.new_empty(0)
     if y.numel() > 0:
-        blocks = forward_blocks(N, K, x.dtype, is_large(x.device))
+        blocks = forward_blocks(N, K, is_large(x.device))
         with torch.cuda.device_of(x):
             fused_linear_kernel[(triton.cdiv(M, blocks["BLOCK_M"]) * blocks["SPLITS"],)](
                 x,
@@ -91,7 +87,6 @@ def fused_linear_triton(
                 N,
                 K,
                 GELU=gelu,
-                **given(x.dtype),
                 **blocks,
             )
     return y, pre
@@ -112,7 +107,7 @@ def fused_linear_backward_triton(
     norm_weight, as these, empty where they are None. grad_y [..., N] and pre, where there is a GELU, are as x."""
     (N, K), M = weight.shape, x.shape[:-1].numel()
     normed = norm_weight is not None
-    blocks = backward_blocks(N, K, x.dtype, normed, is_large(x.device))
+    blocks = backward_blocks(N, K, normed, is_large(x.device))
     if pre is None and bias is not None:
         # Loads on their way into shared memory would be for a product and a sum at once, which on an H100 (Triton 3.6)
         # gave wrong sums.
@@ -145,7 +140,6 @@ def fused_linear_backward_triton(
                 norm_eps,
                 N,
                 K,
-                **given(x.dtype),
                 **blocks,
             )
         widest = max(0 if sums is None else sums.shape[1] for sums in (bias_sums, norm_sums))
@@ -190,7 +184,6 @@ def fused_linear_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     GELU: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -211,11 +204,11 @@ def fused_linear_kernel(
         n = begin + first + tl.arange(0, BLOCK_N)
         z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if WHOLE:
-            z = tl.dot(rows, tl.trans(load_tile(weight, n, k, N, K)), z, input_precision=PRECISION)
+            z = tl.dot(rows, tl.trans(load_tile(weight, n, k, N, K)), z, input_precision="ieee")
         else:
             for depth in range(0, K, BLOCK_K):
                 part, of_weight = load_tile(x, i, depth + k, M, K), load_tile(weight, n, depth + k, N, K)
-                z = tl.dot(part, tl.trans(of_weight), z, input_precision=PRECISION)
+                z = tl.dot(part, tl.trans(of_weight), z, input_precision="ieee")
         if bias is not None:
             z += load_row(bias, n, N)[None, :]
         if pre is not None:
@@ -245,7 +238,6 @@ def fused_linear_backward_kernel(
     norm_eps,
     N: tl.constexpr,
     K: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -271,7 +263,7 @@ def fused_linear_backward_kernel(
                 store_tile(grad_pre, g, i, n, M, N)
             if bias_sums is not None:
                 tl.store(bias_sums + block.to(tl.int64) * N + n, tl.sum(wide, axis=0), mask=n < N)
-        grad = tl.dot(g, load_tile(weight, n, k, N, K), grad, input_precision=PRECISION)
+        grad = tl.dot(g, load_tile(weight, n, k, N, K), grad, input_precision="ieee")
     if norm_weight is not None:
         rows = load_tile(x, i, k, M, K).to(tl.float32)
         # Rows beyond M are zeros, which without norm_eps would become NaN and reach the sums.
