@@ -198,45 +198,6 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1) score_resident(c
     float scores[2][2];
     score_best_groups(row_tiles, code_tiles, chunks, last_steps, first_code, scores);
 
-    // The nearest code of a row that its scores leave undecided, for the warp. `leader` is the first of its four lanes.
-    const auto rescore_row = [&](int h, int leader, float row_threshold) {
-      const int row = 8 * h + leader / 4;
-      const int64_t open_row = head * M + first_row + row;
-      const bool by_score = scales[row].window == 0;
-      Nearest nearest{INFINITY, INT_MAX};
-      int rescored = 0;
-      // A share is the 32 codes of a tile whose scores one lane held. Where its best key reaches the threshold it is
-      // scored again, a code a lane, and the codes that reach the threshold then are rescored.
-#pragma unroll 1
-      for (int first = 0; first < 4 * tiles; first += 32) {
-        const int share = first + lane;
-        const float2* key = keys - lane + leader + share % 4 + share / 4 * kWarpgroup;
-        float share_best = NAN;
-        if (share < 4 * tiles) share_best = h == 0 ? key->x : key->y;
-        unsigned shares = __ballot_sync(kAllLanes, share_best >= row_threshold);
-#pragma unroll 1
-        for (; shares != 0 && rescored <= kMaxRescored; shares &= shares - 1) {
-          const int found = first + __ffs(int(shares)) - 1;
-          const int candidate = found / 4 * kResidentCodes + lane / 2 * 8 + found % 4 * 2 + lane % 2;
-          const float score = fmaf(bias[bias_index(candidate)], scales[row].bias_scale,
-                                   dot(row_tiles, warp * 16 + row, code_tiles, candidate, chunks));
-          unsigned reaching = __ballot_sync(kAllLanes, score >= row_threshold);
-          if (!by_score) rescored += __popc(reaching);
-          if (rescored > kMaxRescored) break;
-#pragma unroll 1
-          for (; reaching != 0; reaching &= reaching - 1) {
-            const int from = __ffs(int(reaching)) - 1;
-            const int next = __shfl_sync(kAllLanes, candidate, from);
-            const double distance = by_score ? -double(__shfl_sync(kAllLanes, score, from))
-                                             : exact_distance<2>(z, open_row, codes + int64_t(next) * D, D);
-            offer(nearest, distance, next);
-          }
-        }
-      }
-      const bool unknown = nearest.code == INT_MAX || rescored > kMaxRescored;
-      return unknown ? nearest_of_all(z, open_row, codes, K, D) : nearest.code;
-    };
-
 #pragma unroll 1
     for (int h = 0; h < 2; ++h) {
       const float window = scales[lane / 4 + 8 * h].window;
@@ -265,8 +226,43 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1) score_resident(c
 #pragma unroll 1
       for (; open != 0; open &= open - 1) {
         const int leader = __ffs(int(open)) - 1;
-        const int nearest = rescore_row(h, leader, __shfl_sync(kAllLanes, lane_threshold, leader));
-        if (lane == 0) call.indices[head * M + first_row + 8 * h + leader / 4] = nearest;
+        const int row = 8 * h + leader / 4;
+        const int64_t open_row = head * M + first_row + row;
+        const float row_threshold = __shfl_sync(kAllLanes, lane_threshold, leader);
+        const bool by_score = scales[row].window == 0;
+        Nearest nearest{INFINITY, INT_MAX};
+        int rescored = 0;
+        // A share is the 32 codes of a tile whose scores one lane held. Where its best key reaches the threshold it is
+        // scored again, a code a lane, and the codes that reach the threshold then are rescored.
+#pragma unroll 1
+        for (int first = 0; first < 4 * tiles; first += 32) {
+          const int share = first + lane;
+          const float2* key = keys - lane + leader + share % 4 + share / 4 * kWarpgroup;
+          float share_best = NAN;
+          if (share < 4 * tiles) share_best = h == 0 ? key->x : key->y;
+          unsigned shares = __ballot_sync(kAllLanes, share_best >= row_threshold);
+#pragma unroll 1
+          for (; shares != 0 && rescored <= kMaxRescored; shares &= shares - 1) {
+            const int found = first + __ffs(int(shares)) - 1;
+            const int candidate = found / 4 * kResidentCodes + lane / 2 * 8 + found % 4 * 2 + lane % 2;
+            const float score = fmaf(bias[bias_index(candidate)], scales[row].bias_scale,
+                                     dot(row_tiles, warp * 16 + row, code_tiles, candidate, chunks));
+            unsigned reaching = __ballot_sync(kAllLanes, score >= row_threshold);
+            if (!by_score) rescored += __popc(reaching);
+            if (rescored > kMaxRescored) break;
+#pragma unroll 1
+            for (; reaching != 0; reaching &= reaching - 1) {
+              const int from = __ffs(int(reaching)) - 1;
+              const int next = __shfl_sync(kAllLanes, candidate, from);
+              const double distance = by_score ? -double(__shfl_sync(kAllLanes, score, from))
+                                               : exact_distance<2>(z, open_row, codes + int64_t(next) * D, D);
+              offer(nearest, distance, next);
+            }
+          }
+        }
+        const bool unknown = nearest.code == INT_MAX || rescored > kMaxRescored;
+        const int code = unknown ? nearest_of_all(z, open_row, codes, K, D) : nearest.code;
+        if (lane == 0) call.indices[open_row] = code;
       }
     }
   }

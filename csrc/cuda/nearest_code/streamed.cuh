@@ -46,10 +46,10 @@ struct StreamBuffers : Buffers {  // in shared memory
 constexpr int stream_threads(bool hopper) { return 2 * kWarpgroup + (hopper ? 32 : 0); }
 
 // A block scores 128 rows of a head with one of `splits` equal parts of the tiles. There is one part, unless there are
-// too few rows to fill the GPU. `z` is plan.call.z: taken from the plan, the compiler loads its elements one by one.
+// too few rows to fill the GPU.
 template <bool kHopper, bool kReleaseEarly, bool kAligned, int kSteps>
 __global__ void __launch_bounds__(stream_threads(kHopper), 1)
-    score_stream(const StreamPlan plan, Matrix z, int num_stages, float accumulation) {
+    score_stream(const StreamPlan plan, int num_stages, float accumulation) {
   if constexpr (kHopper && !kCompilesWgmma) return;
   constexpr bool kWgmma = kHopper && kCompilesWgmma;
   constexpr int kCodes = stream_codes(kHopper);
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(stream_threads(kHopper), 1)
   int64_t* first_index = shared.first_rows + thread / 32;
   if (lane == 0) *first_index = head * M + first_row;
   stage_rows<kAligned, kAligned ? 4 : 1, kAligned ? 2 : 1>(
-      z, head * M + first_row, int(min(M - first_row, int64_t(16))), plan.call.D, chunks, shared.mean, *shared.codebook,
-      accumulation, plan.call.exact, row_tiles, warp * 16, scales);
+      plan.call.z, head * M + first_row, int(min(M - first_row, int64_t(16))), plan.call.D, chunks, shared.mean,
+      *shared.codebook, accumulation, plan.call.exact, row_tiles, warp * 16, scales);
   fence_async_proxy();
   sync_threads(1 + group, kWarpgroup);
   RowState rows[2];
@@ -239,7 +239,7 @@ constexpr int kChooseRows = 8;  // of a warp
 
 // Chooses among the candidates of all splits: a thread a row by their scores, then, where several are left, a warp a
 // row by their float64 distances.
-static __global__ void __launch_bounds__(kChooseThreads, 8) choose_nearest(const StreamPlan plan, Matrix z) {
+static __global__ void __launch_bounds__(kChooseThreads, 8) choose_nearest(const StreamPlan plan) {
   const int64_t M = plan.call.M;
   const int K = plan.call.K, D = plan.call.D;
   const int64_t warp_row = (int64_t(blockIdx.x) * (kChooseThreads / 32) + threadIdx.x / 32) * kChooseRows;
@@ -284,7 +284,7 @@ static __global__ void __launch_bounds__(kChooseThreads, 8) choose_nearest(const
     Nearest nearest{INFINITY, INT_MAX};
     each(row, [&](const Candidate& candidate) {
       if (!(candidate.score >= row_threshold)) return;
-      const double distance = exact_distance<4>(z, row, codes + int64_t(candidate.code) * D, D);
+      const double distance = exact_distance<4>(plan.call.z, row, codes + int64_t(candidate.code) * D, D);
       offer(nearest, distance, candidate.code);
     });
     if (lane == 0) plan.call.indices[row] = nearest.code;
@@ -323,9 +323,8 @@ bool launch_streamed(const Call& call, const Device& device) {
                       : plan.steps == 2 ? score_stream<kHopper, false, kAligned, kTwo>
                                         : score_stream<kHopper, false, kAligned, kStepsPerTile>;
   launch("tensor-core pass", kernel, grid_size(call.H * ceil_div(call.M, kStreamRows) * plan.splits),
-         stream_threads(kHopper), shared_bytes(stages), call.stream, plan, call.z, stages, accumulation_error(call.D));
-  launch("float64 choice", choose_nearest, grid_size(ceil_div(rows, kChooseThreads / 32 * kChooseRows)), kChooseThreads,
-         0, call.stream, plan, call.z);
+         stream_threads(kHopper), shared_bytes(stages), call.stream, plan, stages, accumulation_error(call.D));
+  run("float64 choice", choose_nearest, ceil_div(rows, kChooseThreads / 32 * kChooseRows), kChooseThreads);
   launch_rescore_undecided<float>(call);
   return true;
 }
