@@ -36,6 +36,8 @@ def run(main: Callable[[], None], on_interrupt: str = "interrupted") -> NoReturn
     except UserError as error:
         print_error(error)
         sys.exit(2)
+    except BrokenPipeError:  # what read the output, such as `head`, has ended
+        os._exit(141)
     except OSError as error:
         # About a file that is named it is the system's word on what the user asked for, not a mistake in the program.
         if error.filename is None or error.strerror is None:
