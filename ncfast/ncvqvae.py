@@ -1,5 +1,6 @@
 """The public face of a trained NC-VQVAE: load it, draw series, decode, reconstruct, save."""
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,6 +151,21 @@ class NCVQVAE(TrainedModel):
         write_config(folder, self.config, self.data)
         write_tensors(folder / "stage1.safetensors", self.vqvae.state_dict())
         write_tensors(folder / "stage2.safetensors", self.prior.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> "NCVQVAE":
+        """The model of a run folder or of a repository on the Hugging Face hub; see `ncfast.hub.from_pretrained`."""
+        from ncfast.hub import from_pretrained
+
+        return from_pretrained(name, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads the model with a card; `ncfast.hub.push_to_hub` of a run folder adds its picture and measures."""
+        from ncfast.hub import push_to_hub
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            return push_to_hub(folder, repo_id, **options)
 
 
 def load(run: str | Path, device: str | torch.device = "auto", precision: str | None = None) -> NCVQVAE:

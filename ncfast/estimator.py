@@ -1,0 +1,102 @@
+"""A generator of series as a scikit-learn estimator."""
+
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
+
+from ncfast.errors import UserError
+from ncfast.training.fit import fit
+
+LEAST_LENGTH = 4  # of series: what the STFT takes at least
+
+
+class SeriesGenerator(BaseEstimator):
+    """NC-VQVAE with `fit`, `sample` and `get_params`, for pipelines and grid searches.
+
+    Parameters:
+        preset: "default" or "paper".
+        ssl: self-supervised loss, "none", "barlow", "vicreg", "vibcreg" or "views".
+        stage1_epochs, stage2_epochs: None takes as many as the preset.
+        options: other fields of `ncfast.config.Config`, as a dict.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        random_state: an int, a RandomState, or None for another one in each call.
+
+    Attributes:
+        model_: the trained `ncfast.NCVQVAE`.
+        classes_: sorted labels; only after `fit` with y.
+        n_features_in_: samples of a series.
+    """
+
+    def __init__(
+        self,
+        preset: str = "default",
+        ssl: str = "vicreg",
+        stage1_epochs: int | None = None,
+        stage2_epochs: int | None = None,
+        options: dict[str, Any] | None = None,
+        device: str = "auto",
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
+        self.preset = preset
+        self.ssl = ssl
+        self.stage1_epochs = stage1_epochs
+        self.stage2_epochs = stage2_epochs
+        self.options = options
+        self.device = device
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None) -> "SeriesGenerator":
+        """Trains both stages. X [n, L] or [n, C, L], finite; y [n] labels, or None.
+
+        Raises:
+            ValueError: data or parameters that cannot be used, with the reason.
+        """
+        X = validate_data(
+            self, X, dtype=np.float64, ensure_min_samples=2, ensure_min_features=LEAST_LENGTH, allow_nd=True
+        )
+        labels = None
+        if y is not None:
+            y = np.asarray(y)
+            check_classification_targets(y)
+            if len(y) != len(X):
+                raise ValueError(f"y has a label for each series of X: {len(X)}; got {len(y)}")
+            self.classes_, index = np.unique(y, return_inverse=True)
+            labels = index.astype(str)  # any type of label comes back as it was
+        chosen = {"ssl": self.ssl, "seed": self._seed(), **(self.options or {})}
+        for name in ("stage1_epochs", "stage2_epochs"):
+            if getattr(self, name) is not None:
+                chosen[name] = getattr(self, name)
+        try:
+            self.model_ = fit(X, labels, preset=self.preset, device=self.device, quiet=True, **chosen)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        self.flat_ = X.ndim == 2
+        return self
+
+    def sample(self, n_samples: int = 1, labels: Any = "train") -> tuple[np.ndarray, np.ndarray | None]:
+        """New series, as X was [n_samples, L] or [n_samples, C, L], and their labels, None after `fit` without y.
+
+        labels: "train", "balanced", "none"; labels of y to take in turn; or {label: count}.
+        """
+        check_is_fitted(self)
+        if not isinstance(labels, str):
+            names = [self._class_name(label) for label in labels]
+            labels = dict(zip(names, labels.values(), strict=True)) if isinstance(labels, dict) else names
+        try:
+            X, y = self.model_.sample(n_samples, labels, self._seed())
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        X = X[:, 0] if self.flat_ else X
+        return X, None if y is None else self.classes_[y.astype(int)]
+
+    def _class_name(self, label: Any) -> str:
+        known = list(getattr(self, "classes_", ()))
+        if label not in known:
+            raise ValueError(f"labels are of {known}; got {label!r}")
+        return str(known.index(label))
+
+    def _seed(self) -> int:
+        return int(check_random_state(self.random_state).randint(2**31 - 1))

@@ -1,0 +1,60 @@
+"""The scikit-learn estimator: the library's own checks, and what it draws."""
+
+import numpy as np
+import pytest
+from runs import SMALL, waves
+
+pytest.importorskip("sklearn")
+
+from sklearn.base import clone
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import ncfast
+from ncfast import estimator
+from ncfast.estimator import SeriesGenerator
+
+
+def generator(**parameters):
+    return SeriesGenerator(
+        **{"stage1_epochs": 1, "stage2_epochs": 1, "options": SMALL, "random_state": 0, **parameters}
+    )
+
+
+@parametrize_with_checks([generator(ssl="none")])
+def test_scikit_learn(estimator, check):
+    check(estimator)
+
+
+@pytest.fixture(autouse=True)
+def longer(request, monkeypatch):
+    """The library's data have one to ten features, no series: each is made eight samples of what is trained on."""
+    if "check" in request.fixturenames:
+        monkeypatch.setattr(estimator, "LEAST_LENGTH", 1)
+        monkeypatch.setattr(estimator, "fit", lambda X, *a, **options: ncfast.fit(np.repeat(X, 8, -1), *a, **options))
+
+
+@pytest.mark.parametrize("channels", [None, 2])
+@pytest.mark.parametrize("labels", [(3, 1), (True, False), ("slow", "fast")])
+def test_series_and_labels_come_back_as_they_were(channels, labels):
+    X, y = waves(20, channels=channels or 1)
+    X = X if channels else X[:, 0]
+    y = np.where(y == "slow", *labels)
+    made = generator().fit(X, y)
+    assert made.classes_.dtype == y.dtype and made.n_features_in_ == X.shape[1]
+    x, drawn = made.sample(6, labels={labels[0]: 2, labels[1]: 4})
+    assert x.shape == (6, *X.shape[1:]) and sorted(drawn.tolist()) == sorted([labels[0]] * 2 + [labels[1]] * 4)
+    assert set(made.sample(4, labels=[labels[1]])[1].tolist()) == {labels[1]}
+    with pytest.raises(ValueError, match="labels are of"):
+        made.sample(4, labels=["nothing"])
+
+
+def test_the_random_state_decides():
+    X, _ = waves(20)
+    first = generator().fit(X)
+    assert first.sample(3)[1] is None
+    again = clone(first).fit(X)
+    assert np.array_equal(first.sample(3)[0], again.sample(3)[0])
+    other = clone(first).set_params(random_state=1).fit(X)
+    assert not np.array_equal(first.sample(3)[0], other.sample(3)[0])
+    with pytest.raises(ValueError, match="ssl is one of|--ssl is one of"):
+        generator(ssl="nothing").fit(X)
