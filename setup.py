@@ -83,30 +83,35 @@ def cuda_release(nvcc: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def number(architecture: str) -> int:
+    return int(architecture.removesuffix("a"))
+
+
 def cuda_architectures(nvcc: str) -> list[str]:
     """Compute capabilities to compile for, such as 80 and 90a, in ascending order.
 
     The kernels need 8.0, and on 9.0 what only 90a has. The lowest is kept as PTX too, which newer GPUs can run.
     """
     asked = re.findall(r"[^;,\s]+", os.environ.get("NCFAST_CUDA_ARCHITECTURES", ""))
-    visible = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split()
-    wanted = asked or [re.sub(r"\D", "", capability) for capability in visible] or ["80", "90a"]
-    wanted = sorted({"90a" if each == "90" else each for each in wanted}, key=lambda each: int("0" + each.rstrip("a")))
-    for each in wanted:
-        if not re.fullmatch(r"\d+a?", each):
-            raise CannotBuild(f'NCFAST_CUDA_ARCHITECTURES is a list such as "80;90a"; got {each!r}')
-    fit = [each for each in wanted if int(each.rstrip("a")) >= 80]
+    visible = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    wanted = asked or [major + minor for major, minor in re.findall(r"(\d+)\.(\d)", visible)] or ["80", "90a"]
+    if wrong := [each for each in wanted if not re.fullmatch(r"\d+a?", each)]:
+        raise CannotBuild(f'NCFAST_CUDA_ARCHITECTURES is a list such as "80;90a"; got {wrong[0]!r}')
+    wanted = sorted({"90a" if each == "90" else each for each in wanted}, key=number)
+    fit = [each for each in wanted if number(each) >= 80]
     if not fit or (asked and fit != wanted):
         raise CannotBuild(f"the CUDA kernels need compute capability 8.0 (sm_80); asked for sm_{', sm_'.join(wanted)}")
     release = cuda_release(nvcc)
     listed = set(re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch")))
-    known = [each for each in fit if each.rstrip("a") in listed and (each != "90a" or release >= (12, 0))]
-    if known != fit:
-        left_out = ", ".join(f"sm_{each}" for each in fit if each not in known)
-        if asked or "80" not in listed or (visible and left_out == "sm_90a" and not known):
-            raise CannotBuild(f"nvcc {release[0]}.{release[1]} is too old for {left_out}: install a newer CUDA")
-        print(f"ncfast: nvcc {release[0]}.{release[1]} is too old for {left_out}, which is left out", file=sys.stderr)
-        known = sorted({*known, "80"}, key=lambda each: int(each.rstrip("a")))  # as PTX it runs on newer ones
+    known = [each for each in fit if str(number(each)) in listed and (each != "90a" or release >= (12, 0))]
+    left_out = [each for each in fit if each not in known]
+    if left_out:
+        text = "nvcc {}.{} is too old for sm_{}".format(*release, ", sm_".join(left_out))
+        if left_out != ["90a"]:  # sm_80 serves all but 9.0: its own generation, and newer ones by PTX
+            known = sorted({*known, "80"}, key=number)
+        if asked or not known or "80" not in listed:
+            raise CannotBuild(f"{text}: install a newer CUDA")
+        print(f"ncfast: {text}; compiled for sm_{', sm_'.join(known)}", file=sys.stderr)
     return known
 
 
@@ -213,6 +218,14 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(build), "--target", target], check=True)
 
 
+def long_description() -> str:
+    """The README without the picture and the links that only lead somewhere in the repository."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[.*?<!-- --8<-- \[end:picture\] -->\n", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->\n", "", text)
+    return re.sub(r"\[([^]]+)\]\((?!http)[^)]*\)", r"\1", text)
+
+
 def options() -> dict:
     found = {"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {}
     if not os.access(ROOT, os.W_OK):  # setuptools writes into the tree otherwise
@@ -224,6 +237,8 @@ def options() -> dict:
 if __name__ == "__main__":  # tests import what is above
     # The extension names no source: CMake knows them. It is here so that the wheel is tagged for this platform.
     setup(
+        long_description=long_description(),
+        long_description_content_type="text/markdown",
         ext_modules=[Extension("ncfast._C", sources=[])],
         cmdclass={"build": Build, "build_ext": CMakeBuild},
         options=options(),
