@@ -7,6 +7,7 @@ CXX, CUDACXX, CMAKE_ARGS  as CMake's users know them
 NCFAST_SANITIZE=1     the C++ module under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`
 """
 
+import atexit
 import json
 import os
 import re
@@ -196,7 +197,8 @@ class CMakeBuild(build_ext):
 
     def cmake(self, target: str, package: Path, *options: str) -> None:
         cmake, ninja = find_build_tools()
-        build = Path(self.build_temp).resolve() / target
+        # For an editable install build_temp is new each time: a change of one file would compile them all.
+        build = (ROOT / "build" / "editable" if self.inplace else Path(self.build_temp).resolve()) / target
         build.mkdir(parents=True, exist_ok=True)
         # CMake keeps the paths of compilers and ninja, which pip may have deleted since; what was compiled stays.
         # (--fresh, of CMake 3.24, deletes that too.)
@@ -230,6 +232,7 @@ def options() -> dict:
     found = {"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {}
     if not os.access(ROOT, os.W_OK):  # setuptools writes into the tree otherwise
         folder = tempfile.mkdtemp(prefix="ncfast-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         found |= {"build": {"build_base": folder}, "egg_info": {"egg_base": folder}}
     return found
 
