@@ -1,5 +1,5 @@
-"""How the package is built and installed. The slow tests install it, each in its own way; they need a C++ compiler and
-PyPI, and are much faster where ccache is."""
+"""How the package is built and installed. With NCFAST_TEST_INSTALL=1 it is installed, in one way after the other:
+minutes, fewer where ccache is; a C++ compiler and PyPI are needed."""
 
 import importlib.util
 import os
@@ -201,7 +201,10 @@ def test_programs_in_a_tree_that_was_never_built_say_so_once(tree, chosen):
         assert f"Run `pip install -e .` in {tree}" in done.stderr
 
 
-# ---- Ways in. ----
+def way_in(test):
+    asked = os.environ.get("NCFAST_TEST_INSTALL") == "1"
+    reason = "minutes, and PyPI: NCFAST_TEST_INSTALL=1 runs it"
+    return pytest.mark.slow(pytest.mark.skipif(not asked, reason=reason)(test))
 
 
 def run(*command, cwd=None, fails=False, **environment):
@@ -239,21 +242,21 @@ def pip(python, tmp_path):
     return install
 
 
-@pytest.mark.slow
+@way_in
 def test_twice_in_a_row_with_build_isolation(python, tree):
     for _ in range(2):
         run(python, "-m", "pip", "install", "--no-deps", "--force-reinstall", ".", cwd=tree)
         assert "site-packages" in run(python, "-c", CHECK, cwd=tree.parent)
 
 
-@pytest.mark.slow
+@way_in
 def test_plain_and_editable_in_either_order(pip, tree):
     assert "site-packages" in pip(".", cwd=tree)
     assert f"{tree}/ncfast/_C" in pip("-e", ".", cwd=tree)
     assert "site-packages" in pip(".", cwd=tree)
 
 
-@pytest.mark.slow
+@way_in
 def test_sdist_and_a_wheel_from_it(python, pip, tree, tmp_path):
     run(python, "-m", "build", "--no-isolation", "-o", str(tmp_path / "dist"), cwd=tree)
     (wheel,) = (tmp_path / "dist").glob("*-cp310-abi3-*.whl")
@@ -261,7 +264,7 @@ def test_sdist_and_a_wheel_from_it(python, pip, tree, tmp_path):
     assert "site-packages" in pip(wheel)
 
 
-@pytest.mark.slow
+@way_in
 def test_from_git(pip, tree):
     who = ("-c", "user.name=a", "-c", "user.email=a@b.invalid")
     for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "all"]):
@@ -269,12 +272,12 @@ def test_from_git(pip, tree):
     assert "site-packages" in pip(f"git+file://{tree}")
 
 
-@pytest.mark.slow
+@way_in
 def test_a_path_with_spaces_and_letters_beyond_ascii(pip, tree):
     assert "site-packages" in pip(tree.rename(tree.parent / "a tree, größer, 树"))
 
 
-@pytest.mark.slow
+@way_in
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_tree_that_is_read_only(pip, tree):
     for path in [tree, *tree.rglob("*")]:
@@ -286,7 +289,7 @@ def test_a_tree_that_is_read_only(pip, tree):
             path.chmod(path.stat().st_mode | 0o200)
 
 
-@pytest.mark.slow
+@way_in
 def test_without_a_compiler(python, tree, tmp_path):
     (tmp_path / "empty").mkdir()
     command = ("-m", "pip", "install", "--no-deps", "--no-build-isolation", "--force-reinstall", str(tree))
@@ -295,7 +298,7 @@ def test_without_a_compiler(python, tree, tmp_path):
     assert "no C++ compiler was found when it was installed" in run(python, "-c", code, cwd=tmp_path)
 
 
-@pytest.mark.slow
+@way_in
 @pytest.mark.parametrize("nvcc", ["absent", "broken"])
 def test_cuda_that_was_asked_for_and_is_not_there(pip, tree, tmp_path, nvcc):
     path = tmp_path / "nvcc"
@@ -307,7 +310,7 @@ def test_cuda_that_was_asked_for_and_is_not_there(pip, tree, tmp_path, nvcc):
     assert "Traceback" not in text
 
 
-@pytest.mark.slow
+@way_in
 def test_clang(pip, tree):
     clang = next((path for each in ("clang++", "clang++-14") if (path := shutil.which(each))), None)
     if clang is None:
