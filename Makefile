@@ -81,7 +81,7 @@ $(VENV)/test.stamp: $(BIN)/python $(SOURCES)
 	touch $@
 
 $(VENV)/sanitize.stamp: $(VENV)/test.stamp
-	$(INSTALL) 'setuptools>=77' 'cmake>=3.20' ninja 'pybind11>=3'
+	$(INSTALL) 'setuptools>=77' 'cmake>=3.20' ninja
 	touch $@
 
 $(VENV)/lint.stamp: $(BIN)/python pyproject.toml

@@ -1,14 +1,17 @@
-// The only file that knows Python. Compiled twice: as ncfast._C, and with NCFAST_CUDA_MODULE as ncfast._C_cuda.
+// The only file that knows Python. Compiled twice: as ncfast._C, and with NCFAST_CUDA_MODULE as ncfast._C_cuda. CMake
+// defines Py_LIMITED_API, so that one build serves every Python from 3.10 on.
 // Tensors arrive as addresses; ncfast/ops checks shapes, types and contiguity before it calls. What an address and a
 // number can show to be wrong raises ValueError here: a null pointer, one that is not aligned to its element type, an
 // unknown element type, a negative size. The size of the memory behind an address cannot be checked.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <Python.h>
 
-#include <array>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
+#include <string>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 
 #ifdef NCFAST_CUDA_MODULE
 #include "cuda/nearest_code.h"
@@ -29,46 +32,51 @@
 #include "philox.h"
 #endif
 
-namespace py = pybind11;
 using ncfast::DType;
 
 namespace {
 
-// What Python passes for a parameter of a kernel.
+struct Raised {};  // Python's exception is set
+
+struct WithoutGil {
+  PyThreadState* state = PyEval_SaveThread();
+  ~WithoutGil() { PyEval_RestoreThread(state); }
+};
+
+// What Python passes for a parameter of a kernel; a seed is an int64_t there.
 template <class P>
-struct Argument {
-  using Type = P;
-  static P convert(P value) { return value; }
-};
-
-template <class T>
-struct Argument<T*> {
-  using Type = std::uintptr_t;
-  static T* convert(std::uintptr_t address) {
-    if constexpr (!std::is_void_v<T>) {
-      if (address % alignof(T) != 0) throw std::invalid_argument("pointer is not aligned to its element type");
+P convert(PyObject* value) {
+  if constexpr (std::is_pointer_v<P>) {
+    const unsigned long long address = PyLong_AsUnsignedLongLong(value);
+    if (PyErr_Occurred()) throw Raised();
+    if constexpr (!std::is_void_v<std::remove_pointer_t<P>>) {
+      if (address % alignof(std::remove_pointer_t<P>) != 0) {
+        throw std::invalid_argument("pointer is not aligned to its element type");
+      }
     }
-    return reinterpret_cast<T*>(address);
+    return reinterpret_cast<P>(std::uintptr_t(address));
+  } else if constexpr (std::is_floating_point_v<P>) {
+    const double number = PyFloat_AsDouble(value);
+    if (PyErr_Occurred()) throw Raised();
+    return P(number);
+  } else {
+    const long long number = PyLong_AsLongLong(value);
+    if (PyErr_Occurred()) throw Raised();
+    if constexpr (std::is_same_v<P, DType>) {
+      if (number < 0 || number > int(DType::bf16)) throw std::invalid_argument("unknown element type");
+    }
+    if constexpr (std::is_same_v<P, int>) {
+      if (number < std::numeric_limits<int>::min() || number > std::numeric_limits<int>::max()) {
+        PyErr_SetString(PyExc_OverflowError, "int too large for 32 bits");
+        throw Raised();
+      }
+    }
+    return P(number);
   }
-};
+}
 
-template <>
-struct Argument<DType> {
-  using Type = int;
-  static DType convert(int dtype) {
-    if (dtype < 0 || dtype > int(DType::bf16)) throw std::invalid_argument("unknown element type");
-    return DType(dtype);
-  }
-};
-
-template <>
-struct Argument<uint64_t> {  // a seed
-  using Type = int64_t;
-  static uint64_t convert(int64_t value) { return uint64_t(value); }
-};
-
-template <class P, class V>
-void check_size(V value, int& sizes_left, bool& empty) {
+template <class P>
+void check_size(P value, int& sizes_left, bool& empty) {
   if constexpr (std::is_same_v<P, int64_t>) {
     if (sizes_left-- <= 0) return;
     if (value < 0) throw std::invalid_argument("negative size");
@@ -76,43 +84,86 @@ void check_size(V value, int& sizes_left, bool& empty) {
   }
 }
 
-template <class P, int... kOptional, class V>
-void check_pointer(V value, int& index, bool empty) {
+template <int... kOptional, class P>
+void check_pointer(P value, int& index, bool empty) {
   if constexpr (std::is_pointer_v<P>) {
     const bool may_be_null = empty || ((index == kOptional) || ...);
-    if (value == 0 && !may_be_null) throw std::invalid_argument("null pointer");
+    if (value == nullptr && !may_be_null) throw std::invalid_argument("null pointer");
     ++index;
   }
 }
 
+PyObject* to_python(int64_t value) { return PyLong_FromLongLong(value); }
+PyObject* to_python(double value) { return PyFloat_FromDouble(value); }
+
+template <auto kernel>
+struct Function;
+
+template <class R, class... P, R (*kernel)(P...)>
+struct Function<kernel> {
+  template <int kSizes, int... kOptional>
+  static PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    try {
+      if (count != Py_ssize_t(sizeof...(P))) {
+        PyErr_Format(PyExc_TypeError, "expected %zd arguments; got %zd", Py_ssize_t(sizeof...(P)), count);
+        throw Raised();
+      }
+      return run<kSizes, kOptional...>(values, std::index_sequence_for<P...>());
+    } catch (const Raised&) {
+    } catch (const std::invalid_argument& error) {
+      PyErr_SetString(PyExc_ValueError, error.what());
+    } catch (const std::bad_alloc&) {
+      PyErr_NoMemory();
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+  }
+
+  template <int kSizes, int... kOptional, size_t... I>
+  static PyObject* run(PyObject* const* values, std::index_sequence<I...>) {
+    const std::tuple<P...> all{convert<P>(values[I])...};  // braces keep the order
+    int sizes_left = kSizes, index = 0;
+    bool empty = false;
+    (check_size(std::get<I>(all), sizes_left, empty), ...);
+    (check_pointer<kOptional...>(std::get<I>(all), index, empty), ...);
+    if constexpr (std::is_void_v<R>) {
+      {
+        const WithoutGil released;
+        kernel(std::get<I>(all)...);
+      }
+      Py_RETURN_NONE;
+    } else {
+      return to_python([&] {
+        const WithoutGil released;
+        return kernel(std::get<I>(all)...);
+      }());
+    }
+  }
+};
+
 // `kernel` for Python. Its first kSizes int64_t are sizes, which may be 0; of its pointers those numbered kOptional may
 // be null, and all where a size is 0.
-template <int kSizes, int... kOptional, class... P>
-void define(py::module_& m, const char* name, void (*kernel)(P...)) {
-  m.def(
-      name,
-      [kernel](typename Argument<P>::Type... values) {
-        int sizes_left = kSizes, index = 0;
-        bool empty = false;
-        (check_size<P>(values, sizes_left, empty), ...);
-        (check_pointer<P, kOptional...>(values, index, empty), ...);
-        kernel(Argument<P>::convert(values)...);
-      },
-      py::call_guard<py::gil_scoped_release>());
+template <auto kernel, int kSizes = 0, int... kOptional>
+PyMethodDef define(const char* name) {
+  const auto call = &Function<kernel>::template call<kSizes, kOptional...>;
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL, nullptr};
 }
-
-}  // namespace
 
 #ifdef NCFAST_CUDA_MODULE
 
-PYBIND11_MODULE(_C_cuda, m) {
-  m.def("nearest_code_workspace_bytes", &ncfast::cuda::nearest_code_workspace_bytes);
-  define<4, 2, 3>(m, "nearest_code", &ncfast::cuda::nearest_code);  // stream and workspace may be null
-}
+PyMethodDef functions[] = {
+    define<&ncfast::cuda::nearest_code_workspace_bytes>("nearest_code_workspace_bytes"),
+    define<&ncfast::cuda::nearest_code, 4, 2, 3>("nearest_code"),  // stream and workspace may be null
+    {},
+};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, 0, functions, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C_cuda() { return PyModule_Create(&definition); }
 
 #else
-
-namespace {
 
 using namespace ncfast::cpu;
 
@@ -130,53 +181,73 @@ void attend_backward(const float* qkv, const uint8_t* key_mask, const int64_t* l
                             grad_qkv, grad_q_scale, grad_k_scale, grad_null_kv);
 }
 
-py::dict build_info() {
-  py::dict info;
+int64_t saved_numel(int64_t N, int64_t D) { return GramShape(N, D).saved(); }
+
+PyObject* build_info(PyObject*, PyObject*) {
 #if defined(__clang__)
-  info["compiler"] = "clang " __clang_version__;
+  const char* compiler = "clang " __clang_version__;
 #elif defined(__GNUC__)
-  info["compiler"] = "gcc " __VERSION__;
+  const char* compiler = "gcc " __VERSION__;
 #else
-  info["compiler"] = "unknown";
+  const char* compiler = "unknown";
 #endif
 #ifdef _OPENMP
-  info["openmp"] = true;
+  PyObject* openmp = Py_True;
 #else
-  info["openmp"] = false;
+  PyObject* openmp = Py_False;
 #endif
-  return info;
+  return Py_BuildValue("{s:s,s:O}", "compiler", compiler, "openmp", openmp);
 }
+
+PyObject* isas(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  for (const std::string& isa : available_isas()) {
+    PyObject* name = PyUnicode_FromString(isa.c_str());
+    if (names == nullptr || name == nullptr || PyList_Append(names, name) != 0) return nullptr;
+    Py_DECREF(name);
+  }
+  return names;
+}
+
+PyObject* philox4x32(PyObject*, PyObject* arguments) {
+  unsigned counter[4], key[2];
+  if (!PyArg_ParseTuple(arguments, "(IIII)(II)", &counter[0], &counter[1], &counter[2], &counter[3], &key[0], &key[1]))
+    return nullptr;
+  const auto [word] = ncfast::philox::philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+  return Py_BuildValue("(IIII)", word[0], word[1], word[2], word[3]);
+}
+
+PyMethodDef functions[] = {
+    {"build_info", build_info, METH_NOARGS, nullptr},
+    {"isas", isas, METH_NOARGS, nullptr},
+    {"philox4x32", philox4x32, METH_VARARGS, nullptr},
+    define<&fma_peak>("fma_peak"),
+    define<&saved_numel>("barlow_twins_loss_saved_numel"),
+    define<&saved_numel>("vicreg_loss_saved_numel"),
+    define<&saved_numel>("vibcreg_loss_saved_numel"),
+    define<&nearest_code, 4>("nearest_code"),
+    define<&code_stats, 4>("code_stats"),
+    define<&rotate_to_code, 4>("rotate_to_code"),
+    define<&rotate_to_code_backward, 3>("rotate_to_code_backward"),
+    define<&barlow_twins_loss, 2>("barlow_twins_loss"),
+    define<&barlow_twins_loss_backward, 2>("barlow_twins_loss_backward"),
+    define<&vicreg_loss, 2>("vicreg_loss"),
+    define<&vicreg_loss_backward, 2>("vicreg_loss_backward"),
+    define<&vibcreg_loss, 2>("vibcreg_loss"),
+    define<&vibcreg_loss_backward, 2>("vibcreg_loss_backward"),
+    define<&fused_linear, 3, 2, 3, 4, 6>("fused_linear"),  // bias, norm_weight, residual, pre
+    define<&rms_norm_backward, 2, 4, 5>("rms_norm_backward"),
+    define<&attend, 4, 1, 2, 3, 4, 5>("masked_attention"),                              // all but qkv and out
+    define<&attend_backward, 4, 1, 2, 3, 4, 5, 8, 9, 10>("masked_attention_backward"),  // and the gradients of these
+    define<&iter_norm, 3, 2>("iter_norm"),                                              // saved
+    define<&iter_norm_backward, 3>("iter_norm_backward"),
+    define<&unmask_step, 4, 1, 4, 5, 7>("unmask_step"),  // unconditional, positions, counts, remaining
+    {},
+};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, functions, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.def("build_info", &build_info);
-  m.def("isas", &available_isas);
-  m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
-  m.def("philox4x32", [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
-    const auto [word] = ncfast::philox::philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
-    return std::array<uint32_t, 4>{word[0], word[1], word[2], word[3]};
-  });
-  for (const char* name : {"barlow_twins_loss_saved_numel", "vicreg_loss_saved_numel", "vibcreg_loss_saved_numel"}) {
-    m.def(name, [](int64_t N, int64_t D) { return GramShape(N, D).saved(); });
-  }
-  define<4>(m, "nearest_code", &nearest_code);
-  define<4>(m, "code_stats", &code_stats);
-  define<4>(m, "rotate_to_code", &rotate_to_code);
-  define<3>(m, "rotate_to_code_backward", &rotate_to_code_backward);
-  define<2>(m, "barlow_twins_loss", &barlow_twins_loss);
-  define<2>(m, "barlow_twins_loss_backward", &barlow_twins_loss_backward);
-  define<2>(m, "vicreg_loss", &vicreg_loss);
-  define<2>(m, "vicreg_loss_backward", &vicreg_loss_backward);
-  define<2>(m, "vibcreg_loss", &vibcreg_loss);
-  define<2>(m, "vibcreg_loss_backward", &vibcreg_loss_backward);
-  define<3, 2, 3, 4, 6>(m, "fused_linear", &fused_linear);  // bias, norm_weight, residual, pre
-  define<2, 4, 5>(m, "rms_norm_backward", &rms_norm_backward);
-  define<4, 1, 2, 3, 4, 5>(m, "masked_attention", &attend);                              // all but qkv and out
-  define<4, 1, 2, 3, 4, 5, 8, 9, 10>(m, "masked_attention_backward", &attend_backward);  // and the gradients of these
-  define<3, 2>(m, "iter_norm", &iter_norm);                                              // saved
-  define<3>(m, "iter_norm_backward", &iter_norm_backward);
-  define<4, 1, 4, 5, 7>(m, "unmask_step", &unmask_step);  // unconditional, positions, counts, remaining
-}
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
 
 #endif

@@ -131,7 +131,7 @@ LEVELS = (
     ("train", "generate", "evaluate", "reproduce", "info", "__init__"),
 )
 SERVE_ALL_BUT_OPS_AND_NN = ("data", "engine")
-SERVE_ALL = ("config", "errors", "version")
+SERVE_ALL = ("build", "config", "errors", "version")
 
 
 def imports_of(path):

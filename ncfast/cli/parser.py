@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from ncfast.build import warn_if_never_built
 from ncfast.config import IMPLEMENTATIONS
 from ncfast.errors import UserError
 
@@ -32,6 +33,7 @@ def run(main: Callable[[], None], on_interrupt: str = "interrupted") -> NoReturn
     """Runs a program: 0 when done, 2 and one line after a user's mistake, 130 after Ctrl-C."""
     try:
         check_implementation()
+        warn_if_never_built(program=True)
         main()
     except UserError as error:
         print_error(error)

@@ -7,15 +7,15 @@ cannot, fastest first. `auto` takes the first that can; a request by name that c
 import functools
 import importlib
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from ncfast.build import NEVER_BUILT, build_record, warn_if_never_built
 
 NAMES = ("auto", "reference", "cpp", "cuda", "triton")
 KEYS = {"cpp": ("CPU",), "cuda": ("CUDA",), "triton": ("CUDA", "CPU")}  # where PyTorch looks for them
@@ -64,6 +64,8 @@ def choose(operation: str, impl: str | None, why_not: dict[str, str | None]) -> 
     if impl == "auto":
         for name in why_not:
             if why_not[name] is None:
+                if name == "reference" and why_not.get("cpp") == NEVER_BUILT:
+                    say_never_built()
                 return name
     if impl not in why_not:
         raise ValueError(f"{operation} has the implementations {', '.join(why_not)} (or auto); got impl={impl!r}")
@@ -72,14 +74,9 @@ def choose(operation: str, impl: str | None, why_not: dict[str, str | None]) -> 
     return impl
 
 
-@functools.cache
-def build_record() -> dict:
-    """What setup.py recorded: {"cpp": {"built": bool, "why": str}, "cuda": {...}}."""
-    path = Path(__file__).resolve().parents[1] / "_build.json"
-    if not path.exists():
-        fact = {"built": False, "why": "run from a source tree that was never built: pip install -e ."}
-        return {"cpp": fact, "cuda": fact}
-    return json.loads(path.read_text())
+@constant_when_compiled
+def say_never_built() -> None:
+    warn_if_never_built()
 
 
 @functools.cache
@@ -110,11 +107,49 @@ def why_not_cuda_here() -> str | None:
     return load_module("_C_cuda")[1]
 
 
+@functools.cache
+def why_not_cuda_on(device: torch.device) -> str | None:
+    """Why a GPU that torch can use cannot run the CUDA module, by what its build recorded."""
+    fact = build_record()["cuda"]
+    architectures = fact.get("architectures", ["80", "90a"])
+    capability = torch.cuda.get_device_capability(device)
+    form = form_for(capability, architectures)
+    if form is None:
+        built, here = ", sm_".join(architectures), "{}{}".format(*capability)
+        mend = (
+            f"install ncfast again with NCFAST_CUDA_ARCHITECTURES={here}" if capability >= (8, 0) else "sm_80 is needed"
+        )
+        return f"it was compiled for sm_{built}, and this GPU is sm_{here}: {mend}"
+    driver, release = divmod(torch._C._cuda_getDriverVersion() // 10, 100), tuple(fact.get("release", (0, 0)))
+    # A driver runs what any CUDA of its generation compiled, but PTX only of those that are not newer.
+    if driver < (release if form == "ptx" else (release[0], 0)):
+        return (
+            "the driver is for CUDA {}.{}, and it was compiled by CUDA {}.{}: update the driver, or install ncfast "
+            "again with an older nvcc".format(*driver, *release)
+        )
+    return None
+
+
+def form_for(capability: tuple[int, int], architectures: list[str]) -> str | None:
+    """In which form a GPU can run what was compiled for these: as machine code, which is for one generation from its
+    own number on (with an "a", for that number alone), as PTX, which is there of the first one, or not at all."""
+    number = 10 * capability[0] + capability[1]
+    plain = [int(each) for each in architectures if each.isdigit()]
+    if capability[0] == 9:  # where the kernels take wgmma, which only 90a has
+        plain = []
+    if f"{number}a" in architectures or any(each // 10 == capability[0] and each <= number for each in plain):
+        return "cubin"
+    return "ptx" if plain and architectures[0].isdigit() and plain[0] <= number else None
+
+
 @constant_when_compiled
 def why_not_cuda(device: torch.device) -> str | None:
+    missing = why_not_cuda_here()
+    if missing is not None:
+        return missing
     if device.type != "cuda":
-        return why_not_cuda_here() or f"the tensors are on {device.type}, and this is the CUDA implementation"
-    return why_not_cuda_here()
+        return f"the tensors are on {device.type}, and this is the CUDA implementation"
+    return why_not_cuda_on(device)
 
 
 @constant_when_compiled

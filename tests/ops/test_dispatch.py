@@ -2,10 +2,12 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
+from ncfast import build
 from ncfast.ops import dispatch, nearest_code, nearest_code_reference
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -65,6 +67,7 @@ def test_preference_comes_from_the_environment():
 def test_reasons_name_what_is_in_the_way(monkeypatch):
     assert "on cuda, and this is the CPU implementation" in dispatch.why_not_cpp(CUDA)
     monkeypatch.setattr(dispatch, "why_not_cuda_here", lambda: None)
+    monkeypatch.setattr(dispatch, "why_not_cuda_on", lambda device: None)
     assert "on cpu, and this is the CUDA implementation" in dispatch.why_not_cuda(CPU)
     assert dispatch.why_not_cuda(CUDA) is None
     monkeypatch.setattr(dispatch, "why_not_triton_here", lambda: None)
@@ -115,11 +118,75 @@ def test_module_that_does_not_load(recorded_build, monkeypatch):
         assert f"ncfast.{name} was built but does not load (ncfast.{name}: wrong Python); reinstall" in reason
 
 
-def test_build_record_are_those_of_the_build_or_say_that_there_was_none(tmp_path, monkeypatch):
+def test_the_build_record_is_that_of_the_build_or_say_that_there_was_none(tmp_path, monkeypatch):
     facts = {name: {"built": False, "why": name} for name in ("cpp", "cuda")}
-    (tmp_path / "ops").mkdir()
-    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "ops" / "dispatch.py"))
-    read = dispatch.build_record.__wrapped__
+    monkeypatch.setattr(build, "PACKAGE", tmp_path)
+    read = build.build_record.__wrapped__
     assert all(not fact["built"] and "pip install -e ." in fact["why"] for fact in read().values())
     (tmp_path / "_build.json").write_text(json.dumps(facts))
     assert read() == facts
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "expected"),
+    [
+        ((7, 5), ["80", "90a"], None),  # a T4
+        ((8, 0), ["80", "90a"], "cubin"),
+        ((8, 9), ["80", "90a"], "cubin"),
+        ((9, 0), ["80", "90a"], "cubin"),
+        ((12, 0), ["80", "90a"], "ptx"),
+        ((9, 0), ["80"], None),  # its kernels take wgmma
+        ((8, 0), ["86"], None),
+        ((8, 9), ["86", "90a"], "cubin"),
+        ((8, 0), ["90a"], None),
+        ((10, 0), ["90a"], None),
+        ((12, 1), ["120"], "cubin"),
+        ((10, 0), ["100a"], "cubin"),
+        ((10, 3), ["100a"], None),
+    ],
+)
+def test_which_gpus_run_what_was_compiled(capability, architectures, expected):
+    assert dispatch.form_for(capability, architectures) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "expected"),
+    [
+        ((7, 5), 13000, "compiled for sm_80, sm_90a, and this GPU is sm_75: sm_80 is needed"),
+        ((8, 6), 13000, None),
+        ((8, 6), 12080, "the driver is for CUDA 12.8, and it was compiled by CUDA 13.1: update the driver"),
+        ((12, 0), 13000, "the driver is for CUDA 13.0, and it was compiled by CUDA 13.1"),  # PTX of a newer CUDA
+        ((12, 0), 13010, None),
+    ],
+)
+def test_a_gpu_that_cannot_run_the_module_has_a_reason_and_another_implementation(
+    capability, driver, expected, monkeypatch, recorded_build
+):
+    recorded_build(cuda={"built": True, "why": "", "architectures": ["80", "90a"], "release": [13, 1]})
+    monkeypatch.setattr(dispatch, "why_not_cuda_here", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    dispatch.why_not_cuda_on.cache_clear()
+    found = dispatch.why_not_cuda(CUDA)
+    dispatch.why_not_cuda_on.cache_clear()
+    assert found == expected if expected is None else expected in found
+    chosen = dispatch.choose("op", None, {"cuda": found, "triton": None, "reference": None})
+    assert chosen == ("cuda" if expected is None else "triton")
+
+
+def test_a_tree_that_was_never_built_warns_at_the_first_slow_call(monkeypatch):
+    fact = {"built": False, "why": build.NEVER_BUILT}
+    monkeypatch.setattr(build, "build_record", lambda: {"cpp": fact, "cuda": fact})
+    monkeypatch.delenv("NCFAST_CPP", raising=False)
+    slow = {"cpp": build.NEVER_BUILT, "reference": None}
+    build.warn_if_never_built.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"several times slower: .* was never built\. Run `pip install -e \.` in"):
+        dispatch.choose("op", None, slow)
+    for variable, value in ((None, None), ("NCFAST_CPP", "0"), ("NCFAST_IMPL", "reference")):
+        if variable:  # it was chosen
+            monkeypatch.setenv(variable, value)
+            build.warn_if_never_built.cache_clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert dispatch.choose("op", None, slow) == "reference"
+    build.warn_if_never_built.cache_clear()
