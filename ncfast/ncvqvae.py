@@ -1,5 +1,6 @@
 """The public face of a trained NC-VQVAE: load it, draw series, decode, reconstruct, save."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ncfast import hub
 from ncfast.data.dataset import series, to_numpy
 from ncfast.engine.checkpoint import make_folder, reason, write_tensors
 from ncfast.engine.device import usable_device
@@ -153,19 +155,62 @@ class NCVQVAE(TrainedModel):
         write_tensors(folder / "stage2.safetensors", self.prior.state_dict())
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **options: Any) -> "NCVQVAE":
-        """The model of a run folder or of a repository on the Hugging Face hub; see `ncfast.hub.from_pretrained`."""
-        from ncfast.hub import from_pretrained
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        device: str | torch.device = "auto",
+        precision: str | None = None,
+    ) -> "NCVQVAE":
+        """The model of a run folder, or of a repository on the Hugging Face hub.
 
-        return from_pretrained(name, **options)
+        Args:
+            name: a folder, or "owner/name" of a repository.
+            revision: branch, tag or commit of the repository.
+            token: of the hub; None takes that of `hf auth login`.
+            cache_dir: where downloads are kept; None takes the hub's own folder.
+            device, precision: as for `ncfast.load`.
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads the model with a card; `ncfast.hub.push_to_hub` of a run folder adds its picture and measures."""
-        from ncfast.hub import push_to_hub
+        Raises:
+            UserError: no such folder or repository, one without a finished run, or no huggingface_hub.
+        """
+        folder = Path(name) if Path(name).is_dir() else hub.download(str(name), revision, token, cache_dir)
+        return load(folder, device, precision)
 
-        with tempfile.TemporaryDirectory() as folder:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        run: str | Path | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        message: str = "Upload a model of ncfast",
+    ) -> str:
+        """Uploads the model with a card to the Hugging Face hub, as JSON and safetensors.
+
+        Args:
+            repo_id: "owner/name"; the repository is made if it is not there.
+            run: folder of its run, whose picture and evaluation then go with it.
+            private: of a new repository; None is the owner's default.
+            token: of the hub; None takes that of `hf auth login`.
+            revision: branch to commit to.
+            message: of the commit.
+
+        Returns:
+            The commit's address.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
             self.save(folder)
-            return push_to_hub(folder, repo_id, **options)
+            for shown in hub.SHOWN if run is not None else ():
+                if (Path(run) / shown).exists():
+                    shutil.copy(Path(run) / shown, folder)
+            (folder / "README.md").write_text(hub.model_card(self.config, self.data, folder, repo_id))
+            return hub.upload(folder, repo_id, private, token, revision, message)
 
 
 def load(run: str | Path, device: str | torch.device = "auto", precision: str | None = None) -> NCVQVAE:

@@ -123,15 +123,15 @@ def test_implementations_have_the_same_names_everywhere():
 LEVELS = (
     ("ops",),
     ("nn",),
-    ("models",),
+    ("models", "hub"),
     ("sampling",),
     ("ncvqvae",),
     ("training", "evaluation", "cli"),
-    ("jobs",),
-    ("train", "generate", "evaluate", "reproduce", "info", "__init__"),
+    ("jobs", "estimator"),
+    ("train", "generate", "evaluate", "reproduce", "info", "__init__", "__main__"),
 )
 SERVE_ALL_BUT_OPS_AND_NN = ("data", "engine")
-SERVE_ALL = ("build", "config", "errors", "version")
+SERVE_ALL = ("build", "config", "errors", "options", "version")
 
 
 def imports_of(path):
