@@ -1,5 +1,6 @@
 # make demo   venv, install, train on a bundled data set, generate 1,000 series
 # make test   venv, install, all tests, a process for each core
+# make test-matrix  all tests with the oldest and the newest torch that is allowed, each in a venv of its own (several GB)
 # make bench  the benchmark tables
 # make lint   ruff and clang-format
 # make docs   the documentation site -> build/site/index.html; a warning is an error
@@ -9,11 +10,12 @@
 VENV ?= .venv
 PYTHON ?= python3
 MINUTES ?= 5.5
+TORCHES ?= 2.10.0 2.14.1
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu sanitize sanitize-gpu lint docs clean
+.PHONY: demo test test-matrix bench gpu sanitize sanitize-gpu lint docs clean
 
 demo: $(VENV)/demo.stamp
 	rm -rf runs/demo
@@ -24,6 +26,13 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n auto --dist worksteal --benchmark-disable
+
+test-matrix: $(TORCHES:%=test-torch-%)
+
+test-torch-%:
+	test -d .venv-torch-$* || $(PYTHON) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[data,eval,log,test]' torch==$*
+	.venv-torch-$*/bin/python -m pytest -n auto --dist worksteal --benchmark-disable
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only

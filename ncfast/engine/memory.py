@@ -11,7 +11,8 @@ import torch
 
 from ncfast.errors import UserError
 
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
 # In errors that have no type of their own: of PyTorch's allocator on a CPU, of the driver, which Triton and CUDA graphs
 # ask too, of cuBLAS and cuDNN when they make their handles and workspaces, of NCCL.
@@ -37,9 +38,29 @@ def available_bytes(device: torch.device) -> int | None:
         available = sum(1024 * int(lines[name].split()[0]) for name in ("MemAvailable", "SwapFree"))
     except (OSError, KeyError, ValueError):
         return None
-    with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
-        available = min(available, int(CGROUP_LIMIT.read_text()))
-    return available
+    return min([available, *cgroup_limits()])
+
+
+def cgroup_limits() -> Iterator[int]:
+    """Bytes that a container or a job may use: of this process's control group and those above it, versions 2 and 1."""
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            root, name = CGROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = CGROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        folder = root / group.strip("/")  # in a container it may not be there, but the root is the container's own
+        for each in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):  # no limit, or "max"
+                yield int((each / name).read_text())
+            if each == root:
+                break
 
 
 def check_fits(needed: int, device: torch.device, what: str, advice: str) -> None:
