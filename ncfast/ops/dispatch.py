@@ -4,6 +4,7 @@ Each operation hands `choose` a table from implementation name to None ("can run
 cannot, fastest first. `auto` takes the first that can; a request by name that cannot be met raises, with the reason.
 """
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -120,14 +121,25 @@ def why_not_cuda_on(device: torch.device) -> str | None:
             f"install ncfast again with NCFAST_CUDA_ARCHITECTURES={here}" if capability >= (8, 0) else "sm_80 is needed"
         )
         return f"it was compiled for sm_{built}, and this GPU is sm_{here}: {mend}"
-    driver, release = divmod(torch._C._cuda_getDriverVersion() // 10, 100), tuple(fact.get("release", (0, 0)))
+    driver, release = driver_version(), tuple(fact.get("release", (0, 0)))
     # A driver runs what any CUDA of its generation compiled, but PTX only of those that are not newer.
-    if driver < (release if form == "ptx" else (release[0], 0)):
+    if driver is not None and driver < (release if form == "ptx" else (release[0], 0)):
         return (
             "the driver is for CUDA {}.{}, and it was compiled by CUDA {}.{}: update the driver, or install ncfast "
             "again with an older nvcc".format(*driver, *release)
         )
     return None
+
+
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the driver knows; None where it does not say."""
+    number = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        failed = driver.cuDriverGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else divmod(number.value // 10, 100)  # 13020 is 13.2
 
 
 def form_for(capability: tuple[int, int], architectures: list[str]) -> str | None:

@@ -1,7 +1,9 @@
+import ctypes
 import json
 import os
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -149,6 +151,20 @@ def test_which_gpus_run_what_was_compiled(capability, architectures, expected):
     assert dispatch.form_for(capability, architectures) == expected
 
 
+@pytest.mark.gpu
+def test_the_driver_tells_its_version():
+    version = dispatch.driver_version()
+    assert version >= tuple(map(int, torch.version.cuda.split(".")))[:1]  # torch runs, so it knows that generation
+
+
+def test_a_driver_that_is_not_there_tells_nothing(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert dispatch.driver_version() is None
+
+
 @pytest.mark.parametrize(
     ("capability", "driver", "expected"),
     [
@@ -165,7 +181,12 @@ def test_a_gpu_that_cannot_run_the_module_has_a_reason_and_another_implementatio
     recorded_build(cuda={"built": True, "why": "", "architectures": ["80", "90a"], "release": [13, 1]})
     monkeypatch.setattr(dispatch, "why_not_cuda_here", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+
+    def version(address):
+        address._obj.value = driver
+        return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace(cuDriverGetVersion=version))
     dispatch.why_not_cuda_on.cache_clear()
     found = dispatch.why_not_cuda(CUDA)
     dispatch.why_not_cuda_on.cache_clear()
