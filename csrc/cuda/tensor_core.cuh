@@ -3,49 +3,43 @@
 // Tensor-core products and the copies that feed them, one instruction a function.
 //
 // Operands lie in shared memory as tiles of 64 fp16 columns: a row is 128 bytes, its eight pieces of 16 bytes permuted
-// by the row number ("128-byte swizzle"), so that neither ldmatrix nor wgmma has bank conflicts. Tiles start at
-// multiples of kTileAlignment bytes.
+// by the row number ("128-byte swizzle"), so that neither ldmatrix nor wgmma meets a bank conflict. Tiles start at
+// multiples of 1024 bytes.
 
 #include <cuda_fp16.h>
 
 #include <cstdint>
 
-#include "warp.cuh"
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define NCFAST_HOPPER 1  // wgmma, and bulk copies that complete on an mbarrier
+#else
+#define NCFAST_HOPPER 0
+#endif
 
 namespace ncfast::cuda {
-
-// Whether the code is being compiled for a GPU with wgmma, and bulk copies that complete on an mbarrier.
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr bool kCompilesWgmma = true;
-#else
-constexpr bool kCompilesWgmma = false;
-#endif
 
 constexpr int kTileColumns = 64;
 constexpr int kTileRowBytes = 128;
 constexpr int kStepsPerTile = 4;  // products take 16 columns at a time
-constexpr int kTileAlignment = 1024;
 
 // Where the 16 bytes of columns 8 piece .. 8 piece + 7 of a row lie in its tile.
-NCFAST_DEVICE int swizzled(int row, int piece) { return row * kTileRowBytes + ((piece ^ (row & 7)) << 4); }
+__device__ __forceinline__ int swizzled(int row, int piece) { return row * kTileRowBytes + ((piece ^ (row & 7)) << 4); }
 
-NCFAST_DEVICE uint32_t shared_address(const void* pointer) {
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The block's dynamic shared memory from the first place for a tile on.
-NCFAST_DEVICE char* tile_memory() {
-  extern __shared__ char unaligned[];
-  return unaligned + (kTileAlignment - shared_address(unaligned) % kTileAlignment) % kTileAlignment;
-}
-
-// A barrier of `threads` threads; barrier 0 is that of __syncthreads.
-NCFAST_DEVICE void sync_threads(int barrier, int threads) {
+// A barrier of `threads` threads; 0 is __syncthreads.
+__device__ __forceinline__ void sync_some(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+__device__ __forceinline__ void arrive_some(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // The lesser, or NaN where either is.
-NCFAST_DEVICE float min_or_nan(float x, float y) {
+__device__ __forceinline__ float min_or_nan(float x, float y) {
   float least;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
   return least;
@@ -53,22 +47,22 @@ NCFAST_DEVICE float min_or_nan(float x, float y) {
 
 // ---- sm_80: mma.sync, cp.async ----
 
-NCFAST_DEVICE void copy16_async(void* shared, const void* global) {
+__device__ __forceinline__ void copy16_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
-NCFAST_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-NCFAST_DEVICE void wait_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
-NCFAST_DEVICE void load_matrices(uint32_t (&x)[4], const void* row) {
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(shared_address(row))
                : "memory");
 }
 
-NCFAST_DEVICE void mma_16x8x16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_16x8x16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
       "%3};"
@@ -78,22 +72,26 @@ NCFAST_DEVICE void mma_16x8x16(float* d, const uint32_t (&a)[4], uint32_t b0, ui
 
 // ---- sm_90a: wgmma, mbarrier, bulk copies ----
 
-NCFAST_DEVICE void init_barrier(uint64_t* barrier, int arrivals) {
+#if NCFAST_HOPPER
+
+__device__ __forceinline__ void init_barrier(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
-NCFAST_DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
-NCFAST_DEVICE void arrive(uint64_t* barrier) {
+__device__ __forceinline__ void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-NCFAST_DEVICE void arrive_and_expect(uint64_t* barrier, int bytes) {
+__device__ __forceinline__ void arrive_and_expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
 
-NCFAST_DEVICE void wait(uint64_t* barrier, int parity) {
+__device__ __forceinline__ void wait(uint64_t* barrier, int parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -105,7 +103,7 @@ NCFAST_DEVICE void wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
-NCFAST_DEVICE void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(shared)),
                "l"(global), "r"(bytes), "r"(shared_address(barrier))
@@ -113,28 +111,26 @@ NCFAST_DEVICE void copy_bulk(void* shared, const void* global, int bytes, uint64
 }
 
 // Makes ordinary stores to shared memory visible to wgmma.
-NCFAST_DEVICE void fence_async_proxy() {
-  if constexpr (kCompilesWgmma) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-NCFAST_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-NCFAST_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 template <int kPending>
-NCFAST_DEVICE void wgmma_wait() {
+__device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
 // Keeps the compiler from moving accumulators across a fence or a wait.
 template <int kSize>
-NCFAST_DEVICE void pin(float (&x)[kSize]) {
+__device__ __forceinline__ void pin(float (&x)[kSize]) {
 #pragma unroll
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
 // 128-byte swizzle, rows along k, 1024 bytes from one group of eight rows to the next.
-NCFAST_DEVICE uint64_t tile_descriptor(const void* tile) {
+__device__ __forceinline__ uint64_t tile_descriptor(const void* tile) {
   const uint64_t address = (shared_address(tile) & 0x3ffff) >> 4;
   return address | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
@@ -154,7 +150,7 @@ NCFAST_DEVICE uint64_t tile_descriptor(const void* tile) {
 
 // d = a b^T + d, or without kAdd a b^T, whatever d was; a [64, 16], b [128, 16]
 template <bool kAdd>
-NCFAST_DEVICE void wgmma(float (&d)[64], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b) {
   if constexpr (kAdd) {
     asm volatile(NCFAST_WGMMA_64x128x16("1") : NCFAST_FLOATS64("+f") : "l"(a), "l"(b));
   } else {
@@ -166,40 +162,33 @@ NCFAST_DEVICE void wgmma(float (&d)[64], uint64_t a, uint64_t b) {
 #undef NCFAST_FLOATS64
 #undef NCFAST_FLOATS8
 
-// acc = a b^T (kAdd: + acc) over the first 16 kSteps columns of a and as many columns of b. Only starts the work: its
-// result is there after wgmma_wait.
-template <bool kAdd, int kSteps>
-NCFAST_DEVICE void start_products(float (&acc)[64], uint64_t a, uint64_t b) {
-  wgmma_fence();
-  wgmma<kAdd>(acc, a, b);
-#pragma unroll
-  for (int step = 1; step < kSteps; ++step) wgmma<true>(acc, a + 2 * step, b + 2 * step);
-  wgmma_commit();
-}
-
-// ---- Either ----
+#endif  // NCFAST_HOPPER
 
 // acc = a b^T (kAdd: + acc) over the first 16 steps columns of a tile a [64, 64] and a tile b [kCodes, 64], by the four
 // warps of a warpgroup, each for 16 of the rows. Of those, a thread holds rows lane / 4 and 8 + lane / 4: with c in 0,
-// 1, acc[4 j + c] and acc[4 j + 2 + c] are their products with row 8 j + 2 (lane % 4) + c of b. With wgmma the result
-// is there after finish_products.
-template <bool kWgmma, bool kAdd, int kCodes>
-NCFAST_DEVICE void multiply(float (&acc)[kCodes / 2], const char* a, const char* b, int steps) {
-  if constexpr (kWgmma) {
+// 1, acc[4 j + c] and acc[4 j + 2 + c] are their products with row 8 j + 2 (lane % 4) + c of b. With wgmma the call
+// only starts the work: it is there after wgmma_wait.
+template <bool kHopper, bool kAdd, int kCodes>
+__device__ __forceinline__ void multiply(float (&acc)[kCodes / 2], const char* a, const char* b, int steps) {
+  if constexpr (kHopper) {
+#if NCFAST_HOPPER
     const uint64_t a_tile = tile_descriptor(a);
     const uint64_t b_tile = tile_descriptor(b);
-    if (steps == kStepsPerTile) {  // without branches the products need not wait for each other
-      start_products<kAdd, kStepsPerTile>(acc, a_tile, b_tile);
+    wgmma_fence();
+    if (steps == kStepsPerTile) {  // without branches between them the products need no words with each other
+      wgmma<kAdd>(acc, a_tile, b_tile);
+#pragma unroll
+      for (int step = 1; step < kStepsPerTile; ++step) wgmma<true>(acc, a_tile + 2 * step, b_tile + 2 * step);
     } else {
-      wgmma_fence();
       wgmma<kAdd>(acc, a_tile, b_tile);
 #pragma unroll 1
       for (int step = 1; step < steps; ++step) {
         wgmma_fence();
         wgmma<true>(acc, a_tile + 2 * step, b_tile + 2 * step);
       }
-      wgmma_commit();
     }
+    wgmma_commit();
+#endif
   } else {
     const int lane = threadIdx.x % 32;
     const int a_row = threadIdx.x / 32 % 4 * 16 + lane % 16;
@@ -222,12 +211,20 @@ NCFAST_DEVICE void multiply(float (&acc)[kCodes / 2], const char* a, const char*
   }
 }
 
-template <bool kWgmma, int kSize>
-NCFAST_DEVICE void finish_products(float (&acc)[kSize]) {
-  if constexpr (kWgmma) {
-    wgmma_wait<0>();
-    pin(acc);
-  }
+#if NCFAST_HOPPER
+
+// The same with wgmma, of the first 16 kSteps columns of a with as many columns of b from 16 kSteps part on.
+template <int kSteps>
+__device__ __forceinline__ void multiply_part(float (&acc)[64], const char* a, const char* b, int part) {
+  const uint64_t a_tile = tile_descriptor(a);
+  const uint64_t b_tile = tile_descriptor(b) + 2 * kSteps * part;
+  wgmma_fence();
+  wgmma<false>(acc, a_tile, b_tile);
+#pragma unroll
+  for (int step = 1; step < kSteps; ++step) wgmma<true>(acc, a_tile + 2 * step, b_tile + 2 * step);
+  wgmma_commit();
 }
+
+#endif
 
 }  // namespace ncfast::cuda

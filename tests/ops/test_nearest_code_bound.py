@@ -84,7 +84,7 @@ def group_keys(scores):
     return ((greatest.view(torch.int32) & ~7) | numbers).view(torch.float32).double()
 
 
-def key_threshold(best, window):
+def lowest_key(best, window):
     """In float32, as the kernel does it."""
     best, window = best.float(), window.float()
     return (best - (window + 2.0**KEY * (best.abs() + window) + 2.0**KEY_LEAST)).double()
@@ -172,7 +172,7 @@ def test_the_group_of_the_nearest_code_is_never_ruled_out(name, fast):
     nearest = (scores if fast else exact).argmax(-1)
     window = torch.zeros_like(bound) if fast else 2 * bound
     keys = group_keys(scores)
-    reached = keys >= key_threshold(keys.amax(-1), window)[:, None]
+    reached = keys >= lowest_key(keys.amax(-1), window)[:, None]
     assert reached.gather(1, nearest[:, None] // 4).all()
 
 
@@ -183,7 +183,7 @@ def test_keys_that_move_apart_by_all_that_they_can():
     scores[0, 0] = 1 + 7 * unit  # 9 units less; its key is 7 units less again
     keys = group_keys(scores)
     assert keys[0, 7] - keys[0, 0] == 23 * unit
-    assert keys[0, 0] >= key_threshold(keys[0, 7], torch.tensor(9 * unit))
+    assert keys[0, 0] >= lowest_key(keys[0, 7], torch.tensor(9 * unit))
 
 
 def test_keys_leave_few_more_rows_open():
@@ -191,7 +191,7 @@ def test_keys_leave_few_more_rows_open():
     scores, _, bound = emulate(z, codebook, 16)
     keys = group_keys(scores)
     by_score = scores.unflatten(1, (-1, 4)).amax(-1) >= (scores.amax(-1) - 2 * bound)[:, None]
-    by_key = keys >= key_threshold(keys.amax(-1), 2 * bound)[:, None]
+    by_key = keys >= lowest_key(keys.amax(-1), 2 * bound)[:, None]
     assert ((by_key.sum(-1) > 1).double() - (by_score.sum(-1) > 1).double()).mean() < 0.01
 
 

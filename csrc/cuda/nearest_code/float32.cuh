@@ -1,15 +1,15 @@
 #pragma once
 
-// Nearest code with codes of more than 512 columns: a score in float32, z·e - |e|²/2, of which a row keeps the two
-// best. Where these are further apart than twice the rounding error can be, the best code is the nearest one.
+// Float32.
 
 #include <cfloat>
 #include <cmath>
 
-#include "call.cuh"
+#include "launch.h"
 #include "rescoring.cuh"
 
 namespace ncfast::cuda {
+namespace {
 
 constexpr int kScoreThreads = 256;  // 16 x 16
 constexpr int kThreadTile = 8;      // rows, and codes, of one thread
@@ -27,37 +27,35 @@ struct Top2 {
   int index;  // of the best
 };
 
-// A NaN score changes nothing. Of equal scores the first wins, and with no gap between them the row is undecided.
-NCFAST_DEVICE void offer(Top2& top, float score, int index) {
+// A NaN score changes nothing. Of equal scores the first wins, and the gap of zero sends the row to the second pass.
+__device__ __forceinline__ void offer(Top2& top, float score, int index) {
   const bool wins = score > top.best;
   top.second = fmaxf(top.second, wins ? top.best : score);
   top.best = wins ? score : top.best;
   top.index = wins ? index : top.index;
 }
 
-template <class T>
-struct alignas(4 * sizeof(T)) Pack4 {
-  T x[4];
-};
-
 // Elements d .. d + 3 of a row of D, zeros past its end.
 template <bool kAligned, class T>
-NCFAST_DEVICE Pack4<float> load4(const T* row, int d, int D) {
+__device__ __forceinline__ float4 load4(const T* row, int d, int D) {
   if constexpr (kAligned) {  // then D is a multiple of 4 as well
-    if (d >= D) return {};
-    const Pack4<T> pack = *reinterpret_cast<const Pack4<T>*>(row + d);
-    return {float(pack.x[0]), float(pack.x[1]), float(pack.x[2]), float(pack.x[3])};
+    struct alignas(4 * sizeof(T)) Pack {
+      T x[4];
+    };
+    if (d >= D) return make_float4(0.f, 0.f, 0.f, 0.f);
+    const Pack pack = *reinterpret_cast<const Pack*>(row + d);
+    return make_float4(float(pack.x[0]), float(pack.x[1]), float(pack.x[2]), float(pack.x[3]));
   } else {
-    const auto at = [&](int i) { return d + i < D ? float(row[d + i]) : 0.f; };
-    return {at(0), at(1), at(2), at(3)};
+    return make_float4(d < D ? float(row[d]) : 0.f, d + 1 < D ? float(row[d + 1]) : 0.f,
+                       d + 2 < D ? float(row[d + 2]) : 0.f, d + 3 < D ? float(row[d + 3]) : 0.f);
   }
 }
 
 // -|e|²/2 of every code, one warp a code. NaN marks a code with a NaN or an infinity: its scores are NaN and never win.
-// A finite code whose square overflows float32 gives -inf, which leaves every row of its codebook undecided.
-static __global__ void __launch_bounds__(kScoreThreads) compute_bias(const float* __restrict__ codebook,  // [codes, D]
-                                                                     int64_t codes, int D,
-                                                                     float* __restrict__ bias) {  // [codes]
+// A finite code whose square overflows float32 gives -inf, which makes every row of its codebook ambiguous.
+__global__ void __launch_bounds__(kScoreThreads) compute_bias(const float* __restrict__ codebook,  // [codes, D]
+                                                              int64_t codes, int D,
+                                                              float* __restrict__ bias) {  // [codes]
   const int64_t code = int64_t(blockIdx.x) * (kScoreThreads / 32) + threadIdx.x / 32;
   if (code >= codes) return;
   double square = 0;
@@ -65,7 +63,7 @@ static __global__ void __launch_bounds__(kScoreThreads) compute_bias(const float
     const double x = codebook[code * D + d];
     square = fma(x, x, square);
   }
-  square = lane_sum<32>(square);
+  for (int lane = 16; lane > 0; lane /= 2) square += __shfl_xor_sync(kAllLanes, square, lane);
   if (threadIdx.x % 32 == 0) bias[code] = isfinite(square) ? float(-0.5 * square) : NAN;
 }
 
@@ -77,16 +75,18 @@ static __global__ void __launch_bounds__(kScoreThreads) compute_bias(const float
 // the caller passes `rounding` >= gamma_D + a few u and `underflow` >= (D + 1) 2^-150.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kScoreThreads, 2)
-    score_float32(const T* __restrict__ z,             // [H, M, D]
-                  const float* __restrict__ codebook,  // [H, K, D]
-                  const float* __restrict__ bias,      // [H, K]
-                  int64_t M, int K, int D, float rounding, float underflow,
-                  int64_t* __restrict__ indices) {  // [H, M], kUndecided where the second pass decides
+    score(const T* __restrict__ z,             // [H, M, D]
+          const float* __restrict__ codebook,  // [H, K, D]
+          const float* __restrict__ bias,      // [H, K]
+          int64_t M, int K, int D, float rounding, float underflow,
+          int64_t* __restrict__ indices) {  // [H, M], kAmbiguous where the second pass decides
   __shared__ __align__(16) float z_slices[2][kSlice][kPitch];
   __shared__ __align__(16) float code_slices[2][kSlice][kPitch];
   __shared__ float row_squares[kTileRows];
-  // The best of each thread so far, touched once a tile: beside the scores it would not fit in 128 registers.
-  __shared__ Top2 tops[kThreadTile][kScoreThreads];
+  // What each thread has found so far, touched once a tile: with the scores it would not fit in 128 registers.
+  __shared__ float bests[kThreadTile][kScoreThreads];
+  __shared__ float seconds[kThreadTile][kScoreThreads];
+  __shared__ int best_codes[kThreadTile][kScoreThreads];
 
   const int64_t row_blocks = (M + kTileRows - 1) / kTileRows;
   const int64_t head = blockIdx.x / row_blocks;
@@ -107,27 +107,32 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
 
   float square = 0;
   for (int d = staged_d; d < D; d += kSlice) {
-    const Pack4<float> pack = load4<kAligned>(z_row, d, D);
-#pragma unroll
-    for (int i = 3; i >= 0; --i) square = fmaf(pack.x[i], pack.x[i], square);
+    const float4 x = load4<kAligned>(z_row, d, D);
+    square = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, square))));
   }
-  square = lane_sum<2>(square);
+  square += __shfl_xor_sync(kAllLanes, square, 1);
   if (staged_d == 0) row_squares[staged] = square;
 
-  Pack4<float> z_next, code_next;
+  float4 z_next, code_next;
   const auto fetch = [&](int first_code, int d) {
     z_next = load4<kAligned>(z_row, d + staged_d, D);
     code_next = load4<kAligned>(codebook + int64_t(min(first_code + staged, K - 1)) * D, d + staged_d, D);
   };
   const auto stage = [&](int buffer) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      z_slices[buffer][staged_d + i][staged] = z_next.x[i];
-      code_slices[buffer][staged_d + i][staged] = code_next.x[i];
-    }
+    z_slices[buffer][staged_d + 0][staged] = z_next.x;
+    z_slices[buffer][staged_d + 1][staged] = z_next.y;
+    z_slices[buffer][staged_d + 2][staged] = z_next.z;
+    z_slices[buffer][staged_d + 3][staged] = z_next.w;
+    code_slices[buffer][staged_d + 0][staged] = code_next.x;
+    code_slices[buffer][staged_d + 1][staged] = code_next.y;
+    code_slices[buffer][staged_d + 2][staged] = code_next.z;
+    code_slices[buffer][staged_d + 3][staged] = code_next.w;
   };
 
-  for (auto& top : tops) top[threadIdx.x] = {-INFINITY, -INFINITY, 0};
+  for (int i = 0; i < kThreadTile; ++i) {
+    bests[i][threadIdx.x] = seconds[i][threadIdx.x] = -INFINITY;
+    best_codes[i][threadIdx.x] = 0;
+  }
   float bias_max = 0;  // largest |h| of the usable codes
 
   fetch(0, 0);
@@ -171,18 +176,20 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
 
 #pragma unroll
     for (int i = 0; i < kThreadTile; ++i) {
-      Top2 top = tops[i][threadIdx.x];
+      Top2 top{bests[i][threadIdx.x], seconds[i][threadIdx.x], best_codes[i][threadIdx.x]};
 #pragma unroll
       for (int j = 0; j < kThreadTile; ++j) offer(top, scores[i][j], first_code + j / 4 * 64 + tx * 4 + j % 4);
-      tops[i][threadIdx.x] = top;
+      bests[i][threadIdx.x] = top.best;
+      seconds[i][threadIdx.x] = top.second;
+      best_codes[i][threadIdx.x] = top.index;
     }
   }
 
   // The 16 threads of a row are neighbours in one warp.
-  bias_max = lane_max<16>(bias_max);
+  for (int lane = 8; lane > 0; lane /= 2) bias_max = fmaxf(bias_max, __shfl_xor_sync(kAllLanes, bias_max, lane));
 #pragma unroll
   for (int i = 0; i < kThreadTile; ++i) {
-    Top2 top = tops[i][threadIdx.x];
+    Top2 top{bests[i][threadIdx.x], seconds[i][threadIdx.x], best_codes[i][threadIdx.x]};
     for (int lane = 8; lane > 0; lane /= 2) {
       const float second = __shfl_xor_sync(kAllLanes, top.second, lane);
       const float best = __shfl_xor_sync(kAllLanes, top.best, lane);
@@ -197,25 +204,23 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
     const float error = rounding * magnitude + underflow;
     // False for every NaN, and where a partial sum could have overflowed.
     const bool certain = magnitude <= FLT_MAX / 4 && top.best - top.second > 2 * error;
-    indices[first_row + row] = certain ? top.index : kUndecided;
+    indices[first_row + row] = certain ? top.index : kAmbiguous;
   }
 }
 
-template <class T>
-void launch_float32(const Call& call) {
-  const int D = call.D;
-  const int64_t codes = call.H * call.K;
-  const T* z = static_cast<const T*>(call.z.data);
-  float* bias = reinterpret_cast<float*>(call.workspace);
-  launch("codebook norms", compute_bias, grid_size(ceil_div(codes, kScoreThreads / 32)), kScoreThreads, 0, call.stream,
-         call.codes(), codes, D, bias);
+template <class T, bool kAligned>
+void launch_certified(const T* z, const float* codebook, int64_t H, int64_t M, int K, int D, cudaStream_t stream,
+                      float* bias, int64_t* indices) {
+  compute_bias<<<grid_size(ceil_div(H * K, kScoreThreads / 32)), kScoreThreads, 0, stream>>>(codebook, H * K, D, bias);
+  check(cudaGetLastError(), "codebook norms");
   const double rounding = D <= kMaxScoredDim ? 1.02 * (D + 4.0) * 0x1p-24 : INFINITY;
   const double underflow = 1.02 * (D + 4.0) * 0x1p-149;
-  const bool aligned = D % 4 == 0 && is_aligned(z, 4 * sizeof(T)) && is_aligned(call.codebook, 16);
-  launch("float32 pass", aligned ? score_float32<T, true> : score_float32<T, false>,
-         grid_size(call.H * ceil_div(call.M, kTileRows)), kScoreThreads, 0, call.stream, z, call.codes(), bias, call.M,
-         call.K, D, float(rounding), float(underflow), call.indices);
-  launch_rescore_undecided<float>(call);
+  const unsigned blocks = grid_size(H * ceil_div(M, kTileRows));
+  score<T, kAligned>
+      <<<blocks, kScoreThreads, 0, stream>>>(z, codebook, bias, M, K, D, float(rounding), float(underflow), indices);
+  check(cudaGetLastError(), "float32 pass");
+  launch_rescore<T, float, kAligned>(z, codebook, H, M, K, D, stream, indices);
 }
 
+}  // namespace
 }  // namespace ncfast::cuda

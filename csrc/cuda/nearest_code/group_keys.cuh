@@ -1,28 +1,29 @@
 #pragma once
 
-// How a resident codebook is searched: without a branch, by keys of groups of codes. The scores that a thread holds of
-// a row and a tile are those of 8 groups of four codes, 16 g + 2 (lane % 4) + {0, 1, 8, 9}. A group's key is its
-// greatest score with the low bits replaced by g, so that the greatest key tells where it came from. The key of a group
-// past the last code, or of codes that are not finite, is NaN.
+// Keys.
 
 #include "rounding.cuh"
 
 namespace ncfast::cuda {
+namespace {
 
 constexpr int kResidentCodes = 128;  // codes of a tile
 
-constexpr int kGroupCodes = 16;  // of the groups of one number, in the four lanes of a row
+// The best scores of a tile are found without a branch. The scores that a thread holds of a row come in eights of
+// groups: groups of four codes, 16 g + 2 (lane % 4) + {0, 1, 8, 9}. A group's key is its greatest score with the low
+// bits replaced by g, so that the greatest key tells where it came from; how far a key is from its score is part of
+// what `reaching` allows for. No key (NaN) comes of a group past the last code or of codes that are not finite.
+constexpr int kGroupCodes = 16;  // by the four lanes of a row
 constexpr unsigned kKeyBits = kResidentCodes / kGroupCodes - 1;
 
-// Stores the biases of a group's four codes together.
-NCFAST_DEVICE int bias_index(int code) {
+// The bias of a group's four codes lies together.
+__device__ __forceinline__ int bias_place(int code) {
   return (code & ~15) | (code >> 1 & 3) << 2 | (code >> 3 & 1) << 1 | (code & 1);
 }
 
-// The two greatest keys of a tile, for each of the thread's two rows.
-NCFAST_DEVICE void best_two_keys(const float (&acc)[kResidentCodes / 2],
-                                 const float* bias,  // [128], shared, by bias_index
-                                 const float (&bias_scale)[2], float (&best)[2], float (&second)[2]) {
+__device__ __forceinline__ void best_groups(const float (&acc)[kResidentCodes / 2],
+                                            const float* bias,  // [128], shared, placed
+                                            const float (&bias_scale)[2], float (&best)[2], float (&second)[2]) {
 #pragma unroll
   for (int g = 0; g < kResidentCodes / kGroupCodes; ++g) {
     const float4 b = *reinterpret_cast<const float4*>(bias + g * kGroupCodes + threadIdx.x % 4 * 4);
@@ -43,27 +44,27 @@ NCFAST_DEVICE void best_two_keys(const float (&acc)[kResidentCodes / 2],
   }
 }
 
-// Groups whose key is below cannot hold the nearest code. A key is within 2^-20 of its score, and so is the best one.
-NCFAST_DEVICE float key_threshold(float best, float window) {
+// Codes whose group has no such key are out. A key is within 2^-20 of its score, and so is the best one.
+__device__ __forceinline__ float lowest_key(float best, float window) {
   return best - (window + 0x1p-18f * (fabsf(best) + window) + 0x1p-140f);
 }
 
 // Products of a warp's 16 rows with four codes each: x[h][c] is that of row lane / 4 + 8 h with code
 // first[h] + 8 (lane % 2) + c, in the two lanes of four where lane / 2 and lane / 4 are both even or both odd.
-NCFAST_DEVICE void score_best_groups(const char* rows, const char* tiles, int chunks, int last_steps,
-                                     const int (&first)[2], float (&x)[2][2]) {
-  const int lane = opaque_lane();
+__device__ __forceinline__ void multiply_groups(const char* rows, const char* tiles, int chunks, int last_steps,
+                                                const int (&first)[2], float (&x)[2][2]) {
+  const int lane = lane_again();
   const int a_row = threadIdx.x / 32 % 4 * 16 + lane % 16;
   // Column n of product i is code n % 4 of row 2 i + n / 4; two products share a load.
   const char* codes[4];
-  int swizzle[4];
+  int turn[4];
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
     const int row = 4 * p + lane / 16 * 2 + lane % 8 / 4;
     const int code = __shfl_sync(kAllLanes, first[p / 2], row % 8 * 4) + lane % 4 / 2 * 8 + lane % 2;
     codes[p] = tiles + code / kResidentCodes * chunks * (kResidentCodes * kTileRowBytes) +
                code % kResidentCodes * kTileRowBytes;
-    swizzle[p] = code % 8;
+    turn[p] = code % 8;
   }
   float acc[8][4] = {};
 #pragma unroll 1
@@ -72,12 +73,12 @@ NCFAST_DEVICE void score_best_groups(const char* rows, const char* tiles, int ch
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       uint32_t a_part[4];
-      load_matrices(a_part, rows + chunk * kRowTileBytes + swizzled(a_row, 2 * step + lane / 16));
+      load_matrices(a_part, rows + chunk * kGroupTileBytes + swizzled(a_row, 2 * step + lane / 16));
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
         uint32_t b_part[4];
-        load_matrices(b_part, codes[p] + chunk * (kResidentCodes * kTileRowBytes) +
-                                  (((2 * step + lane / 8 % 2) ^ swizzle[p]) << 4));
+        load_matrices(
+            b_part, codes[p] + chunk * (kResidentCodes * kTileRowBytes) + (((2 * step + lane / 8 % 2) ^ turn[p]) << 4));
         mma_16x8x16(acc[2 * p], a_part, b_part[0], b_part[1]);
         mma_16x8x16(acc[2 * p + 1], a_part, b_part[2], b_part[3]);
       }
@@ -97,16 +98,20 @@ NCFAST_DEVICE void score_best_groups(const char* rows, const char* tiles, int ch
   }
 }
 
-// Product, in float32, of row `row` of `rows` with a code, another one in each lane.
-NCFAST_DEVICE float dot(const char* rows, int row, const char* tiles, int code, int chunks) {
+// Product of a staged row with the codes of each lane.
+__device__ __forceinline__ float multiply_one(const char* rows, int row, const char* tiles, int code, int chunks) {
   const char* tile = tiles + code / kResidentCodes * chunks * (kResidentCodes * kTileRowBytes);
   float sum = 0;
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
 #pragma unroll 2
     for (int piece = 0; piece < 8; ++piece) {
-      Fp16x8 a, b;
-      a.words = *reinterpret_cast<const uint4*>(rows + chunk * kRowTileBytes + swizzled(row, piece));
+      union Pack {
+        uint4 words;
+        __half2 pairs[4];
+      };
+      Pack a, b;
+      a.words = *reinterpret_cast<const uint4*>(rows + chunk * kGroupTileBytes + swizzled(row, piece));
       b.words = *reinterpret_cast<const uint4*>(tile + chunk * (kResidentCodes * kTileRowBytes) +
                                                 swizzled(code % kResidentCodes, piece));
 #pragma unroll
@@ -120,4 +125,5 @@ NCFAST_DEVICE float dot(const char* rows, int row, const char* tiles, int code, 
   return sum;
 }
 
+}  // namespace
 }  // namespace ncfast::cuda

@@ -7,29 +7,30 @@
 #include <cstdint>
 
 #include "../../dtype.h"
-#include "../warp.cuh"
 
 namespace ncfast::cuda {
+namespace {
 
 struct Matrix {
   const void* data;  // of `dtype`, f64 excluded
   DType dtype;
 };
 
-NCFAST_DEVICE float widen(uint16_t bits, DType dtype) {
+__device__ __forceinline__ float widen(uint16_t bits, DType dtype) {
   // A bf16 is the upper half of a float.
   return dtype == DType::bf16 ? __uint_as_float(uint32_t(bits) << 16) : __half2float(__ushort_as_half(bits));
 }
 
-NCFAST_DEVICE float load1(const Matrix& matrix, int64_t index) {
+__device__ __forceinline__ float load1(const Matrix& matrix, int64_t index) {
   if (matrix.dtype == DType::f32) return static_cast<const float*>(matrix.data)[index];
   return widen(static_cast<const uint16_t*>(matrix.data)[index], matrix.dtype);
 }
 
 // Elements d .. d + 7 of the rows first + row(0), first + row(1), .., zeros past their ends. `kAligned` says that rows
-// are multiples of 8 elements and start at multiples of 16 bytes; the loads of all rows are then in flight together.
+// are multiples of 8 elements and start at multiples of 16 bytes; the loads of all rows are then under way together.
 template <bool kAligned, int kRows, class Row>
-NCFAST_DEVICE void load_rows(const Matrix& matrix, int64_t first, const Row& row, int d, int D, float (&x)[kRows][8]) {
+__device__ __forceinline__ void load_rows(const Matrix& matrix, int64_t first, const Row& row, int d, int D,
+                                          float (&x)[kRows][8]) {
   if constexpr (!kAligned) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -66,9 +67,9 @@ NCFAST_DEVICE void load_rows(const Matrix& matrix, int64_t first, const Row& row
   }
 }
 
-// Starts loading 16 rows of z from `first` on, or the `left` that there are, into the L2 cache.
-NCFAST_DEVICE void prefetch_rows(const Matrix& z,  // [.., D]
-                                 int64_t first, int left, int D) {
+// Has the 16 rows of z from `first` on, or the `left` that there are, on their way to the L2 cache.
+__device__ __forceinline__ void prefetch_rows(const Matrix& z,  // [.., D]
+                                              int64_t first, int left, int D) {
   const int size = z.dtype == DType::f32 ? 4 : 2;
   const char* from = static_cast<const char*>(z.data) + first * D * size;
   const int bytes = min(16, left) * D * size;
@@ -77,4 +78,5 @@ NCFAST_DEVICE void prefetch_rows(const Matrix& z,  // [.., D]
   }
 }
 
+}  // namespace
 }  // namespace ncfast::cuda
