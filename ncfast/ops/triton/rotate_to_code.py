@@ -206,7 +206,7 @@ def rotate_to_code_backward_kernel(
         turns = norm_z >= LEAST_NORM
         of_g = tl.where(turns, stretch, of_g)
         of_z += tl.where(turns, 2 * stretch * gq * inverse_q * inverse_z, 0.0)
-        of_s = tl.where(turns, -2 * stretch * gs / tl.maximum(ss, LEAST_NORM_SQUARED * zz), 0.0)
+        of_s = tl.where(turns, -2 * stretch * gs / tl.maximum(ss, zz * LEAST_NORM_SQUARED), 0.0)
 
     if ONE_TILE:
         gradient = of_g[:, None] * g_tile + of_z[:, None] * z_tile - commitment * q_tile
