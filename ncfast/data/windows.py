@@ -1,0 +1,173 @@
+"""Windows cut from long recordings: one table or array whose rows follow each other in time."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ncfast.data.dataset import Dataset, Split, make_dataset, to_numpy
+from ncfast.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas
+
+TIME_NAMES = ("time", "date", "datetime", "timestamp")
+ROW_NAMES = ("", "id", "index", "row", "unnamed: 0")
+
+
+def windows_of(
+    table: Any,
+    window: int,
+    stride: int = 1,
+    *,
+    time_column: str | None = None,
+    group_column: str | None = None,
+    test_share: float = 0.2,
+    name: str = "table",
+    source: str = "table",
+) -> Dataset:
+    """A data set of windows, unlabelled: every `stride` rows one of `window` rows, each column a channel.
+
+    The last `test_share` of each recording is the test split: no window lies in both, and none crosses from one
+    recording to the next. A window with a missing value is left out, with a note.
+
+    Args:
+        table: a DataFrame, or an array [T, C] or [T]; rows in order of time, but for a DataFrame with a time column.
+        window: rows of a window, 1 or more.
+        stride: rows from the start of one window to that of the next, 1 or more.
+        time_column: orders the rows, and is no channel; None takes a column of times, or one of that name, if there is
+            just one.
+        group_column: rows of one value are one recording, and it is no channel.
+        test_share: 0 makes no test split.
+
+    Raises:
+        UserError: numbers that cannot be, columns that are not there or hold no numbers, recordings that are too short.
+    """
+    if window < 1 or stride < 1 or not 0 <= test_share < 1:
+        raise UserError(
+            f"--window and --stride are at least 1 and --test-share is from 0 to below 1; got {window}, {stride}, "
+            f"{test_share:g}"
+        )
+    notes: list[str] = []
+    if hasattr(table, "columns"):
+        values, recordings, channels = from_frame(table, time_column, group_column, source, notes)
+    else:
+        if time_column is not None or group_column is not None:
+            raise UserError(f"{source}: an array has no columns with names; give a DataFrame or leave the name out")
+        values = to_numpy(table, source)
+        values = values[:, None] if values.ndim == 1 else values
+        if values.ndim != 2 or values.dtype.kind not in "fiub":
+            raise UserError(
+                f"{source}: a recording is [T] or [T, C] of numbers; got {values.dtype} {list(values.shape)}"
+            )
+        recordings, channels = [np.arange(len(values))], None
+    parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    dropped = short = 0
+    for rows in recordings:
+        border = len(rows) - int(test_share * len(rows))
+        cut = [list(windows(values[part], window, stride)) for part in (rows[:border], rows[border:])]
+        short += not cut[0]
+        for kept, made in zip(parts, cut, strict=True):
+            whole = [each for each in made if np.isfinite(each).all()]
+            dropped += len(made) - len(whole)
+            kept += whole
+    if not parts[0]:
+        longest = max(map(len, recordings), default=0)
+        raise UserError(
+            f"{source}: no window of {window} rows without a missing value: the longest recording has {longest} rows, "
+            f"of which the first {1 - test_share:g} trains; lower --window"
+        )
+    if short:
+        notes.append(f"{short} of {len(recordings)} recordings are shorter than a window and train nothing")
+    if dropped:
+        notes.append(f"{dropped} windows with a missing value were left out")
+    counts = " and ".join(f"{len(part)} {what}" for part, what in zip(parts, ("train", "test"), strict=True))
+    named = "" if channels is None else f" of {', '.join(channels)}"
+    notes.insert(0, f"windows of {window} rows, one every {stride}: {counts}{named}")
+    X, X_test = (np.stack(part) if part else None for part in parts)
+    test = None if X_test is None else Split(X_test, None, source)
+    return make_dataset(Split(X, None, source), test, name=name, source=source, notes=notes)
+
+
+def windows(values: np.ndarray, window: int, stride: int) -> Iterator[np.ndarray]:  # [T, C]
+    """Each [C, window]."""
+    for first in range(0, len(values) - window + 1, stride):
+        yield values[first : first + window].T
+
+
+def from_frame(
+    frame: "pandas.DataFrame", time_column: str | None, group_column: str | None, source: str, notes: list[str]
+) -> tuple[np.ndarray, list[np.ndarray], list[str]]:
+    """Values float64 [T, C], the rows of each recording in order of time, and the channels' names."""
+    import pandas
+
+    frame = frame.reset_index(drop=True)
+    frame.columns = [str(column) for column in frame.columns]
+    for option, column in (("--time-column", time_column), ("--group-column", group_column)):
+        if column is not None and column not in frame:
+            raise UserError(f"{source}: {option} {column} is none of its columns ({', '.join(frame.columns)})")
+    times = None
+    if time_column is None:
+        found = [column for column in frame if column != group_column and is_time(frame[column], column)]
+        if len(found) > 1:
+            raise UserError(f"{source}: {', '.join(found)} could all be the time; say which with --time-column")
+        time_column = found[0] if found else None
+        if found:
+            notes.append(f"column {time_column} was taken for the time (--time-column)")
+    if time_column is not None:
+        times = frame.pop(time_column)
+        times = (
+            times
+            if pandas.api.types.is_numeric_dtype(times)
+            else pandas.to_datetime(times, errors="coerce", format="mixed")
+        )
+        if times.isna().any():
+            raise UserError(f"{source}: row {int(times.isna().argmax())} of column {time_column} is no time")
+    groups = None if group_column is None else frame.pop(group_column)
+    for column in [each for each in frame if each.lower() in ROW_NAMES]:
+        if (frame[column].diff().iloc[1:] == 1).all():
+            del frame[column]
+            notes.append(f"column {column} counts the rows and was left out")
+    words = [column for column in frame if not pandas.api.types.is_numeric_dtype(frame[column])]
+    if words:
+        raise UserError(
+            f"{source}: column {words[0]} holds no numbers ({frame[words[0]].iloc[0]!r}); name it with --group-column "
+            "or --time-column, or take it out"
+        )
+    if not len(frame.columns):
+        raise UserError(f"{source}: no column is left to be a channel")
+    rows = np.arange(len(frame))
+    recordings = [rows] if groups is None else [rows[groups == value] for value in groups.dropna().unique()]
+    if groups is not None and groups.isna().any():
+        notes.append(f"{int(groups.isna().sum())} rows without a {group_column} were left out")
+    if times is not None:
+        recordings = [in_order(rows, times, time_column, notes) for rows in recordings]
+    return frame.to_numpy(np.float64, na_value=np.nan), recordings, list(frame.columns)
+
+
+def is_time(column: "pandas.Series", name: str) -> bool:
+    """By its type, by its name where it holds numbers, or because all its text is times."""
+    import pandas
+
+    if pandas.api.types.is_datetime64_any_dtype(column):
+        return True
+    if pandas.api.types.is_numeric_dtype(column):
+        return name.lower() in TIME_NAMES
+    try:
+        return not pandas.to_datetime(column, errors="raise", format="mixed").isna().any()
+    except (ValueError, TypeError, OverflowError):
+        return False
+
+
+def in_order(rows: np.ndarray, times: "pandas.Series", name: str, notes: list[str]) -> np.ndarray:
+    """The rows by time; notes say what was out of order, and where steps are not alike."""
+    order = np.argsort(times.to_numpy()[rows], kind="stable")
+    if (order != np.arange(len(rows))).any():
+        notes.append(f"the rows were sorted by {name}")
+    rows = rows[order]
+    steps = np.diff(times.to_numpy()[rows])
+    values, counts = np.unique(steps, return_counts=True)
+    if len(values) > 1:
+        odd = len(steps) - counts.max()
+        notes.append(f"{odd} of {len(steps)} steps of {name} are not the usual one: windows count rows, not time")
+    return rows
