@@ -14,6 +14,7 @@ from ncfast.errors import UserError
 IMPLEMENTATIONS = ("auto", "reference", "cpp", "cuda", "triton")  # of NCFAST_IMPL; `ops.dispatch`
 PRECISIONS = ("fp32", "tf32", "bf16")  # `engine.precision` says what they are
 DTYPES = ("float32", "float16")  # of generated series on disk
+FILE_FORMATS = ("h5", "csv", "tsv", "npz", "parquet")  # that `ncfast.generate` writes
 COMPRESSIONS = ("none", "lzf", "gzip", "zstd")
 METHODS = {
     "none": "regular",

@@ -10,10 +10,11 @@ from pathlib import Path
 from ncfast.cli.flags import add_config_arguments
 from ncfast.cli.parser import Parser, run
 from ncfast.cli.startup import start_driver
-from ncfast.config import COMPRESSIONS, DTYPES, PRECISIONS
+from ncfast.config import COMPRESSIONS, DTYPES, FILE_FORMATS, PRECISIONS
 
 
 def make_parser() -> Parser:
+    suffixes = " ".join(f".{name}" for name in FILE_FORMATS)
     parser = Parser(
         prog="python -m ncfast.generate",
         description="Generate series from a trained run into HDF5. The same command again continues a job.",
@@ -25,7 +26,13 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--num-samples", type=int, metavar="N", help="series to generate; may be left out when --labels has counts"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.h5", help="the file to write")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=f"the file to write, of the format {suffixes}",
+    )
     parser.add_argument(
         "--labels",
         default="train",
@@ -41,6 +48,11 @@ def make_parser() -> Parser:
         help="number format of products and convolutions; another one draws other series [as the run was made]",
     )
     files = parser.add_argument_group("Files")
+    files.add_argument(
+        "--format",
+        choices=FILE_FORMATS,
+        help="of --out; all but h5 are made of an HDF5 file that is written first and stays beside it [by the suffix]",
+    )
     files.add_argument("--dtype", choices=DTYPES, default="float32", help="of the series [float32]")
     files.add_argument("--compression", choices=COMPRESSIONS, default="none", help="of the data sets [none]")
     files.add_argument(

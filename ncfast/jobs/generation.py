@@ -23,6 +23,8 @@ from ncfast.engine.device import kind
 from ncfast.engine.logging import progress_bar
 from ncfast.engine.memory import check_fits, exhaustion_explained, human
 from ncfast.errors import UserError
+from ncfast.jobs.export import export, format_of
+from ncfast.jobs.reader import open_generated
 from ncfast.jobs.shards import FORMAT, Job, Shard, read_manifest
 from ncfast.jobs.writer import ShardWriter, claim, filters, finish, refuse_another
 from ncfast.models.trained import weights_sha256
@@ -46,6 +48,11 @@ def generate(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: a mistake in them, a job that cannot be done here, or one whose name belongs to another.
     """
+    file_format, exported = format_of(arguments.out, arguments.format), arguments.out
+    if file_format != "h5":
+        arguments.out = exported.with_suffix(".h5")
+        if arguments.tokens_only:
+            raise UserError(f"{file_format} is for series; leave out --tokens-only, or choose h5")
     part, parts = choose_share(arguments)
     check(arguments, parts)
     device, device_reason = choose_device(arguments.device, local_rank())
@@ -83,6 +90,9 @@ def generate(arguments: argparse.Namespace) -> None:
             print(f"wrote {len(todo)} shards; {left} of {job.shards} are left to other processes")
     elif leads:
         print(f"wrote {job.out}: {job_summary(job, counts)}" + (f"; {rate:,.0f} series/s" if rate else ""))
+        if file_format != "h5":
+            export(open_generated(job.out), exported, file_format)
+            print(f"wrote {exported}")
 
 
 def choose_share(arguments: argparse.Namespace) -> tuple[int, int]:

@@ -1,0 +1,116 @@
+"""Generated series in the formats of others: a table of text, NumPy's archive, Parquet."""
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ncfast.config import FILE_FORMATS
+from ncfast.engine.checkpoint import atomic_path
+from ncfast.errors import UserError
+from ncfast.jobs.reader import Generated
+
+if TYPE_CHECKING:
+    import pandas
+
+BLOCK_VALUES = 2**22  # of one piece that is held in memory
+
+
+def format_of(path: Path, asked: str | None = None) -> str:
+    """The format that is asked for, or that of the suffix; HDF5 for any other suffix."""
+    suffix = path.suffix.lower().lstrip(".")
+    if asked is None:
+        return suffix if suffix in FILE_FORMATS else "h5"
+    if suffix in FILE_FORMATS and suffix != asked:
+        raise UserError(f"--format {asked} and the name {path.name} do not fit; leave one out")
+    return asked
+
+
+def export(data: Generated, path: Path, kind: str) -> None:
+    """Writes all series, whole or not at all.
+
+    csv and parquet have a row a series (label, t0, t1, ...), or with several channels a row a time point (series,
+    label, time, c0, c1, ...); without classes no label. tsv is that of the UCR archive, without a header: label first,
+    one channel. npz has X [n, C, L] and, with classes, y, their names.
+
+    Raises:
+        UserError: a layout that the format does not have, a package that is not installed, or what the disk refuses.
+    """
+    if kind == "tsv" and data.x.shape[1] > 1:
+        raise UserError(f"tsv has one channel, and these series have {data.x.shape[1]}; choose csv, npz or parquet")
+    write = {"csv": write_text, "tsv": write_text, "npz": write_npz, "parquet": write_parquet}[kind]
+    try:
+        with atomic_path(path) as temporary:
+            write(data, temporary, kind)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
+
+
+def blocks(data: Generated) -> Iterator[tuple[slice, np.ndarray, np.ndarray | None]]:
+    """Rows, their series [B, C, L] and the names of their classes [B]."""
+    names = np.array(data.class_names)
+    size = max(1, BLOCK_VALUES // max(1, int(np.prod(data.x.shape[1:]))))
+    for first in range(0, len(data), size):
+        rows = slice(first, min(first + size, len(data)))
+        yield rows, data.x[rows].astype(np.float32), None if data.y is None else names[data.y[rows]]
+
+
+def frames(data: Generated) -> Iterator["pandas.DataFrame"]:
+    """The table of each block."""
+    library = needed("pandas")
+    _, channels, length = data.x.shape
+    for rows, x, labels in blocks(data):
+        if channels == 1:
+            frame = library.DataFrame(x[:, 0], columns=[f"t{t}" for t in range(length)])
+            if labels is not None:
+                frame.insert(0, "label", labels)
+        else:
+            columns = {"series": np.repeat(np.arange(rows.start, rows.stop), length)}
+            if labels is not None:
+                columns["label"] = np.repeat(labels, length)
+            columns["time"] = np.tile(np.arange(length), len(x))
+            columns |= {f"c{c}": x[:, c].ravel() for c in range(channels)}
+            frame = library.DataFrame(columns)
+        yield frame
+
+
+def write_text(data: Generated, path: Path, kind: str) -> None:
+    # Nine digits give every float32 back.
+    layout = {"sep": "\t", "header": False} if kind == "tsv" else {"sep": ","}
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        for k, frame in enumerate(frames(data)):
+            header = layout.get("header", True) and k == 0
+            frame.to_csv(file, sep=layout["sep"], header=header, index=False, float_format="%.9g")
+
+
+def write_npz(data: Generated, path: Path, kind: str) -> None:
+    arrays = {"X": data.x[:]}
+    if data.y is not None:
+        arrays["y"] = np.array(data.class_names)[data.y[:]]
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def write_parquet(data: Generated, path: Path, kind: str) -> None:
+    arrow, parquet = needed("pyarrow"), needed("pyarrow.parquet")
+    with contextlib.ExitStack() as ends:
+        writer = None
+        for frame in frames(data):
+            table = arrow.Table.from_pandas(frame, preserve_index=False)
+            if writer is None:
+                writer = ends.enter_context(parquet.ParquetWriter(str(path), table.schema))
+            writer.write_table(table)
+
+
+def needed(package: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        name = package.partition(".")[0]
+        raise UserError(f"this format needs {name}: pip install {name}, or choose npz") from None
