@@ -5,6 +5,7 @@ Each `bench_<name>.py` has `cases(device, seconds)`, which yields the rows of on
 """
 
 import ctypes
+import math
 import os
 import platform
 import statistics
@@ -159,7 +160,10 @@ def flat(cases: Iterable[list[dict]]) -> list[dict]:
 
 
 def peak_memory(call: Callable[[], object], device: str = "cpu") -> float:
-    """MiB that a call adds at most: by CUDA's allocator, or by growth of the process, sampled about every 0.2 ms."""
+    """MiB that a call adds at most: by CUDA's allocator, or by growth of the process, sampled about every 0.2 ms.
+
+    NaN where the system has no /proc.
+    """
     call()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -168,8 +172,11 @@ def peak_memory(call: Callable[[], object], device: str = "cpu") -> float:
         call()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return math.nan
+    page = os.sysconf("SC_PAGE_SIZE")
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    statm, page = Path("/proc/self/statm"), os.sysconf("SC_PAGE_SIZE")
     start = peak = int(statm.read_text().split()[1])
     done = threading.Event()
 

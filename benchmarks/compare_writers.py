@@ -53,7 +53,7 @@ def write_plain(path: Path, batches: list[Batch], job: Job, *, sync: bool) -> No
             for name in job.columns:
                 file[name][batch.index[0] : batch.index[-1] + 1] = getattr(batch, name)
     if sync:
-        with open(path, "rb") as file:
+        with open(path, "r+b") as file:
             os.fsync(file.fileno())
 
 

@@ -289,7 +289,10 @@ def finish(processes: list[subprocess.Popen], deadline: float) -> list[int | Non
     finally:
         for process in processes:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                if hasattr(os, "killpg"):
+                    os.killpg(process.pid, signal.SIGKILL)
+                else:
+                    process.kill()
                 process.wait()
     return codes
 

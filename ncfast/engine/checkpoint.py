@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,7 +45,7 @@ def temporary_path(path: Path) -> Path:
 
 def put_in_place(temporary: Path, path: Path) -> None:
     """Contents first, then the name, then the folder that has the name: what a power cut leaves is old or new."""
-    with open(temporary, "rb") as file:
+    with open(temporary, "r+b") as file:  # Windows flushes only what may be written to
         os.fsync(file.fileno())
     os.replace(temporary, path)
     with contextlib.suppress(OSError):  # not every file system takes it
@@ -53,6 +54,21 @@ def put_in_place(temporary: Path, path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def put_first(temporary: Path, path: Path) -> None:
+    """Gives the file its name, which no file has yet: of several processes one comes first.
+
+    Raises:
+        FileExistsError: another was first. Where the system has no hard links its file may be empty for a moment.
+    """
+    try:
+        os.link(temporary, path)  # unlike a rename, it does not replace
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links, such as exFAT, has names that only one can make
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        os.replace(temporary, path)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -66,6 +82,8 @@ def remove_leftovers(path: Path) -> None:
 
 
 def is_running(pid: int) -> bool:
+    if sys.platform == "win32":  # signal 0 is Ctrl-C there; True leaves the file to its age
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -12,10 +12,12 @@ from ncfast.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # not a Unix: there is no lock
+except ImportError:  # Windows
     fcntl = None
+    import msvcrt
 
 NAME = ".lock"
+FAR = 2**30  # of the byte that is locked on Windows, where nobody else can then read it, as the text before it
 # What a file system says that has no locks.
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -34,7 +36,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = None if fcntl is None else acquire(path)
+        descriptor = acquire(path)
     except BlockingIOError:
         holder = " ".join(path.read_text(errors="replace").split()) if path.exists() else ""
         raise UserError(
@@ -46,9 +48,11 @@ def sole_writer(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if descriptor is not None:
-            with contextlib.suppress(OSError):  # the folder may be gone
-                path.unlink(missing_ok=True)  # before the lock is let go: later it could be the next one's
+        if fcntl is None:  # a file that is open, such as the next one's, cannot be removed there
+            os.close(descriptor)
+        with contextlib.suppress(OSError):  # the folder may be gone
+            path.unlink(missing_ok=True)  # before the lock is let go: later it could be the next one's
+        if fcntl is not None:
             os.close(descriptor)
         if is_new:
             with contextlib.suppress(OSError):  # it holds a run
@@ -60,15 +64,28 @@ def acquire(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take(descriptor)
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 os.close(descriptor)
                 raise
         # Whoever had it before may have removed the file between the two calls.
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+            if fcntl is None or os.path.samestat(os.stat(path), os.fstat(descriptor)):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
                 return descriptor
         os.close(descriptor)
+
+
+def take(descriptor: int) -> None:
+    """Raises BlockingIOError when another process has the lock."""
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    os.lseek(descriptor, FAR, os.SEEK_SET)
+    try:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except PermissionError as error:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
+    os.lseek(descriptor, 0, os.SEEK_SET)

@@ -293,7 +293,7 @@ def write_results(cells: Sequence[Cell], arguments: argparse.Namespace, device: 
     writer.writeheader()
     writer.writerows(rows)
     with atomic_path(arguments.out / "results.csv") as temporary:
-        temporary.write_text(text.getvalue())
+        temporary.write_bytes(text.getvalue().encode())
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     head = [
         f"ncfast {__version__}, torch {torch.__version__}, {where}; preset {arguments.preset}, "
@@ -307,4 +307,4 @@ def write_results(cells: Sequence[Cell], arguments: argparse.Namespace, device: 
     if given:
         head.append("Options: " + ", ".join(f"{name} {value}" for name, value in given.items()))
     with atomic_path(arguments.out / "table.md") as temporary:
-        temporary.write_text(as_markdown(rows, notes, head))
+        temporary.write_text(as_markdown(rows, notes, head), encoding="utf-8")

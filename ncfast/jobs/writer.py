@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from ncfast.engine.checkpoint import (
     atomic_path,
+    put_first,
     put_in_place,
     reason,
     remove_leftovers,
@@ -27,6 +29,7 @@ from ncfast.sampling.series import Batch
 
 CHUNK_BYTES = 2**20
 FLUSH_BYTES = 2**25
+PUT_SECONDS = 5.0  # between the two steps of a name without hard links
 # Of a data set that no shard is there for; a reader other than ours sees these.
 FILL = {"x": np.nan, "tokens": 2**16 - 1, "index": -1, "y": -1}
 
@@ -125,7 +128,8 @@ class ShardWriter:
         self.unflushed += size
         if self.unflushed >= FLUSH_BYTES and (self.flushing is None or self.flushing.done()):
             self.check_flush()
-            self.flushing = self.flusher.submit(os.fdatasync, self.disk.fileno())
+            flush = getattr(os, "fdatasync", os.fsync)  # macOS and Windows have fsync alone
+            self.flushing = self.flusher.submit(flush, self.disk.fileno())
             self.unflushed = 0
 
     def check_flush(self) -> None:
@@ -276,14 +280,23 @@ def claim(job: Job) -> None:
     temporary = temporary_path(job.manifest)
     try:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
-        # A link, unlike a rename, does not replace: of two jobs that begin together one comes first.
-        os.link(temporary, job.manifest)
+        put_first(temporary, job.manifest)
     except FileExistsError:
+        wait_for_contents(job.manifest)
         refuse_another(job.manifest, read_manifest(job.manifest)["made_from"], job)
     except OSError as error:
         raise UserError(f"cannot write {job.manifest}: {reason(error)}; choose another folder") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def wait_for_contents(path: Path) -> None:
+    """Of a file that another process has just put there by `put_first`."""
+    end = time.monotonic() + PUT_SECONDS
+    while not path.stat().st_size and time.monotonic() < end:
+        time.sleep(0.01)
+    if not path.stat().st_size:
+        raise UserError(f"{path} is empty: the process that made it was killed; remove it and run the command again")
 
 
 def refuse_another(path: Path, made_from: dict[str, Any], job: Job) -> None:
