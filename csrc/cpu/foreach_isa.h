@@ -6,6 +6,12 @@ namespace ncfast::cpu::portable {
 #include NCFAST_KERNEL
 }
 
+#ifdef NCFAST_NEON
+namespace ncfast::cpu::neon {
+#include NCFAST_KERNEL
+}
+#endif
+
 #ifdef NCFAST_X86
 
 NCFAST_TARGET_AVX2
@@ -26,6 +32,8 @@ NCFAST_TARGET_END
 #ifdef NCFAST_X86
 #define NCFAST_FOR_ISA(isa, call) \
   ((isa) == Isa::avx512 ? avx512::call : (isa) == Isa::avx2 ? avx2::call : portable::call)
+#elif defined(NCFAST_NEON)
+#define NCFAST_FOR_ISA(isa, call) ((isa) == Isa::neon ? neon::call : portable::call)
 #else
 #define NCFAST_FOR_ISA(isa, call) ((void)(isa), portable::call)
 #endif

@@ -33,6 +33,9 @@ std::vector<NamedIsa> available() {
   if (avx2 && __builtin_cpu_supports("avx512f")) isas.push_back({Isa::avx512, "avx512"});
   if (avx2) isas.push_back({Isa::avx2, "avx2"});
 #endif
+#ifdef NCFAST_NEON
+  isas.push_back({Isa::neon, "neon"});
+#endif
   isas.push_back({Isa::portable, "portable"});
   return isas;
 }

@@ -16,6 +16,10 @@
 #pragma GCC diagnostic pop
 #endif
 
+#ifdef NCFAST_NEON
+#include <arm_neon.h>
+#endif
+
 // Between NCFAST_TARGET(...) and NCFAST_TARGET_END every function, template or not, is compiled for those instruction
 // sets. Code there must not instantiate std:: templates: the linker could pick that copy for the whole program.
 #ifdef NCFAST_X86
@@ -175,6 +179,87 @@ inline void narrow_f16(const float* from, uint16_t* to, int64_t count) {
 }
 
 }  // namespace portable
+
+#ifdef NCFAST_NEON
+namespace neon {
+
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  static constexpr int width = 4;
+  static constexpr int tile_rows = 8;
+  float32x4_t lanes;
+
+  static Vec load(const float* from) { return {vld1q_f32(from)}; }
+  static Vec broadcast(float value) { return {vdupq_n_f32(value)}; }
+  void store(float* to) const { vst1q_f32(to, lanes); }
+  static Vec multiply_add(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.lanes, a.lanes, b.lanes)}; }
+  static Vec add(Vec a, Vec b) { return {vaddq_f32(a.lanes, b.lanes)}; }
+  static Vec subtract(Vec a, Vec b) { return {vsubq_f32(a.lanes, b.lanes)}; }
+  static Vec multiply(Vec a, Vec b) { return {vmulq_f32(a.lanes, b.lanes)}; }
+  static Vec max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.lanes, b.lanes), a.lanes, b.lanes)}; }
+  static Vec power_of_two(Vec shifted) {
+    const uint32x4_t bits = vshlq_n_u32(vreinterpretq_u32_f32(shifted.lanes), 23);
+    return {vreinterpretq_f32_u32(vaddq_u32(bits, vdupq_n_u32(0x3f800000)))};
+  }
+  static void transpose(Vec (&rows)[width]) {
+    // Pairs of rows, then pairs of pairs.
+    for (int half = 0; half < 4; half += 2) {
+      const float32x4_t even = vtrn1q_f32(rows[half].lanes, rows[half + 1].lanes);
+      rows[half + 1].lanes = vtrn2q_f32(rows[half].lanes, rows[half + 1].lanes);
+      rows[half].lanes = even;
+    }
+    for (int i = 0; i < 2; ++i) {
+      const float64x2_t low = vreinterpretq_f64_f32(rows[i].lanes), high = vreinterpretq_f64_f32(rows[i + 2].lanes);
+      rows[i].lanes = vreinterpretq_f32_f64(vtrn1q_f64(low, high));
+      rows[i + 2].lanes = vreinterpretq_f32_f64(vtrn2q_f64(low, high));
+    }
+  }
+  static bool any_at_least(Vec a, Vec b, float bound) { return vmaxnmvq_f32(vmaxnmq_f32(a.lanes, b.lanes)) >= bound; }
+  uint32_t lanes_at_least(float bound) const {
+    constexpr uint32_t kBits[4] = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(vcgeq_f32(lanes, vdupq_n_f32(bound)), vld1q_u32(kBits)));
+  }
+  float largest() const { return vmaxnmvq_f32(lanes); }
+  float sum() const { return vaddvq_f32(lanes); }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int width = 2;
+  static constexpr int tile_rows = 8;
+  float64x2_t lanes;
+
+  static Vec load(const double* from) { return {vld1q_f64(from)}; }
+  static Vec broadcast(double value) { return {vdupq_n_f64(value)}; }
+  void store(double* to) const { vst1q_f64(to, lanes); }
+  static Vec multiply_add(Vec a, Vec b, Vec c) { return {vfmaq_f64(c.lanes, a.lanes, b.lanes)}; }
+  static Vec max(Vec a, Vec b) { return {vbslq_f64(vcgtq_f64(a.lanes, b.lanes), a.lanes, b.lanes)}; }
+  static bool any_at_least(Vec a, Vec b, double bound) { return vmaxnmvq_f64(vmaxnmq_f64(a.lanes, b.lanes)) >= bound; }
+  uint32_t lanes_at_least(double bound) const {
+    const uint64x2_t hits = vshrq_n_u64(vcgeq_f64(lanes, vdupq_n_f64(bound)), 63);
+    return uint32_t(vgetq_lane_u64(hits, 0) | vgetq_lane_u64(hits, 1) << 1);
+  }
+  double largest() const { return vmaxnmvq_f64(lanes); }
+  double sum() const { return vaddvq_f64(lanes); }
+};
+
+inline void widen_f16(const uint16_t* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) vst1q_f32(to + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + i))));
+  portable::widen_f16(from + i, to + i, count - i);
+}
+
+inline void narrow_f16(const float* from, uint16_t* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) vst1_u16(to + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + i))));
+  portable::narrow_f16(from + i, to + i, count - i);
+}
+
+}  // namespace neon
+#endif
 
 #ifdef NCFAST_X86
 

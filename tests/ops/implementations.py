@@ -71,6 +71,7 @@ def implementations(operation, table, *, cuda=False):
         "reference": ("reference",),
         "cpp-avx512": ("cpp", "cpu", "avx512"),
         "cpp-avx2": ("cpp", "cpu", "avx2"),
+        "cpp-neon": ("cpp", "cpu", "neon"),
         "cpp-portable": ("cpp", "cpu", "portable"),
         "triton": ("triton", GPU),
         **({"cuda": ("cuda", GPU)} if cuda else {}),

@@ -11,7 +11,7 @@ from loss_oracle import CONVENTIONS, LOSSES, Oracle, views
 from ncfast.ops import dispatch
 
 every_loss = pytest.mark.parametrize("name", LOSSES)
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("avx512", "avx2", "neon", "portable")
 
 
 @pytest.fixture(params=ISAS)
