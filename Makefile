@@ -68,7 +68,7 @@ sanitize-gpu:
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 # It reads the sources and imports no torch, so that nothing has to be built first.
 docs: $(VENV)/docs.stamp

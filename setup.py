@@ -152,6 +152,9 @@ class CMakeBuild(build_ext):
         compiler = find_compiler()
         if compiler is None:
             return {"built": False, "why": "no C++ compiler was found when it was installed"}
+        if sys.platform == "win32" and not os.environ.get("CXX"):
+            why = "not tried with Visual C++, for which they are not written; to try clang, install with CXX=clang++"
+            return {"built": False, "why": f"the C++ kernels were {why}"}
         sanitize = os.environ.get("NCFAST_SANITIZE", "0") == "1"
         try:
             self.cmake("_C", package, *(SANITIZE if sanitize else ()))

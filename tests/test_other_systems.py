@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -138,3 +139,14 @@ def test_one_process_at_a_time_has_a_folder_on_windows(tmp_path, monkeypatch):
             pass
         assert (tmp_path / "run" / lock.NAME).stat().st_size < 1000
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("compiler", ["cl", None])
+def test_an_install_on_windows_says_why_it_has_no_kernels(monkeypatch, compiler):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setattr("shutil.which", lambda name, **_: name if name == compiler else None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    for name in ("CXX", "NCFAST_CPP"):
+        monkeypatch.delenv(name, raising=False)
+    fact = runpy.run_path(str(ROOT / "setup.py"))["CMakeBuild"].build_cpp(None, None)
+    assert not fact["built"] and ("Visual C++" if compiler else "no C++ compiler") in fact["why"]
