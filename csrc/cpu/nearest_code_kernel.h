@@ -72,7 +72,8 @@ NCFAST_NOINLINE void update(Row<T>& row, T& threshold, const T* scores, int pane
   // Most often one code in one panel is left: no branch depends on which.
   uint32_t hits = 0;
   for (int panel = 0; panel < panels; ++panel) {
-    hits |= uint32_t(lanes_at_least<T>(scores + panel * N, threshold) != 0) << panel;
+    const T* of_panel = scores + panel * N;
+    hits |= uint32_t(V::any_at_least(V::load(of_panel), V::load(of_panel + V::width), threshold)) << panel;
   }
   for (; hits != 0; hits &= hits - 1) {
     const int first = lowest_bit(hits) * N;
@@ -86,8 +87,8 @@ NCFAST_NOINLINE void update(Row<T>& row, T& threshold, const T* scores, int pane
 // The scores of R rows and one panel; `scores` holds those of row r from scores + r * stride on. With `Filter`, rows
 // that reach their threshold nowhere are left out, and the others are set in the mask returned.
 template <class T, int R, bool Filter>
-NCFAST_NOINLINE uint32_t score_tile(const T* z, int64_t D, const T* panel, const T* bias, const T* threshold, T* scores,
-                                    int stride) {
+inline uint32_t score_tile(const T* z, int64_t D, const T* panel, const T* bias, const T* threshold, T* scores,
+                           int stride) {
   using V = Vec<T>;
   constexpr int W = V::width;
   const V bias0 = V::load(bias), bias1 = V::load(bias + W);
@@ -118,24 +119,33 @@ NCFAST_NOINLINE uint32_t score_tile(const T* z, int64_t D, const T* panel, const
   return hits;
 }
 
+template <class T, int R, bool Filter>
+NCFAST_NOINLINE uint32_t call_score_tile(const T* z, int64_t D, const T* panel, const T* bias, const T* threshold,
+                                         T* scores, int stride) {
+  return score_tile<T, R, Filter>(z, D, panel, bias, threshold, scores, stride);
+}
+
 // R rows and the panels [begin, end), begin < end.
 template <class T, int R>
 void score_panels(const Codebook<T>& book, int64_t begin, int64_t end, const T* z, T* threshold, Row<T>* rows) {
   constexpr int N = 2 * Vec<T>::width;
   // A row's best grows often among the first codes and rarely later: take those in at once, then branch.
   constexpr int kFirstPanels = 8, kFirstCodes = kFirstPanels * N;
+  // Where D is 8 a call costs a few percent; tiles of many rows lose about as much by being inlined.
+  constexpr bool kCall = Vec<T>::tile_rows > 8;
+  constexpr auto take = kCall ? &call_score_tile<T, R, false> : &score_tile<T, R, false>;
+  constexpr auto filter = kCall ? &call_score_tile<T, R, true> : &score_tile<T, R, true>;
   alignas(64) T scores[R * kFirstCodes];
   int64_t panel = begin;
   if (panel == 0) {
     do {
-      score_tile<T, R, false>(z, book.D, book.panels + panel * book.D * N, book.bias + panel * N, threshold,
-                              scores + panel * N, kFirstCodes);
+      take(z, book.D, book.panels + panel * book.D * N, book.bias + panel * N, threshold, scores + panel * N,
+           kFirstCodes);
     } while (++panel < end && panel < kFirstPanels);
     for (int r = 0; r < R; ++r) update(rows[r], threshold[r], scores + r * kFirstCodes, int(panel), 0);
   }
   for (; panel < end; ++panel) {
-    uint32_t hits = score_tile<T, R, true>(z, book.D, book.panels + panel * book.D * N, book.bias + panel * N,
-                                           threshold, scores, N);
+    uint32_t hits = filter(z, book.D, book.panels + panel * book.D * N, book.bias + panel * N, threshold, scores, N);
     for (; hits != 0; hits &= hits - 1) {
       const int r = lowest_bit(hits);
       update(rows[r], threshold[r], scores + r * N, 1, panel * N);
