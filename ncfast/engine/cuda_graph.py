@@ -22,20 +22,21 @@ class CudaGraph:
         *inputs: Tensor,
         warm_ups: int = 2,
         generators: Sequence[torch.Generator] = (),
+        device: torch.device | str | None = None,
     ) -> None:
         """
         Args:
             inputs: examples on one GPU, which need not be the current one; later ones have the same shapes and types.
-                Without inputs it is the current one.
             warm_ups: calls before the capture, which itself computes nothing. 0 for a function that changes its
                 surroundings, and that the caller has called on `capture_stream` before.
+            device: of a function without inputs.
             generators: a replay draws from them what a call would.
 
         Raises:
             RuntimeError: the function cannot be captured. A generator cannot be used after that.
         """
         self.inputs = [value.clone() for value in inputs]
-        device = inputs[0].device if inputs else torch.device("cuda", torch.cuda.current_device())
+        device = inputs[0].device if inputs else torch.empty(0, device=device).device
         stream = capture_stream(device)
         with current(device):
             # Lazily made handles, workspaces and compiled kernels must be there before the capture.

@@ -216,7 +216,7 @@ def test_captured_by_a_cuda_graph():
     inputs = [
         part.detach().requires_grad_() for part in inputs
     ]  # the others' gradients are for the stream of their first
-    graph = CudaGraph(step)
+    graph = CudaGraph(step, device=GPU)
     for _ in range(2):
         captured = graph()
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(captured, expected, strict=True))

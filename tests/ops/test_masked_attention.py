@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from implementations import compile_offline, each, implementations, isa, needs_triton, poisoned_memory
+from implementations import GPU, compile_offline, each, implementations, isa, needs_triton, poisoned_memory
 
 from ncfast.engine.cuda_graph import CudaGraph
 from ncfast.ops import dispatch, masked_attention
@@ -340,7 +340,7 @@ def test_captured_by_a_cuda_graph():
 
     expected = step()
     qkv = qkv.detach().requires_grad_()  # the gradients of the other one are for the stream of its first
-    graph = CudaGraph(step)
+    graph = CudaGraph(step, device=GPU)
     for _ in range(2):
         captured = graph()
         for ours, theirs in zip(captured, expected, strict=True):
