@@ -1,6 +1,9 @@
 """Windows cut from long recordings: one table or array whose rows follow each other in time."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,6 +90,45 @@ def windows_of(
     X, X_test = (np.stack(part) if part else None for part in parts)
     test = None if X_test is None else Split(X_test, None, source)
     return make_dataset(Split(X, None, source), test, name=name, source=source, notes=notes)
+
+
+def load_windows(path: Path, window: int, stride: int = 1, **options: Any) -> Dataset:
+    """`windows_of` a file: a text table (.csv, .tsv, .txt), .parquet, or an array in .npy.
+
+    Raises:
+        UserError: a file that is not there or cannot be read; see `windows_of`.
+    """
+    notes: list[str] = []
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".npy":
+            table = np.load(path, allow_pickle=False)
+        elif suffix in (".csv", ".tsv", ".txt", ".parquet"):
+            table = read_table(path, notes)
+        else:
+            raise UserError(f"--window takes a .csv, .tsv, .txt, .parquet or .npy file; got {path}")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError, ImportError) as error:  # ParserError is a ValueError
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    made = windows_of(table, window, stride, name=path.stem, source=str(path), **options)
+    return dataclasses.replace(made, notes=(*notes, *made.notes))
+
+
+def read_table(path: Path, notes: list[str]) -> "pandas.DataFrame":
+    """A DataFrame; a first line of nothing but numbers is a row, not a header."""
+    try:
+        import pandas
+    except ImportError:
+        raise UserError("tables are read by pandas: pip install 'ncfast[data]', or save an array as .npy") from None
+    if path.suffix.lower() == ".parquet":
+        return pandas.read_parquet(path)
+    read = functools.partial(pandas.read_csv, path, sep=None, engine="python", skipinitialspace=True)
+    table = read()
+    if pandas.to_numeric(pandas.Series(table.columns.astype(str)), errors="coerce").notna().all():
+        notes.append(f"{path}: the first line holds numbers and was taken for a row, not for names")
+        table = read(header=None)
+    return table
 
 
 def windows(values: np.ndarray, window: int, stride: int) -> Iterator[np.ndarray]:  # [T, C]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ncfast
-from ncfast.data.windows import windows_of
+from ncfast.data.windows import load_windows, windows_of
 
 pandas = pytest.importorskip("pandas")
 
@@ -92,3 +92,34 @@ def test_refused(case):
     arguments, options, message = REFUSED[case]
     with pytest.raises(ncfast.UserError, match=message):
         windows_of(*arguments, **options)
+
+
+TEXTS = {
+    "a.csv": "date,x,y\n" + "".join(f"2020-01-{k + 1:02},{k},{1000 + k}\n" for k in range(20)),
+    "a.tsv": "x\ty\n" + "".join(f"{k}\t{1000 + k}\n" for k in range(20)),
+    "a.txt": "".join(f"{k};{1000 + k}\n" for k in range(20)),
+}
+
+
+@pytest.mark.parametrize("name", [*TEXTS, "a.npy", "a.parquet"])
+def test_files(name, tmp_path):
+    path = tmp_path / name
+    if name == "a.npy":
+        np.save(path, recording(20))
+    elif name == "a.parquet":
+        pytest.importorskip("pyarrow")
+        pandas.DataFrame(recording(20), columns=["x", "y"]).to_parquet(path)
+    else:
+        path.write_text(TEXTS[name])
+    made = load_windows(path, 4, test_share=0.25)
+    assert np.array_equal(made.X_train, windows_of(recording(20), 4, test_share=0.25).X_train)
+    assert made.name == "a" and made.source == str(path)
+    assert any("taken for a row" in note for note in made.notes) == (name == "a.txt")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.npy").write_bytes(b"nothing")
+    (tmp_path / "a.xyz").write_bytes(b"nothing")
+    for name, message in (("b.csv", "does not exist"), ("a.npy", "cannot be read"), ("a.xyz", "--window takes a .csv")):
+        with pytest.raises(ncfast.UserError, match=message):
+            load_windows(tmp_path / name, 4)
