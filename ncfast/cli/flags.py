@@ -41,6 +41,35 @@ def add_config_arguments(
         flags.add_argument("--" + f.name.replace("_", "-"), **kwargs)
 
 
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the data are read where they do not tell: `ncfast.data.layout.Reading`."""
+    parser.add_argument("--data-dir", help="folder where a name is looked up first")
+    reading = parser.add_argument_group("Reading the data", "Found out where not given; what is ambiguous is refused.")
+    reading.add_argument(
+        "--label-column",
+        metavar="NAME|INDEX|none",
+        help="the labels: a column of a table, by name or place (from 0; -1 is the last), or an array of a file of "
+        "arrays; none: no labels",
+    )
+    reading.add_argument(
+        "--layout",
+        choices=("nctd", "ntd", "table"),
+        help="axes of arrays: nctd is [series, channels, time], ntd [series, time, channels]; table: each row of a "
+        "table is a series, whatever its columns are called",
+    )
+    reading.add_argument(
+        "--header", choices=("yes", "no"), help="whether the first line of a text table has the names of its columns"
+    )
+    reading.add_argument(
+        "--index-column", metavar="NAME|INDEX|none", help="a column of a table to leave out; none: leave none out"
+    )
+
+
+def reading_options(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """Arguments of `ncfast.data.load_dataset`."""
+    return {name: getattr(arguments, name) for name in ("label_column", "layout", "header", "index_column")}
+
+
 def given_config_values(arguments: argparse.Namespace) -> dict[str, Any]:
     names = {f.name for f in dataclasses.fields(Config)}
     return {name: value for name, value in vars(arguments).items() if name in names}

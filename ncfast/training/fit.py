@@ -4,14 +4,15 @@ import contextlib
 import dataclasses
 import math
 import threading
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 
 from ncfast.config import Config, make_config
 from ncfast.data.augment import MIN_LENGTH, Augment
+from ncfast.data.layout import Reading
 from ncfast.data.sources import Dataset, from_arrays
 from ncfast.data.stats import MAX_LENGTH, DataStats
 from ncfast.engine.checkpoint import write_tensors
@@ -43,14 +44,17 @@ OUT_OF_MEMORY = "lower --batch-size, --stage2-batch-size or the size of the mode
 
 
 def fit(
-    X: np.ndarray,
-    y: np.ndarray | None = None,
+    X: Any,
+    y: Any = None,
     *,
     preset: str = "default",
     out: str | Path | None = None,
     device: str | torch.device = "auto",
     graph: bool = True,
     quiet: bool = False,
+    label_column: str | int | None = None,
+    layout: Literal["nctd", "ntd", "table"] | None = None,
+    index_column: str | int | None = None,
     **options: "Unpack[Options]",
 ) -> NCVQVAE:
     """Trains both stages on arrays.
@@ -61,22 +65,30 @@ def fit(
     calls this with the same arguments, but for a device of its own, and gets the trained model; the first writes `out`.
 
     Args:
-        X: series, float [n, L] or [n, C, L], all of one length, finite.
+        X: series, float [n, L] or [n, C, L], all of one length, finite; or a table of pandas, a row a series.
         y: a label of any type for each series [n], or None.
         preset: "default" or "paper".
         out: folder of the run; None keeps the model in memory only.
         device: "auto" (the current GPU where torch sees one), "cpu", "cuda" or "cuda:N".
         graph: on a GPU, make each training step one CUDA graph.
         quiet: no progress bars.
+        label_column: of a table or a matrix [n, L + 1], the labels, by name or place from 0; "none": it has none.
+        layout: of X, where it does not tell: "nctd" [n, channels, time], "ntd" [n, time, channels], "table" [n, time].
+        index_column: of a table, a column to leave out; "none" keeps all.
         options: fields of `ncfast.config.Config`, such as ssl="vicreg", stage1_epochs=100.
 
     Returns:
         The trained model; `.sample(n)` draws series.
 
+    What was decided of the data is a warning, and a note of the model's `data`.
+
     Raises:
-        UserError: data or options that cannot be used, with the reason.
+        UserError: data or options that cannot be used or are ambiguous, with the reason.
     """
-    dataset = from_arrays(X, y)
+    reading = Reading(label_column, layout, index_column=index_column)
+    dataset = from_arrays(X, y, reading=reading)
+    for note in dataset.notes:
+        warnings.warn(note, stacklevel=2)
     device = usable_device(device)
     config = resolve_config(make_config(preset, **options), dataset, device)
     out = None if out is None else Path(out)
