@@ -550,6 +550,8 @@ def read_arff(path: Path) -> Table:
     except (arff.ArffError, ValueError, StopIteration, IndexError) as error:
         raise UserError(f"{path}: cannot be read ({str(error) or type(error).__name__}); is it damaged?") from error
     names = list(meta.names())
+    if any(records[name].dtype.kind not in "fS" for name in names):
+        raise UserError(f"{path}: it has several channels, or text; take the .ts file of the data set instead")
     columns = [
         records[name].astype(np.float64) if records[name].dtype.kind == "f" else np.char.decode(records[name], "utf-8")
         for name in names

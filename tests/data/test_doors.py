@@ -229,3 +229,174 @@ def test_files(name, tmp_path):
     write, options, expected = FILES[name]
     path = write(tmp_path)
     judge(lambda: load_dataset(path, **options), expected)
+
+
+def ts(folder, header, *lines):
+    path = folder / "S_TRAIN.ts"
+    path.write_text("\n".join(["@problemName S", *header, "@data", *lines]) + "\n")
+    return path
+
+
+C0, C1 = "1,2,3,4,5", "2,4,3,1,5"
+PAIR = np.array([[[1, 2, 3, 4, 5], [2, 4, 3, 1, 5]]] * 2)
+HEADERS = {
+    "no targets": (["@dimensions 2", "@targetLabel false"], [f"{C0}:{C1}"] * 2, (PAIR, None, "")),
+    "as aeon writes it": (["@dimension 2", "@targetlabel false"], [f"{C0}:{C1}:"] * 2, (PAIR, None, "")),
+    "nothing said": ([], [f"{C0}:{C1}"] * 2, (PAIR, None, "")),
+    "nothing said, labels": ([], [f"{C0}:{C1}:a"] * 2, (PAIR, ["a", "a"], "")),
+    "dimensions say so": (["@dimensions 1"], [f"{C0}:a", f"{C0}:b"], (PAIR[:, :1], ["a", "b"], "")),
+    "labels lack": (["@dimensions 2", "@classLabel true a b"], [f"{C0}:{C1}"], "has 1 channels and the header says 2"),
+    "too many": (["@dimensions 2", "@classLabel false"], [f"{C0}:{C1}:{C1}"], "has 3 channels and the header says 2"),
+    "one of several": (
+        ["@univariate true", "@classLabel false"],
+        [f"{C0}:{C1}"],
+        "has 2 channels and the header says 1",
+    ),
+    "length": (["@seriesLength 6", "@classLabel true a"], [f"{C0}:a"], "@seriesLength 6, and the series have 5"),
+    "classes": (["@classLabel true a b"], [f"{C0}:a", f"{C0}:c"], "'c' is a label and not of the header"),
+    "classes alike": (["@classLabel true 1.0 2"], [f"{C0}:1", f"{C1}:2.0"], (PAIR[:1].swapaxes(0, 1), [1, 2], "")),
+    "contradiction": (["@dimensions 2", "@univariate true"], [C0], "@dimensions 2 and @univariate true"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_of_ts_files_are_believed(name, tmp_path):
+    header, lines, expected = HEADERS[name]
+    judge(lambda: load_dataset(ts(tmp_path, header, *lines)), expected)
+
+
+@pytest.mark.parametrize("labels", [None, NAMES])
+def test_what_aeon_writes_is_read(labels, tmp_path):
+    datasets = pytest.importorskip("aeon.datasets")
+    kind = {} if labels is None else {"label_type": "classification"}
+    datasets.save_to_ts_file(CHANNELS, path=str(tmp_path), y=labels, problem_name="S_TRAIN", **kind)
+    judge(lambda: load_dataset(tmp_path / "S_TRAIN.ts"), (CHANNELS, labels, ""))
+
+
+SPLITS = {  # files of a training and a test split, and what is given to load
+    "train.csv": ("train.csv", "test.csv", "S", rows(Y, X), rows(Y, X), ",", "."),
+    "UCR 2015": ("S_TRAIN", "S_TEST", "S/S_TRAIN", rows(Y, X), rows(Y, X), ",", "."),
+    "UCR 2015, folder": ("S_TRAIN", "S_TEST", "S", rows(Y, np.round(X)), rows(Y, np.round(X)), ",", "."),
+    "UCR .txt": ("S_TRAIN.txt", "S_TEST.txt", "S/S_TEST.txt", rows(Y, X), rows(Y, X), "  ", "."),
+    "without labels": ("train.csv", "test.csv", "S/test.csv", rows(Y, X), rows(X), ",", "."),
+    "semicolons": ("S_TRAIN.csv", "S_TEST.csv", "S", rows(Y, X), rows(Y, X), ";", "."),
+    "decimal commas": ("S_TRAIN.csv", "S_TEST.csv", "S", rows(Y, X), rows(Y, X), ";", ","),
+    "decimal commas, tabs": ("S_TRAIN.txt", "S_TEST.txt", "S", rows(Y, X), rows(Y, X), "\t", ","),
+    "decimal commas, spaces": ("S_TRAIN.txt", "S_TEST.txt", "S", rows(Y, X), rows(Y, X), " ", ","),
+    "decimal commas, text": ("S_TRAIN.csv", "S_TEST.csv", "S", rows(X, NAMES), rows(X, NAMES), " ", ","),
+    "spaces": ("S_TRAIN.csv", "S_TEST.csv", "S", rows(NAMES, X), rows(NAMES, X), "   ", "."),
+    "comma and space": ("S_TRAIN.csv", "S_TEST.csv", "S", rows(Y, X), rows(Y, X), ", ", "."),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_splits(name, tmp_path):
+    train, test, given, content, tests, sep, decimal = SPLITS[name]
+    (tmp_path / "S").mkdir()
+    text(tmp_path / "S", train, content, None, sep, decimal)
+    text(tmp_path / "S", test, tests, None, sep, decimal)
+    data = load_dataset(f"{tmp_path}/{given}")
+    np.testing.assert_array_equal(data.X_train[:, 0], X.astype(np.float32) if "folder" not in name else np.round(X))
+    np.testing.assert_array_equal(data.X_test, data.X_train)
+    assert data.name == "S" and len(data.class_names) == 3 and set(data.y_train.tolist()) == {0, 1, 2}
+    assert data.y_test is None if name == "without labels" else (data.y_test == data.y_train).all()
+    noted = any("separated" in note for note in data.notes)
+    assert noted == (decimal == "," or (train.endswith(".csv") and sep.strip() != ","))
+
+
+def test_a_train_split_alone_is_noted(tmp_path):
+    text(tmp_path, "train.csv", rows(Y, X))
+    assert any("no test split" in note and "test.csv" in note for note in load_dataset(tmp_path).notes)
+
+
+def test_both_kinds_of_decimals_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("1,5;2.5;3\n1,4;2.4;4\n")
+    with pytest.raises(UserError, match="'1,5' and '2.5'"):
+        load_dataset(tmp_path / "a.csv")
+
+
+def test_columns_in_another_order_are_refused(tmp_path):
+    text(tmp_path, "train.csv", rows(Y, X), ["label", *T])
+    text(tmp_path, "test.csv", rows(Y, X), ["label", *T[::-1]])
+    with pytest.raises(UserError, match="column 2 is 't11', and 't0' in the training split"):
+        load_dataset(tmp_path)
+
+
+def test_arff(tmp_path):
+    lines = [f"@attribute att{i} numeric" for i in range(L)] + ["@attribute target {walk,run,none}", "@data"]
+    lines += [",".join(map(cell, row)) for row in rows(X, NAMES)]
+    for name in ("S_TRAIN.arff", "S_TEST.arff"):
+        (tmp_path / name).write_text("@relation S\n" + "\n".join(lines) + "\n")
+    data = load_dataset(tmp_path / "S_TRAIN.arff")
+    check(data, y=NAMES)
+    assert (data.y_test == data.y_train).all()
+    (tmp_path / "S_TRAIN.arff").write_text(
+        "@relation S\n@attribute a relational\n@attribute b numeric\n@end a\n@data\n"
+    )
+    with pytest.raises(UserError, match="S_TRAIN.arff"):
+        load_dataset(tmp_path / "S_TRAIN.arff")
+
+
+def test_parquet(tmp_path, monkeypatch):
+    path = tmp_path / "S.parquet"
+    try:
+        pd.DataFrame(X, columns=T).assign(label=NAMES).to_parquet(path)
+    except ImportError:
+        path.touch()
+        with pytest.raises(UserError, match="pip install pyarrow"):
+            load_dataset(path)
+    else:
+        check(load_dataset(path), y=NAMES)
+        path.write_bytes(path.read_bytes()[:99])
+        with pytest.raises(UserError, match="S.parquet: cannot be read"):
+            load_dataset(path)
+
+
+@pytest.mark.parametrize("gap", ["end", "middle"])
+def test_sets_with_gaps_of_the_archive_point_at_the_adjusted_ones(gap, tmp_path):
+    values = rows(Y, X)
+    values[1][5 if gap == "middle" else -1] = "NaN"
+    adjusted = tmp_path / "Missing_value_and_variable_length_datasets_adjusted" / "S"
+    for folder in (tmp_path / "S", adjusted):
+        folder.mkdir(parents=True)
+    for there in (False, True):
+        if there:
+            text(adjusted, "S_TRAIN.tsv", rows(Y, X), sep="\t")
+        text(tmp_path / "S", "S_TRAIN.tsv", values, sep="\t")
+        with pytest.raises(UserError, match="Missing_value_and_variable_length_datasets_adjusted" + "/S," * there):
+            load_dataset(tmp_path / "S")
+    check(load_dataset(adjusted))
+
+
+def test_a_test_class_that_training_lacks_does_not_stop_it():
+    data = from_arrays(X, Y, X, np.where(Y == 3, 4, Y))
+    assert len(data.X_test) == len(data.y_test) == 7 and "3 of 10 test series are left out" in data.notes[0]
+    assert from_arrays(X, Y, X, Y + 9).X_test is None
+
+
+def test_classes_of_one_name_are_refused(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["X"], file["y"] = X, Y - 1
+        file.attrs["class_names"] = ["a", "b", "a"]
+    with pytest.raises(UserError, match="several classes are called 'a'"):
+        load_dataset(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("files", [["GunPoint_TRAIN.tsv"], ["train.csv", "test.csv"], ["data.npy"], ["a.csv", "b.csv"]])
+def test_a_folder_here_comes_before_names(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "GunPoint").mkdir()
+    (tmp_path / "home").mkdir()
+    np.save(tmp_path / "home" / "GunPoint.npy", 2 * X)
+    note = load_dataset("GunPoint", tmp_path / "home").notes[0]
+    assert "folder GunPoint here holds no data set" in note
+    for name in files:
+        if name.endswith(".npy"):
+            np.save(tmp_path / "GunPoint" / name, X)
+        else:
+            text(tmp_path / "GunPoint", name, rows(NAMES, X), sep="\t" if name.endswith("tsv") else ",")
+    if files == ["a.csv", "b.csv"]:
+        with pytest.raises(UserError, match="found several: a, b; name one"):
+            load_dataset("GunPoint", tmp_path / "home")
+    else:
+        np.testing.assert_array_equal(load_dataset("GunPoint", tmp_path / "home").X_train[:, 0], X.astype(np.float32))
