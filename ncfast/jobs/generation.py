@@ -23,7 +23,7 @@ from ncfast.engine.device import kind
 from ncfast.engine.logging import progress_bar
 from ncfast.engine.memory import check_fits, exhaustion_explained, human
 from ncfast.errors import UserError
-from ncfast.jobs.shards import FORMAT, Job, Shard, read_manifest
+from ncfast.jobs.shards import FORMAT, Job, Shard, open_hdf5, read_manifest
 from ncfast.jobs.writer import ShardWriter, claim, filters, finish, refuse_another
 from ncfast.models.trained import weights_sha256
 from ncfast.ncvqvae import NCVQVAE, load
@@ -36,6 +36,7 @@ SHARD_BYTES = 2**28
 SHARDS_PER_PROCESS = 4
 LEAST_CHUNKS = 100
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+SUFFIXES = (".h5", ".hdf5", ".hdf", "")
 MOST_COMPRESSION = 32  # of tokens among 2 codes it is 16
 
 
@@ -52,7 +53,9 @@ def generate(arguments: argparse.Namespace) -> None:
     model = load(arguments.run, device, arguments.precision)
     options = sampling_values(model.config)
     given = {name: value for name, value in vars(arguments).items() if name in options}
-    labels = parse_labels(arguments.labels)
+    labels = parse_labels(arguments.labels, model.class_names)
+    if isinstance(labels, str) and labels in model.class_names:
+        print(f"warning: {labels!r} is a class too; --labels '{json.dumps([labels])}' draws it", flush=True)
     sampler = SeriesSampler(model, labels, arguments.seed, decode=not arguments.tokens_only, **given)
     job = make_job(arguments, sampler, labels, parts)
     leads = part == 0 or arguments.shard is not None  # the others of torchrun leave the terminal to the first
@@ -98,6 +101,8 @@ def check(arguments: argparse.Namespace, parts: int) -> None:
     """What can be told before anything is loaded."""
     if not arguments.out.parent.is_dir():
         raise UserError(f"the folder {arguments.out.parent} of --out does not exist; make it first")
+    if arguments.out.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out is a file of HDF5, FILE.h5; got {arguments.out.name}: no other format is written")
     if arguments.out.is_dir():
         raise UserError(f"--out is a file; {arguments.out} is a folder")
     if arguments.batch_size is not None and arguments.batch_size < 1:
@@ -105,7 +110,9 @@ def check(arguments: argparse.Namespace, parts: int) -> None:
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed is at least 0 and below 2**63; got {arguments.seed}")
     if arguments.overwrite and parts > 1:
-        raise UserError("--overwrite is for one process: several would remove each other's shards; remove the files")
+        raise UserError(
+            "--overwrite is for one process: several would remove each other's shards; choose another --out"
+        )
     if not arguments.dry_run and not os.access(arguments.out.parent, os.W_OK):
         raise UserError(f"the folder {arguments.out.parent} of --out cannot be written to; choose another --out")
     filters(arguments.compression)
@@ -287,7 +294,7 @@ def remove_job(job: Job) -> None:
 def is_generated(path: Path) -> bool:
     """Whether it is, or was before it was damaged, a file of ours."""
     try:
-        with h5py.File(path) as file:
+        with open_hdf5(path) as file:
             return "job_sha256" in file.attrs
     except OSError:
         with open(path, "rb") as file:
@@ -296,7 +303,7 @@ def is_generated(path: Path) -> bool:
 
 def same_job(job: Job) -> bool:
     try:
-        with h5py.File(job.out) as file:
+        with open_hdf5(job.out) as file:
             return file.attrs.get("job_sha256") == job.sha256
     except OSError:
         return False
