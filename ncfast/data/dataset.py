@@ -172,7 +172,7 @@ def arrange(train: Split, test: Split | None, reading: Reading, notes: list[str]
         if time_is_second(X, reading.layout, train.where, notes):
             splits = [dataclasses.replace(s, X=s.X.swapaxes(1, 2)) if s.X.ndim == 3 else s for s in splits]
     elif X.ndim == 2:
-        reading.refuse(train.where, "index_column")
+        reading.refuse(train.where, "index_column", *(["layout"] if reading.layout != "table" else []))
         column = label_place(X, train, reading)
         if column is not None:
             splits = [without_labels(split, column, X.shape[1]) for split in splits]

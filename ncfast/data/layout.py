@@ -63,7 +63,7 @@ def time_is_second(X: np.ndarray, layout: str | None, where: str, notes: list[st
     if a > b and along_b < along_a / 2:
         notes.append(f"{shape} was read as [series, channels, time] (--layout ntd reads it otherwise)")
         return False
-    if a > b or along_a < along_b / 2:
+    if a > b or (b < 4 * a and along_a < along_b / 2):
         why = "the second axis is longer" if a > b else "the second axis is smoother"
         raise UserError(
             f"{shape} may be [series, channels, time] or [series, time, channels] ({why} than the last): "
@@ -74,12 +74,11 @@ def time_is_second(X: np.ndarray, layout: str | None, where: str, notes: list[st
 
 def refuse_long_table(X: np.ndarray, layout: str | None, where: str) -> None:  # [n, m]
     """Raises UserError where the rows follow each other as time points do: the samples of one long series."""
-    if layout in ("ntd", "nctd"):
-        raise UserError(f"{where}: --layout {layout} is for arrays of three axes; got the shape {list(X.shape)}")
-    if layout is None and len(X) > X.shape[1] > 1 and roughness(X, 0) < roughness(X, 1) / 4:
+    n, m = X.shape
+    if layout is None and n > m > 0 and (m < LEAST_LAST or roughness(X, 0) < roughness(X, 1) / 4):
         raise UserError(
-            f"{where}: the {len(X)} rows of {X.shape[1]} look like time points of one long series, with its channels "
-            "as columns: cut it into windows first, or give --layout table (layout='table') if each row is a series"
+            f"{where}: the {n} rows of {m} look like time points of one long series, with its channels as columns: cut "
+            "it into windows [n, channels, time] first, or give --layout table (layout='table') if each row is a series"
         )
 
 

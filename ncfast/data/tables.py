@@ -281,8 +281,8 @@ def check_names(table: Table, free: list[int], label: int | None) -> None:
             f"{others.format(odd[0])}; or --layout table (layout='table') if it is a sample"
         )
     raise UserError(
-        f"{table.where}: the columns ({list_some(names, 5)}) are not numbered samples, so rows may be series or the "
-        "time points of one long series: give --layout table (layout='table') if each row is a series; "
+        f"{table.where}: the columns ({list_some(names, 5)}) are not samples numbered in order, so rows may be series "
+        "or the time points of one long series: give --layout table (layout='table') if each row is a series; "
         "otherwise cut windows [n, channels, time] first"
     )
 
@@ -567,17 +567,19 @@ def of_frame(frame: Any, where: str) -> Table:
     keys = list(frame.columns if not hasattr(frame, "column_names") else frame.column_names)
     if len(set(keys)) < len(keys):
         raise UserError(f"{where}: columns have the same name; give each its own")
-    columns = [frame_column(frame[key]) for key in keys]
+    columns = [frame_column(frame[key], where) for key in keys]
     names = None if all(isinstance(key, int | np.integer) for key in keys) else [str(key) for key in keys]
     return Table(where, names, columns, range(len(columns[0]) if columns else 0))
 
 
-def frame_column(column: Any) -> np.ndarray:
+def frame_column(column: Any, where: str) -> np.ndarray:
     values = column.to_numpy()
     if values.dtype.kind in "iuf":
         return values.astype(np.float64)
     if values.dtype.kind in "bM":
         return values.astype(str)
+    if any(np.ndim(value) for value in values.tolist()):
+        raise UserError(f"{where}: its cells hold arrays; give an array [n, channels, length]")
     values = [None if value is None or value is pandas().NA or value != value else value for value in values.tolist()]
     if all(value is None or isinstance(value, int | float | np.number) for value in values):
         return np.array([np.nan if value is None else value for value in values], np.float64)

@@ -3,7 +3,9 @@
 import h5py
 import numpy as np
 import pytest
+from runs import SMALL
 
+from ncfast import fit, train
 from ncfast.data import from_arrays, load_dataset
 from ncfast.data.layout import Reading
 from ncfast.errors import UserError
@@ -19,6 +21,8 @@ NAMES = np.array(["walk", "run", "none"])[Y - 1]
 T = [f"t{i}" for i in range(L)]
 CHANNELS = np.round(np.cumsum(RNG.standard_normal((N, 9, 128)), axis=2) + 30 * RNG.standard_normal((N, 9, 1)), 4)
 LONG = np.round(np.cumsum(RNG.standard_normal((500, 28)), axis=0) + 10 * np.arange(28), 4)
+
+NOISE = np.round(RNG.standard_normal((99, 9)), 3)
 
 
 def text(folder, name, rows, header=None, sep=",", decimal="."):
@@ -103,6 +107,16 @@ TABLES = {
     "x, y, z": (LONG[:, :3].tolist(), ["x", "y", "z"], {}, "--layout table|classes"),
     "channels side by side": (rows(X, X), [*T, *[f"u{i}" for i in range(L)]], {}, "--layout table"),
     "months": (rows(X[:, :4]), ["jan", "feb", "mar", "apr"], {"layout": "table"}, (X[:, :4], None, "")),
+    "columns out of order": (rows(X), sorted(T), {}, "numbered in order"),
+    "one column": (LONG[:, :1].tolist(), None, {}, "--layout table"),
+    "dates as names": (rows(X, NAMES), [*(f"2020-01-{i + 1:02d}" for i in range(L)), "k"], {}, (X, NAMES, "labels")),
+    "booleans": (rows(X, (Y == 1).astype(str)), None, {}, (X, Y == 1, "taken for the labels")),
+    "quoted": ([[f'"{cell(v)}"' for v in row] for row in rows(NAMES, X)], None, {}, (X, NAMES, "labels")),
+    "two labels, one said": (rows(Y, NAMES, X), ["y", "y_name", *T], {"label_column": "y"}, (X, Y, "left out")),
+    "class names NA and None": (rows(X, np.array(["NA", "None", "null"])[Y - 1]), None, {}, "--label-column|hold NaN"),
+    "windows in a row": (LONG[np.arange(60)[:, None] + np.arange(20), 0].tolist(), None, {},
+                         (LONG[np.arange(60)[:, None] + np.arange(20), 0], None, "")),
+    "white noise": (NOISE.tolist(), None, {}, (NOISE, None, "")),
     # Options that mean nothing.
     "no such column": (rows(X), T, {"label_column": "q"}, "--label-column.*'q'"),
     "layout of arrays": (rows(X), T, {"layout": "ntd"}, "three axes"),
@@ -152,6 +166,10 @@ ARRAYS = {
     "frame and labels": ((pd.DataFrame(X, columns=T).assign(label=NAMES), NAMES), {}, "label-column none"),
     "frame without names": ((pd.DataFrame(X), Y), {}, (X, Y, "")),
     "frame with gaps": ((pd.DataFrame(X, columns=T).astype("Float64").mask(X > 3), Y), {}, "hold NaN"),
+    "frame of mixed names": ((pd.DataFrame(X).assign(label=NAMES), None), {}, (X, NAMES, "'label'")),
+    "frame of series": ((pd.DataFrame({"dim_0": [pd.Series(x) for x in X]}), Y), {}, "cells hold arrays"),
+    "layout of a matrix": ((X, Y), {"layout": "ntd"}, "--layout ntd means nothing"),
+    "windows of TimeGAN": ((np.stack([LONG[i : i + 24] for i in range(0, 400, 20)]), None), {}, "smoother.*--layout"),
     "frame by time": ((pd.DataFrame(LONG[:, :3], columns=["a", "b", "c"]), None), {}, "--layout table"),
     "masked": ((np.ma.masked_greater(X, 3), Y), {}, "hold NaN"),
     "masked integers": ((np.ma.masked_greater((10 * X).astype(int), 30), Y), {}, "hold NaN"),
@@ -400,3 +418,21 @@ def test_a_folder_here_comes_before_names(files, tmp_path, monkeypatch):
             load_dataset("GunPoint", tmp_path / "home")
     else:
         np.testing.assert_array_equal(load_dataset("GunPoint", tmp_path / "home").X_train[:, 0], X.astype(np.float32))
+
+
+def test_programs_and_fit_tell_what_was_decided(tmp_path, capsys):
+    path = text(tmp_path, "S.csv", rows(Y, X, [7] * N), ["k", *T, "site"])
+    options = ["--label-column", "k", "--index-column", "site", "--layout", "table", "--header", "yes"]
+    train.main(["--dataset", str(path), "--dry-run", "--device", "cpu", *options])
+    assert "10 series [1, 12], 3 classes" in capsys.readouterr().out
+    train.main(["--dataset", str(text(tmp_path, "U.csv", rows(X, Y))), "--dry-run", "--device", "cpu"])
+    assert "warning: column 12, whole numbers (1, 2, 3)" in capsys.readouterr().out
+    frame = pd.DataFrame(X, columns=T).assign(label=NAMES, id=range(N))
+    small = {**SMALL, "stage1_epochs": 1, "stage2_epochs": 1, "quiet": True, "device": "cpu"}
+    with pytest.warns(UserWarning, match="'label' was taken for the labels"):
+        model = fit(frame, **small)
+    assert set(model.class_names) == {*NAMES} and model.data.length == L
+    with pytest.raises(UserError, match="layout='ntd'"):
+        fit(WIDE, Y, **small)
+    assert fit(WIDE, Y, layout="ntd", **small).data.channels == 9
+    assert fit(np.c_[X, Y], label_column=-1, **small).data.length == L
