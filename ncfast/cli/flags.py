@@ -61,7 +61,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--header", choices=("yes", "no"), help="whether the first line of a text table has the names of its columns"
     )
     reading.add_argument(
-        "--index-column", metavar="NAME|INDEX|none", help="a column of a table to leave out; none: leave none out"
+        "--index-column",
+        metavar="NAME|INDEX|none",
+        help="a column of a table to leave out, or several with commas between; none: leave none out",
     )
 
 

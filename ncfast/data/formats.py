@@ -150,7 +150,7 @@ def labels_beside(path: Path, reading: Reading, notes: list[str]) -> Any:
     table = tables.read_text(file, Reading(header="no"), [], label_first=False)
     if len(table.columns) > 1:
         table = tables.read_text(file, GUESS, [], label_first=False)
-        index = tables.index_columns(table, None, notes)
+        index = tables.index_columns(table, [], notes)
         table.columns = [column for i, column in enumerate(table.columns) if i not in index]
     if len(table.columns) != 1:
         raise UserError(

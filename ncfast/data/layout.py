@@ -22,7 +22,7 @@ class Reading:
             "none" for series without labels.
         layout: "nctd" [series, channels, time], "ntd" [series, time, channels], "table": each row is a series.
         header: "yes" or "no": whether the first line of a text table has the columns' names.
-        index_column: of a table, one to leave out, as label_column; "none" leaves none out.
+        index_column: of a table, one to leave out, or several with commas between; "none" leaves none out.
     """
 
     label_column: str | int | None = None

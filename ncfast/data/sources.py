@@ -53,7 +53,7 @@ def load_dataset(
         label_column: of a table, by name or place from 0; of a file of arrays, the array; "none": no labels.
         layout: "nctd" [series, channels, time], "ntd" [series, time, channels], or "table": each row is a series.
         header: "yes" or "no": whether the first line of a text table names its columns.
-        index_column: of a table, a column to leave out; "none" keeps all.
+        index_column: of a table, a column to leave out, or several with commas between; "none" keeps all.
 
     Raises:
         UserError: one line: not found (and where it was looked for), unreadable, ambiguous or unfit (`make_dataset`).

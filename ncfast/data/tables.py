@@ -6,6 +6,7 @@ pandas and not pyarrow or polars, because aeon, which brings the data sets, brin
 import csv
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ncfast.data.dataset import Split, list_some, refuse_lengths
-from ncfast.data.layout import NONE, Reading, label_ends, place_of, refuse_label_column, refuse_long_table
+from ncfast.data.layout import LEAST_LAST, NONE, Reading, label_ends, place_of, refuse_label_column, refuse_long_table
 from ncfast.errors import UserError
 
 TEXT = (".csv", ".tsv", ".txt", "")  # endings of text tables; the UCR archive of 2015 has none
@@ -102,7 +103,8 @@ def split_of(
     if roles.label is not None:
         labels = [whole(str(label)) for label in table.columns[roles.label].tolist()]
     names = [table.names[i] for i in rest] if table.names else []
-    if labels is None and not is_test and numbered(names) != "named":
+    named = bool(names) and numbered(names) == "named"
+    if not is_test and ((labels is None and not named) or X.shape[1] < LEAST_LAST):
         refuse_long_table(X, reading.layout, table.where)
     return Split(X, labels, table.where, settled=True, hint=table.hint), roles
 
@@ -128,7 +130,7 @@ def refuse_text(table: Table, i: int) -> None:
     row = faulty.index(True)
     advice = f"; --index-column {table.name(i)} leaves the column out" if all(faulty) and len(faulty) > 1 else ""
     raise UserError(
-        f"{table.where}: line {table.lines[row]}, column {i + 1}: {str(column[row])!r} is not a number{advice}"
+        f"{table.where}: line {table.lines[row]}, column {i + 1}: {str(column[row])[:60]!r} is not a number{advice}"
     )
 
 
@@ -144,19 +146,20 @@ def roles_of(table: Table, reading: Reading, notes: list[str], *, labelled: bool
     where, names, width = table.where, table.names, len(table.columns)
     if reading.layout in ("ntd", "nctd"):
         raise UserError(f"{where}: --layout {reading.layout} is for arrays of three axes, and this is a table")
-    label = index = None
+    label = None
     left_out: list[int] = []
     if reading.label_column is not None and str(reading.label_column) != NONE:
         label = place_of(reading.label_column, names, width, "--label-column (label_column)", where)
     if reading.index_column is not None and str(reading.index_column) != NONE:
-        index = place_of(reading.index_column, names, width, "--index-column (index_column)", where)
-        left_out.append(index)
-        if index == label:
+        asked = str(reading.index_column)
+        several = [asked] if names is not None and asked in names else asked.split(",")
+        left_out = [place_of(column, names, width, "--index-column (index_column)", where) for column in several]
+        if label in left_out:
             raise UserError(f"{where}: --label-column and --index-column name the same column; name two")
     if width < 2:
         return Roles(width, label, tuple(left_out), names)
-    if reading.index_column is None:
-        left_out += index_columns(table, label, notes)
+    if str(reading.index_column) != NONE:
+        left_out += index_columns(table, [label, *left_out], notes)
     free = [i for i in range(width) if i not in left_out and i != label]
     if names is not None:
         named = [i for i in free if says(names[i], LABEL_WORDS)]
@@ -182,11 +185,11 @@ def roles_of(table: Table, reading: Reading, notes: list[str], *, labelled: bool
     return Roles(width, label, tuple(left_out), names)
 
 
-def index_columns(table: Table, label: int | None, notes: list[str]) -> list[int]:
-    """Columns that number or name the rows, by their names; without a header, a first one that counts."""
+def index_columns(table: Table, others: Sequence[int | None], notes: list[str]) -> list[int]:
+    """Columns, none of `others`, that number or name the rows by their names; without a header, a first that counts."""
     found = []
     for i, column in enumerate(table.columns):
-        if i == label:
+        if i in others:
             continue
         if table.names is not None and (table.names[i] == "" or says(table.names[i], INDEX_WORDS)):
             if len(np.unique(column)) < len(column) and not says(table.names[i] or "unnamed", {"unnamed"}):
@@ -225,7 +228,7 @@ def find_labels(table: Table, free: list[int], notes: list[str]) -> int | None:
         return None
     if table.label_first and table.names is None:
         if counts(columns[free[0]]) and not re.search(r"_(train|test)(\.\w+)?$", where, re.IGNORECASE):
-            refuse_label_column("the first column counts, so that each series would be a class of its own", 0, where)
+            refuse_label_column("the first column counts: --index-column 0 leaves it out", 0, where)
         return free[0]
     text = [i for i in free if columns[i].dtype.kind == "U" and not any(map(is_number, columns[i].tolist()))]
     if len(text) > 1 and len(columns[0]) > 1:
@@ -271,14 +274,12 @@ def check_names(table: Table, free: list[int], label: int | None) -> None:
         groups.setdefault(stem(name), []).append(name)
     largest = max(groups.values(), key=len)
     odd = [name for name in names if name not in largest]
-    if len(odd) == 1 and len(largest) > 2:
-        others = "" if label is None else "--index-column {0} (index_column) leaves it out"
-        others = (
-            others or "give --label-column {0} (label_column) or, to leave it out, --index-column {0} (index_column)"
-        )
+    if 0 < 2 * len(odd) < len(largest):
+        first = f"--label-column {odd[0]} (label_column), " if label is None else ""
         raise UserError(
-            f"{table.where}: column {odd[0]!r} is not one of the samples {largest[0]} to {largest[-1]}: "
-            f"{others.format(odd[0])}; or --layout table (layout='table') if it is a sample"
+            f"{table.where}: there are columns besides the samples {largest[0]} to {largest[-1]}: give {first}"
+            f"--index-column {','.join(odd)} (index_column) to leave out, or --layout table (layout='table') for more "
+            "samples"
         )
     raise UserError(
         f"{table.where}: the columns ({list_some(names, 5)}) are not samples numbered in order, so rows may be series "
@@ -316,6 +317,8 @@ def read_text(path: Path, reading: Reading, notes: list[str], *, label_first: bo
         UserError: lines of unequal numbers of cells; a first line that may be a header or a series.
     """
     lines = [(i, line) for i, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1) if line.strip()]
+    if lines and re.fullmatch(r"sep=.\s*", lines[0][1]):
+        del lines[0]  # a word for Excel
     comments = []
     while lines and lines[0][1].lstrip()[0] in "#%":
         comments.append(lines.pop(0)[1].lstrip()[1:].strip())
@@ -352,7 +355,10 @@ def read_text(path: Path, reading: Reading, notes: list[str], *, label_first: bo
             lines = lines[1:]
             if lines and len(cells(lines[0][1], sep)) == len(names) + 1:  # as R writes the names of rows
                 names = ["", *names]
-    return Table(str(path), names, *parse(lines, sep, decimal, names, path, label_first, hint), label_first, hint)
+    columns, numbers = parse(lines, sep, decimal, names, path, label_first, hint)
+    if lines and len(columns) < width(lines[0][1], sep):
+        notes.append("the empty last column was left out")
+    return Table(str(path), names, columns, numbers, label_first, hint)
 
 
 def parse(
@@ -443,7 +449,7 @@ def width(line: str, sep: str) -> int:
 def separator(sample: list[str], path: Path) -> tuple[str, str]:
     """What lies between cells, and what before decimals."""
     comma = re.compile(r"[-+]?\d+(,\d+)?([eE][-+]?\d+)?")
-    for sep in ("\t", ";"):
+    for sep in ("\t", ";", "|"):
         if all(sep in line for line in sample):
             found = [cell.strip() for line in sample for cell in cells(line, sep)]
             with_comma = [cell for cell in found if "," in cell and comma.fullmatch(cell)]

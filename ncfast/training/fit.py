@@ -74,7 +74,7 @@ def fit(
         quiet: no progress bars.
         label_column: of a table or a matrix [n, L + 1], the labels, by name or place from 0; "none": it has none.
         layout: of X, where it does not tell: "nctd" [n, channels, time], "ntd" [n, time, channels], "table" [n, time].
-        index_column: of a table, a column to leave out; "none" keeps all.
+        index_column: of a table, a column to leave out, or several with commas between; "none" keeps all.
         options: fields of `ncfast.config.Config`, such as ssl="vicreg", stage1_epochs=100.
 
     Returns:

@@ -117,6 +117,11 @@ TABLES = {
     "windows in a row": (LONG[np.arange(60)[:, None] + np.arange(20), 0].tolist(), None, {},
                          (LONG[np.arange(60)[:, None] + np.arange(20), 0], None, "")),
     "white noise": (NOISE.tolist(), None, {}, (NOISE, None, "")),
+    "covariates": (rows(Y, X, X[:, :2]), ["y", *T, "age", "weight"], {}, "--index-column age,weight"),
+    "without covariates": (rows(range(N), Y, X, X[:, :2]), ["id", "y", *T, "age", "kg"], {"index_column": "age,kg"},
+                           (X, Y, "'y'")),
+    "time, value, label": (rows(range(N), X[:, 0], Y), ["timestamp", "value", "label"], {}, "--layout table"),
+    "a separator at the end": (rows(X, [""] * N), None, {}, (X, None, "empty last column")),
     # Options that mean nothing.
     "no such column": (rows(X), T, {"label_column": "q"}, "--label-column.*'q'"),
     "layout of arrays": (rows(X), T, {"layout": "ntd"}, "three axes"),
@@ -302,6 +307,7 @@ SPLITS = {  # files of a training and a test split, and what is given to load
     "decimal commas, tabs": ("S_TRAIN.txt", "S_TEST.txt", "S", rows(Y, X), rows(Y, X), "\t", ","),
     "decimal commas, spaces": ("S_TRAIN.txt", "S_TEST.txt", "S", rows(Y, X), rows(Y, X), " ", ","),
     "decimal commas, text": ("S_TRAIN.csv", "S_TEST.csv", "S", rows(X, NAMES), rows(X, NAMES), " ", ","),
+    "bars": ("S_TRAIN.csv", "S_TEST.csv", "S", rows(Y, X), rows(Y, X), "|", "."),
     "spaces": ("S_TRAIN.csv", "S_TEST.csv", "S", rows(NAMES, X), rows(NAMES, X), "   ", "."),
     "comma and space": ("S_TRAIN.csv", "S_TEST.csv", "S", rows(Y, X), rows(Y, X), ", ", "."),
 }
@@ -325,6 +331,12 @@ def test_splits(name, tmp_path):
 def test_a_train_split_alone_is_noted(tmp_path):
     text(tmp_path, "train.csv", rows(Y, X))
     assert any("no test split" in note and "test.csv" in note for note in load_dataset(tmp_path).notes)
+
+
+def test_what_excel_says_of_the_separator_is_no_series(tmp_path):
+    path = text(tmp_path, "S.csv", rows(NAMES, X), None, ";", ",")
+    path.write_text("sep=;\n" + path.read_text())
+    check(load_dataset(path), y=NAMES)
 
 
 def test_both_kinds_of_decimals_are_refused(tmp_path):
