@@ -25,7 +25,6 @@ ACCEPTED = (".h5", ".hdf5", ".npz", ".npy", ".ts", ".tsv", ".csv", ".txt", ".arf
 HDF5 = (".h5", ".hdf5")
 BOTH_SPLITS = (*HDF5, ".npz", ".mat")
 SPLIT = re.compile(r"(.*[_-])?(train|test)", re.IGNORECASE)
-PLAIN_NAMES = ("", "x", "data", "series")  # of a file that is called by its folder
 ADJUSTED = "Missing_value_and_variable_length_datasets_adjusted"
 # Names of arrays, without what lies between their words.
 SERIES_KEYS = {
@@ -122,7 +121,7 @@ def dataset_name(path: Path) -> str:
     name = path.stem if path.is_file() else path.name
     match = SPLIT.fullmatch(name)
     name = name if match is None else (match[1] or "")[:-1]
-    return path.absolute().parent.name if name.lower() in PLAIN_NAMES and path.is_file() else name
+    return name or path.absolute().parent.name
 
 
 def label_files(path: Path) -> list[Path]:

@@ -18,7 +18,7 @@ __all__ = ["Dataset", "from_arrays", "load_dataset"]
 
 # How the file of data set NAME may be called, after NAME; the first that exists is taken.
 ENDINGS = (".h5", ".hdf5", ".npz", "_TRAIN.ts", "_TRAIN.tsv", "_TRAIN.csv", "_TRAIN.txt", "_TRAIN", "_TRAIN.arff")
-ENDINGS += (".npy", ".csv", ".parquet", ".mat", ".txt", "_TRAIN.parquet", "_TRAIN.npy", ".tsv", ".ts", ".arff")
+ENDINGS += (".npy", ".csv", ".parquet", ".mat", "_TRAIN.parquet", "_TRAIN.npy", ".tsv", ".ts", ".arff")
 ARCHIVE = "UCRArchive_2018"
 
 
@@ -174,8 +174,9 @@ def is_data(entry: Path) -> bool:
     match = SPLIT.fullmatch(entry.stem)
     if match is not None and match[2].lower() == "test":
         return False
-    known = entry.suffix.lower() in ACCEPTED or (match is not None and entry.suffix == "")
-    return known and entry.is_file() and not holds_labels(entry)
+    # Text that is no split, such as README.txt, describes a data set.
+    known = {*ACCEPTED, ""} if match is not None else {*ACCEPTED} - {".txt"}
+    return entry.suffix.lower() in known and entry.is_file() and not holds_labels(entry)
 
 
 def holds_labels(entry: Path) -> bool:

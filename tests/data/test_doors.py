@@ -319,6 +319,7 @@ def test_splits(name, tmp_path):
     (tmp_path / "S").mkdir()
     text(tmp_path / "S", train, content, None, sep, decimal)
     text(tmp_path / "S", test, tests, None, sep, decimal)
+    (tmp_path / "S" / "README.txt").write_text("what this is\n")
     data = load_dataset(f"{tmp_path}/{given}")
     np.testing.assert_array_equal(data.X_train[:, 0], X.astype(np.float32) if "folder" not in name else np.round(X))
     np.testing.assert_array_equal(data.X_test, data.X_train)
@@ -448,3 +449,31 @@ def test_programs_and_fit_tell_what_was_decided(tmp_path, capsys):
         fit(WIDE, Y, **small)
     assert fit(WIDE, Y, layout="ntd", **small).data.channels == 9
     assert fit(np.c_[X, Y], label_column=-1, **small).data.length == L
+
+
+GARBAGE = {
+    "empty": b"",
+    "bytes": bytes(range(256)) * 4,
+    "nulls": b"\0" * 300,
+    "text": b'no data\n\n,,;\t\n"open',
+    "one cell": b"5",
+    "lines": b"\n\n \n",
+    "comments": b"# a\n# b\n",
+    "tags": b"@relation x\n@attribute a {b\n@data\n1",
+    "commas": b",,,\n,,,\n",
+    "wide": b"1,2\n" + b"3," * 5000,
+    "MATLAB": b"MATLAB 5.0 MAT-file" + b" " * 105 + b"\x00\x01IM" + b"\x0f" * 40,
+}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".txt", "", ".arff", ".mat", ".parquet", ".ts", ".npy", ".npz"])
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_what_is_no_data_is_one_line(kind, suffix, tmp_path):
+    path = tmp_path / f"S_TRAIN{suffix}"
+    path.write_bytes(GARBAGE[kind])
+    with pytest.raises(UserError) as error:
+        load_dataset(path)
+    assert str(tmp_path) in str(error.value) or "pyarrow" in str(error.value)
+    path.rename(tmp_path / f"S{suffix}")
+    with pytest.raises(UserError):
+        load_dataset(tmp_path / f"S{suffix}")
