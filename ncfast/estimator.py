@@ -70,7 +70,17 @@ class SeriesGenerator(BaseEstimator):
             if getattr(self, name) is not None:
                 chosen[name] = getattr(self, name)
         try:
-            self.model_ = fit(X, labels, preset=self.preset, device=self.device, quiet=True, **chosen)
+            layout = "table" if X.ndim == 2 else "nctd"
+            self.model_ = fit(
+                X,
+                labels,
+                layout=layout,
+                label_column="none",
+                preset=self.preset,
+                device=self.device,
+                quiet=True,
+                **chosen,
+            )
         except UserError as error:
             raise ValueError(str(error)) from error
         self.flat_ = X.ndim == 2

@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ncfast.cli.flags import add_data_arguments, reading_options
 from ncfast.cli.parser import Parser, run, words
 from ncfast.cli.startup import choose_device, start_driver
 from ncfast.config import MEASURES
@@ -23,7 +24,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of the run (--out of ncfast.train)")
     parser.add_argument("--dataset", help="name or path, as ncfast.train takes it [what the run was trained on]")
-    parser.add_argument("--data-dir", help="folder where a name is looked up first")
+    add_data_arguments(parser)
     parser.add_argument(
         "--measures", type=words, metavar="A,B,...", help=f"which, out of {', '.join(MEASURES)} [all of them]"
     )
@@ -79,7 +80,7 @@ def main() -> None:
         require_pictures()
     device, device_reason = choose_device(arguments.device)
     model = load(arguments.run, device)
-    dataset = find_dataset(model.data, arguments.dataset, arguments.data_dir)
+    dataset = find_dataset(model.data, arguments.dataset, arguments.data_dir, **reading_options(arguments))
     for note in dataset.notes:
         print(f"warning: {note}")
     material = Material(
@@ -122,18 +123,18 @@ def require_pictures() -> None:
             raise UserError(f"the report needs {package}: pip install 'ncfast[eval]', or add --no-report") from None
 
 
-def find_dataset(trained: "DataStats", asked: str | None, data_dir: str | None) -> "Dataset":
+def find_dataset(trained: "DataStats", asked: str | None, data_dir: str | None, **reading: str | None) -> "Dataset":
     """The data asked for, or what the run was trained on: where it was then, else by its name."""
     from ncfast.data.sources import load_dataset
 
     if asked is not None:
-        return load_dataset(asked, data_dir)
+        return load_dataset(asked, data_dir, **reading)
     if trained.source == "arrays":
         raise UserError("this run was trained on arrays, which it does not keep; give --dataset")
     if data_dir is None and Path(trained.source).exists():
-        return load_dataset(trained.source)
+        return load_dataset(trained.source, **reading)
     try:
-        return load_dataset(trained.name, data_dir)
+        return load_dataset(trained.name, data_dir, **reading)
     except UserError as error:
         raise UserError(f"the data of the run, {trained.source}, is not found ({error}); give --dataset") from error
 

@@ -38,7 +38,7 @@ def make_parser() -> Parser:
         default="train",
         metavar="WHICH",
         help="train: in the train set's proportions; balanced: all classes in turn; none: without a class; "
-        '"a,b": these in turn; "a:1000,b:500": so many of each [train]',
+        '"a,b": these in turn; "a:1000,b:500": so many of each; or JSON, for any names: ["a,b"], {"none": 9} [train]',
     )
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ncfast.cli.flags import add_config_arguments
+from ncfast.cli.flags import add_config_arguments, add_data_arguments
 from ncfast.cli.parser import Parser, run, words
 from ncfast.cli.startup import start_driver
 from ncfast.config import MEASURES, METHODS, PRESETS
@@ -29,7 +29,7 @@ def make_parser() -> Parser:
         "authors' means. The same command continues.",
     )
     parser.add_argument("--datasets", nargs="+", default=PAPER, metavar="NAME", help="names or files [the paper's 13]")
-    parser.add_argument("--data-dir", help="folder where a name is looked up first")
+    add_data_arguments(parser)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="values of --ssl [all]")
     parser.add_argument(
         "--views", nargs="+", default=list(VIEWS), metavar="RECIPE", help="of the SSL methods [all three]"

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ncfast.cli.flags import add_config_arguments, given_config_values
+from ncfast.cli.flags import add_config_arguments, add_data_arguments, given_config_values, reading_options
 from ncfast.cli.parser import Parser, run
 from ncfast.cli.startup import choose_device, leave_compiler_out, start_driver
 from ncfast.config import PRESETS, Config, make_config
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 def make_parser() -> Parser:
     parser = Parser(prog="python -m ncfast.train", description="Train both stages of an NC-VQVAE.")
     parser.add_argument(
-        "--dataset", required=True, help="UCR/UEA name, or path of a .tsv .ts .csv .npz .npy .h5 file or folder"
+        "--dataset",
+        required=True,
+        help="UCR/UEA name, or path of a .tsv .txt .csv .parquet .arff .ts .npz .npy .mat .h5 file or of a folder",
     )
-    parser.add_argument("--data-dir", help="folder where a name is looked up first")
+    add_data_arguments(parser)
     parser.add_argument("--out", type=Path, help="folder of the run [runs/DATASET-SSL]")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument(
@@ -71,7 +73,7 @@ def train_program(processes: "Processes", command_line: list[str] | None = None)
     device, device_reason = processes.on_every_rank(lambda: choose_device(arguments.device, local_rank()))
 
     def load() -> "Dataset":
-        return load_dataset(arguments.dataset, arguments.data_dir)
+        return load_dataset(arguments.dataset, arguments.data_dir, **reading_options(arguments))
 
     # The first process before the others: where it has to download, they find the file.
     loaded = processes.on_rank0(load)

@@ -48,7 +48,7 @@ def save_run(folder, seed=0, length=21, channels=1, names=("fast", "slow"), std=
     config = make_config(
         dim=4, residual_blocks=1, codebook_size=8, prior_dim=8, prior_layers=1, prior_head_dim=8, decoding_steps=3
     )
-    counts = (30, 10)[: len(names)]
+    counts = (30, 10, 7, 5, 3)[: len(names)]
     data = DataStats("Waves", "test", 40, channels, length, tuple(names), counts, (5.0,) * channels, (std,) * channels)
     config = dataclasses.replace(config, stage1_epochs=1, stage2_epochs=1, precision="fp32")
     ncfast.NCVQVAE(config, data, *build_models(config, data), torch.device("cpu")).save(folder)

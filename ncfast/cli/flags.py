@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from ncfast.config import Config, is_optional, without_none
+from ncfast.errors import UserError
 
 
 def add_config_arguments(
@@ -39,6 +40,52 @@ def add_config_arguments(
         if shown is not None:
             kwargs["help"] += f" [{shown}]"
         flags.add_argument("--" + f.name.replace("_", "-"), **kwargs)
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the data are read where they do not tell: `ncfast.data.layout.Reading`."""
+    parser.add_argument("--data-dir", help="folder where a name is looked up first")
+    reading = parser.add_argument_group("Reading the data", "Found out where not given; what is ambiguous is refused.")
+    reading.add_argument(
+        "--label-column",
+        metavar="NAME|INDEX|none",
+        help="the labels: a column of a table, by name or place (from 0; -1 is the last), or an array of a file of "
+        "arrays; none: no labels",
+    )
+    reading.add_argument(
+        "--layout",
+        choices=("nctd", "ntd", "table"),
+        help="axes of arrays: nctd is [series, channels, time], ntd [series, time, channels]; table: each row of a "
+        "table is a series, whatever its columns are called",
+    )
+    reading.add_argument(
+        "--header", choices=("yes", "no"), help="whether the first line of a text table has the names of its columns"
+    )
+    reading.add_argument(
+        "--index-column",
+        metavar="NAME|INDEX|none",
+        help="a column of a table to leave out, or several with commas between; none: leave none out",
+    )
+
+    windows = parser.add_argument_group("Windows", "The file is a long recording: rows in order of time.")
+    windows.add_argument("--window", type=int, metavar="N", help="rows of a series, which each column is a channel of")
+    windows.add_argument("--stride", type=int, default=1, metavar="N", help="rows between the starts of two [1]")
+    windows.add_argument("--time-column", metavar="NAME", help="orders the rows [a column of times, if there is one]")
+    windows.add_argument("--group-column", metavar="NAME", help="rows of one value are one recording [one for all]")
+    windows.add_argument(
+        "--test-share", type=float, default=0.2, metavar="X", help="last part of each recording, to test with [0.2]"
+    )
+
+
+READING = ("label_column", "layout", "header", "index_column")
+WINDOWS = ("window", "stride", "time_column", "group_column", "test_share")
+
+
+def reading_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `ncfast.data.load_dataset`."""
+    if arguments.window is None and (arguments.time_column or arguments.group_column or arguments.stride != 1):
+        raise UserError("--stride, --time-column and --group-column are for windows; add --window N")
+    return {name: getattr(arguments, name) for name in (*READING, *WINDOWS)}
 
 
 def given_config_values(arguments: argparse.Namespace) -> dict[str, Any]:

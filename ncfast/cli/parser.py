@@ -3,9 +3,10 @@
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ncfast.build import warn_if_never_built
 from ncfast.config import IMPLEMENTATIONS
@@ -17,6 +18,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, but for values that begin with a minus and a digit, such as --labels -1,1: they are no flags."""
+        joined: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            if re.match(r"-\.?\d", word) and joined and re.fullmatch(r"--[\w-]+", joined[-1]):
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return super().parse_args(joined, namespace)
 
     def answer_help(self, command_line: Sequence[str] | None) -> None:
         """Prints the help and ends, if that is asked for: before the imports that take a second."""

@@ -1,11 +1,22 @@
 """The data set every program works on, and the checks that any series pass on their way into it."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 
+from ncfast.data.layout import (
+    GUESS,
+    NONE,
+    Reading,
+    label_ends,
+    place_of,
+    refuse_label_column,
+    refuse_long_table,
+    time_is_second,
+)
 from ncfast.errors import UserError
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -51,37 +62,67 @@ class Split:
     X: Any  # array-like [n, L] or [n, C, L], or a list of n series [L] or [C, L]
     labels: Any | None  # array-like [n]: integers, whole floats or strings
     where: str  # how an error names it: a file, or a file and a key
+    settled: bool = False  # whether the source itself says what its axes and columns are
+    hint: str = ""  # what to do about missing values and unequal lengths
 
 
-def from_arrays(X: Any, y: Any = None, X_test: Any = None, y_test: Any = None, name: str = "arrays") -> Dataset:
+def from_arrays(
+    X: Any, y: Any = None, X_test: Any = None, y_test: Any = None, name: str = "arrays", reading: Reading = GUESS
+) -> Dataset:
     """A data set from arrays in memory.
 
     Args:
-        X: series, any real dtype, [n, L] (one channel) or [n, C, L]; NumPy, torch, pandas or nested lists.
+        X: series, any real dtype, [n, L] (one channel) or [n, C, L]; NumPy, torch or nested lists; or a table of
+            pandas, polars or pyarrow, a row a series, whose columns are read as those of a file are
+            (`ncfast.data.tables`). What a masked array masks is missing.
         y: labels [n], integers or strings, or None.
         X_test, y_test: the same for the test split, or None.
         name: the data set's name.
+        reading: what the columns and axes are, where the arrays do not tell.
 
     Raises:
         UserError: see `make_dataset`.
     """
-    test = None if X_test is None else Split(X_test, y_test, "X_test")
     if X_test is None and y_test is not None:
         raise UserError("y_test was given without X_test: give both or neither")
-    return make_dataset(Split(X, y, "X"), test, name=name, source="arrays")
+    reading.refuse("arrays", "header", *(["label_column"] if y is not None else []))
+    notes: list[str] = []
+    train, roles = split_of(X, y, "X", reading, notes)
+    test = None if X_test is None else split_of(X_test, y_test, "X_test", reading, notes, roles)[0]
+    return make_dataset(train, test, name=name, source="arrays", notes=notes, reading=reading)
 
 
-def make_dataset(train: Split, test: Split | None, *, name: str, source: str, notes: Sequence[str] = ()) -> Dataset:
+def split_of(X: Any, y: Any, where: str, reading: Reading, notes: list[str], roles: Any = None) -> tuple[Split, Any]:
+    """A split and, of a table, what its columns were taken for; roles: what those of the training split were."""
+    if not hasattr(X, "columns") and not hasattr(X, "column_names"):
+        return Split(X, y, where), None
+    from ncfast.data import tables
+
+    return tables.split_of(tables.of_frame(X, where), reading, notes, labels=y, roles=roles)
+
+
+def make_dataset(
+    train: Split,
+    test: Split | None,
+    *,
+    name: str,
+    source: str,
+    notes: Sequence[str] = (),
+    reading: Reading = GUESS,
+) -> Dataset:
     """Check both splits and convert them.
 
     Raises:
-        UserError: no series; not [n, L] or [n, C, L]; unequal lengths; values that are not real numbers, are NaN or
-            infinite, or do not fit float32; all training values equal; labels that do not match the series in number,
-            are missing or are not classes; a test split of another shape, or with classes that the training labels
-            lack. Missing values are refused and not filled: a generator would learn the filling as if it were data.
+        UserError: no series; not [n, L] or [n, C, L], or axes and labels that can be taken for something else; unequal
+            lengths; values that are not real numbers, are NaN or infinite, or do not fit float32; all training values
+            equal; labels that do not match the series in number, are missing or are not classes; a test split of
+            another shape. Missing values are refused and not filled: a generator would learn the filling as if it were
+            data. Test series of classes that the training labels lack are left out, with a note.
     """
-    X_train = series(train.X, train.where)
-    X_test = None if test is None else series(test.X, test.where)
+    notes = list(notes)
+    train, test = arrange(train, test, reading, notes)
+    X_train = series(train.X, train.where, train.hint)
+    X_test = None if test is None else series(test.X, test.where, test.hint)
     if X_test is not None and X_test.shape[1:] != X_train.shape[1:]:
         raise UserError(
             f"{test.where}: the test series are {shape_text(X_test)} and the training series {shape_text(X_train)}; "
@@ -93,30 +134,76 @@ def make_dataset(train: Split, test: Split | None, *, name: str, source: str, no
         )
     constant = [c for c in range(X_train.shape[1]) if X_train[:, c].min() == X_train[:, c].max()]
     if constant:
-        notes = (*notes, f"{train.where}: channel {', '.join(map(str, constant))} is constant over all training series")
+        notes.append(f"{train.where}: channel {', '.join(map(str, constant))} is constant over all training series")
 
     y_train, y_test, class_names = None, None, ()
     if train.labels is not None:
-        names = label_names(train.labels, len(X_train), train.where)
+        names = label_names(train.labels, len(X_train), train.where, notes)
         class_names = sorted_classes(names)
         y_train = encode(names, class_names)
     if test is not None and test.labels is not None:
-        names = label_names(test.labels, len(X_test), test.where)
+        names = label_names(test.labels, len(X_test), test.where, notes)
         if not class_names:
             raise UserError(f"{test.where}: the test series have labels and the training series have none; label both")
-        unseen = sorted_classes(np.setdiff1d(names, class_names))
-        if unseen:
-            raise UserError(
-                f"{test.where}: label {', '.join(map(repr, unseen[:5]))} does not occur in the training labels "
-                f"({list_some(class_names)})"
+        known = np.isin(names, class_names)
+        if not known.all():
+            unseen = list_some([repr(label) for label in sorted_classes(names[~known])], 5)
+            notes.append(
+                f"{test.where}: {(~known).sum()} of {len(names)} test series are left out, since their label {unseen} "
+                f"does not occur in the training labels ({list_some(class_names)})"
             )
+            X_test, names = X_test[known], names[known]
         y_test = encode(names, class_names)
-    return Dataset(name, X_train, y_train, X_test, y_test, class_names, tuple(notes), source)
+        if not known.any():
+            X_test = y_test = None
+    return Dataset(name, X_train, y_train, X_test, y_test, class_names, tuple(dict.fromkeys(notes)), source)
 
 
-def series(X: Any, where: str) -> np.ndarray:
+def arrange(train: Split, test: Split | None, reading: Reading, notes: list[str]) -> tuple[Split, Split | None]:
+    """Both splits with their series as [n, L] or [n, C, L], and labels that lay among the samples taken out."""
+    if train.settled:
+        return train, test
+    splits = [dataclasses.replace(split, X=to_numpy(split.X, split.where)) for split in (train, test) if split]
+    X = splits[0].X
+    if X.dtype.kind not in "fiub":
+        return splits[0], [*splits, None][1]  # which is refused
+    if X.ndim == 3:
+        reading.refuse(train.where, "index_column", *(["label_column"] if train.labels is None else []))
+        if time_is_second(X, reading.layout, train.where, notes):
+            splits = [dataclasses.replace(s, X=s.X.swapaxes(1, 2)) if s.X.ndim == 3 else s for s in splits]
+    elif X.ndim == 2:
+        reading.refuse(train.where, "index_column", *(["layout"] if reading.layout != "table" else []))
+        column = label_place(X, train, reading)
+        if column is not None:
+            splits = [without_labels(split, column, X.shape[1]) for split in splits]
+        if splits[0].labels is None:
+            refuse_long_table(splits[0].X, reading.layout, train.where)
+    return splits[0], [*splits, None][1]
+
+
+def label_place(X: np.ndarray, train: Split, reading: Reading) -> int | None:  # [n, m]
+    """The column of a matrix that the user calls labels. Raises UserError for one that looks like them."""
+    asked = reading.label_column
+    if train.labels is not None:
+        return None
+    if asked is not None and str(asked) != NONE:
+        return place_of(asked, None, X.shape[1], "--label-column (label_column)", train.where)
+    if asked is None and X.shape[1] > 1:
+        ends = label_ends([X[:, 0], X[:, 1]], [X[:, -1], X[:, -2]])
+        if ends.column is not None:
+            refuse_label_column(f"column {ends.column} looks like labels among the samples", ends.column, train.where)
+    return None
+
+
+def without_labels(split: Split, column: int, width: int) -> Split:
+    if split.labels is not None or split.X.ndim != 2 or split.X.shape[1] != width:
+        return split
+    return dataclasses.replace(split, X=np.delete(split.X, column, axis=1), labels=split.X[:, column])
+
+
+def series(X: Any, where: str, hint: str = "") -> np.ndarray:
     """The series as float32 [n, C, L], contiguous, or a UserError."""
-    X = to_numpy(X, where)
+    X = to_numpy(X, where, hint)
     if X.ndim not in (2, 3):
         raise UserError(f"{where}: series are [n, length] or [n, channels, length]; got the shape {list(X.shape)}")
     if X.dtype.kind not in "fiub":
@@ -125,14 +212,32 @@ def series(X: Any, where: str) -> np.ndarray:
         X = X[:, None]
     if X.size == 0:
         raise UserError(f"{where}: no series; got {X.shape[0]} of {shape_text(X)}")
-    check_values(X, where)
-    return np.ascontiguousarray(X, dtype=np.float32)
+    check_values(X, where, hint)
+    converted = np.ascontiguousarray(X, dtype=np.float32)
+    if X.dtype not in (np.float32, np.float16):
+        check_precision(X, converted, where)
+    return converted
 
 
-def to_numpy(array: Any, where: str) -> np.ndarray:
-    """The array; of objects, and one-dimensional, where NumPy cannot stack its items."""
+def check_precision(X: np.ndarray, converted: np.ndarray, where: str) -> None:  # [n, C, L]
+    """Refuses numbers that float32 makes equal though they differ, such as small changes on a large offset."""
+    for c in range(X.shape[1]):
+        low, high = float(X[:, c].min()), float(X[:, c].max())
+        # What float32 rounds off of the largest number, against how far the numbers lie apart.
+        if high > low and float(np.spacing(np.float32(max(-low, high)))) > (high - low) / 256:
+            raise UserError(
+                f"{where}: channel {c} lies between {low:.9g} and {high:.9g}, which float32 can hardly tell apart; "
+                "subtract the offset first"
+            )
+
+
+def to_numpy(array: Any, where: str, hint: str = "") -> np.ndarray:
+    """The array, with NaN where it is masked; of objects, and one-dimensional, where NumPy cannot stack its items."""
     if hasattr(array, "detach"):  # a torch tensor, perhaps on a GPU
         array = array.detach().cpu()
+    if isinstance(array, list | tuple):
+        array = [unmasked(item) for item in array]
+    array = unmasked(array)
     try:
         array = np.asarray(array)
     except ValueError:  # items of different shapes
@@ -141,12 +246,23 @@ def to_numpy(array: Any, where: str) -> np.ndarray:
         raise UserError(f"{where}: expected an array; got {type(array).__name__} ({error})") from error
     if array.dtype == object and array.ndim == 1:
         try:
-            lengths = {np.shape(item)[-1] for item in array if np.ndim(item)}
+            shapes = {np.shape(item) for item in array if np.ndim(item)}
         except ValueError as error:
             raise UserError(f"{where}: the channels of one series have unequal lengths; they share one") from error
-        if len(lengths) > 1:
-            refuse_lengths(lengths, where)
+        for axis in (-1, 0):  # of time, where each series is [C, L] or [L, C]
+            lengths = {shape[axis] for shape in shapes}
+            if len(lengths) > 1:
+                refuse_lengths(lengths, where, hint)
     return array
+
+
+def unmasked(array: Any) -> Any:
+    """What a masked array shows, and NaN (of text, nothing) where it hides; other arrays as they are."""
+    if not isinstance(array, np.ma.MaskedArray) or not np.ma.is_masked(array):
+        return array
+    if array.dtype.kind in "iub":
+        array = array.astype(np.float64)
+    return array.filled(np.nan if array.dtype.kind in "fc" else None if array.dtype.kind == "O" else "")
 
 
 def refuse_lengths(lengths: Iterable[int], where: str, hint: str = "") -> NoReturn:
@@ -156,7 +272,7 @@ def refuse_lengths(lengths: Iterable[int], where: str, hint: str = "") -> NoRetu
     )
 
 
-def check_values(X: np.ndarray, where: str) -> None:  # [n, C, L]
+def check_values(X: np.ndarray, where: str, hint: str = "") -> None:  # [n, C, L]
     """Refuse NaN, infinity and what does not fit float32."""
     # One pass over clean data; the finer looks are taken only at data with a fault.
     with np.errstate(over="ignore", invalid="ignore"):
@@ -166,8 +282,8 @@ def check_values(X: np.ndarray, where: str) -> None:  # [n, C, L]
     if missing.any():
         lengths = (~missing).any(1).sum(1)  # [n]
         if padded(missing) and 0 < lengths.min() < lengths.max():
-            refuse_lengths(lengths.tolist(), where, " (NaN at the end of a series was taken for padding)")
-        refuse_values(missing, "hold NaN (missing values)", "interpolate or drop them first", where)
+            refuse_lengths(lengths.tolist(), where, f" (NaN at the end of a series was taken for padding){hint}")
+        refuse_values(missing, "hold NaN (missing values)", f"interpolate or drop them first{hint}", where)
     infinite = np.isinf(X)
     if infinite.any():
         refuse_values(infinite, "hold an infinity", "repair or drop them first", where)
@@ -191,14 +307,20 @@ def padded(missing: np.ndarray) -> bool:  # [n, C, L]
     return bool((missing[:, :, 1:] >= missing[:, :, :-1]).all() and (missing == missing[:, :1]).all())
 
 
-def label_names(labels: Any, n: int, where: str) -> np.ndarray:
+def label_names(labels: Any, n: int, where: str, notes: list[str]) -> np.ndarray:
     """The labels as strings [n]."""
     y = to_numpy(labels, where)
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
+    if y.ndim == 2 and 1 in y.shape:
+        y = y.ravel()
     if y.shape != (n,):
         raise UserError(f"{where}: {n} series need {n} labels, one each; got labels of shape {list(y.shape)}")
-    names = np.char.strip(np.array([label_text(label) for label in y.tolist()], dtype=str))
+    written = np.array([label_text(label) for label in y.tolist()], dtype=str)
+    names = np.char.strip(written)
+    merged = {name for name in names[names != written].tolist() if len({*written[names == name].tolist()}) > 1}
+    if merged:
+        notes.append(
+            f"{where}: labels that differ by spaces only are one class: {', '.join(map(repr, sorted(merged)))}"
+        )
     if (names == "").any():
         raise UserError(
             f"{where}: label {int((names == '').argmax())} (counted from 0) is missing; label all series or none"
@@ -207,7 +329,8 @@ def label_names(labels: Any, n: int, where: str) -> np.ndarray:
     if values is not None and (values != np.round(values)).any():
         odd = np.unique(names)[values != np.round(values)][0]
         raise UserError(
-            f"{where}: labels are classes, whole numbers or strings; got {odd}; leave out the targets of a regression"
+            f"{where}: labels are classes, whole numbers or strings; got {odd}; leave out the targets of a regression "
+            "(of a table: --label-column none, and --index-column NAME where the column holds no samples)"
         )
     return names
 

@@ -1,12 +1,12 @@
-"""Reading series from files: UCR .tsv, aeon/sktime .ts, .csv, .npy, .npz and HDF5. No checks of the values here.
+"""Reading series from files: tables, aeon/sktime .ts, .npy, .npz, HDF5 and MATLAB. No checks of the values here.
 
-A text file or .npy holds one split, and its sibling the other: NAME_TRAIN.ts and NAME_TEST.ts. A .npz or HDF5 file
-holds both. Every parser raises UserError for what it cannot read, with the file and, in text, the line.
+A text file or .npy holds one split, and its sibling the other: NAME_TRAIN.ts and NAME_TEST.ts. A .npz, HDF5 or MATLAB
+file holds both. Every parser raises UserError for what it cannot read, with the file and, in text, the line.
 """
 
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +14,55 @@ import h5py
 import numpy as np
 import torch
 
+from ncfast.data import tables
 from ncfast.data.dataset import Split, refuse_lengths
+from ncfast.data.layout import GUESS, NONE, Reading, is_whole, refuse_label_column
+from ncfast.data.tables import LABEL_WORDS, is_number, says, whole
 from ncfast.engine.memory import check_fits
 from ncfast.errors import UserError
 
-LABEL_COLUMNS = ("label", "class", "target", "y")
-ACCEPTED = (".h5", ".hdf5", ".npz", ".npy", ".ts", ".tsv", ".csv")
+ACCEPTED = (".h5", ".hdf5", ".npz", ".npy", ".ts", ".tsv", ".csv", ".txt", ".arff", ".parquet", ".mat")
+HDF5 = (".h5", ".hdf5")
+BOTH_SPLITS = (*HDF5, ".npz", ".mat")
+SPLIT = re.compile(r"(.*[_-])?(train|test)", re.IGNORECASE)
+ADJUSTED = "Missing_value_and_variable_length_datasets_adjusted"
+# Names of arrays, without what lies between their words.
+SERIES_KEYS = {
+    "train": ("xtrain", "trainx", "traindata", "datatrain"),
+    "test": ("xtest", "testx", "testdata", "datatest"),
+}
+LABEL_KEYS = {
+    split: tuple(f"{a}{b}" for word in ("y", "labels", "label") for a, b in ((word, split), (split, word)))
+    for split in ("train", "test")
+}
 
 
-def read_file(path: Path) -> tuple[Split, Split | None, list[str]]:
+def read_file(path: Path, reading: Reading = GUESS) -> tuple[Split, Split | None, list[str]]:
     """The training split, the test split or None, and notes for the user.
 
     Of a split file either sibling may be named; the test split may be missing.
     """
     suffix = path.suffix.lower()
-    if suffix not in ACCEPTED:
+    if suffix not in ACCEPTED and not (is_split(path) and suffix == ""):
         raise UserError(f"{path}: unsupported file type {suffix or '(none)'!r}; accepted are {', '.join(ACCEPTED)}")
+    notes: list[str] = []
     try:
+        if suffix not in tables.TEXT:
+            reading.refuse(str(path), "header")
         if suffix in BOTH_SPLITS:
-            return BOTH_SPLITS[suffix](path)
-        read = ONE_SPLIT[suffix]
+            train, test = (read_npz if suffix == ".npz" else read_mat if suffix == ".mat" else read_hdf5)(
+                path, reading, notes
+            )
+            return train, test, notes
         train_path, test_path = siblings(path)
-        notes = []
-        train = read(train_path, notes)
+        train, roles = read_split(train_path, reading, notes)
         if test_path is None:
             return train, None, notes
         if not test_path.is_file():
             return train, None, [*notes, f"no test split: {test_path} does not exist"]
-        test = read(test_path, notes)
-        return train, test, list(dict.fromkeys(notes))
+        if isinstance(roles, tables.Roles) and suffix in tables.TEXT:
+            reading = Reading(header="yes" if roles.header else "no")
+        return train, read_split(test_path, reading, notes, roles)[0], list(dict.fromkeys(notes))
     except MemoryError as error:
         raise UserError(f"{path}: {error}; it is damaged, or holds more than fits into memory: keep a part") from error
     except UnicodeDecodeError as error:
@@ -53,13 +73,42 @@ def read_file(path: Path) -> tuple[Split, Split | None, list[str]]:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); is it damaged or incomplete?") from error
 
 
+def read_split(path: Path, reading: Reading, notes: list[str], roles: Any = None) -> tuple[Split, Any]:
+    """A file of one split and, of a table, what its columns are; roles: what those of the training split are."""
+    suffix = path.suffix.lower()
+    if suffix == ".ts":
+        reading.refuse(str(path), "label_column", "index_column", "layout")
+        split = read_ts(path, notes)
+        return without(split) if reading.label_column == NONE else split, None
+    labels = labels_beside(path, reading, notes)
+    if suffix == ".npy":
+        return Split(load_numpy(path), labels, str(path)), None
+    if suffix == ".parquet":
+        table = tables.read_parquet(path)
+    elif suffix == ".arff":
+        table = tables.read_arff(path)
+    else:
+        # The archives put the label first: .tsv in 2018, .txt of their web site, no ending in 2015.
+        first = labels is None and (suffix == ".tsv" or (suffix != ".csv" and is_split(path)))
+        table = tables.read_text(path, reading, notes, label_first=first, hint=equal_variant(path))
+    return tables.split_of(table, reading, notes, labels=labels, roles=roles)
+
+
+def without(split: Split) -> Split:
+    return Split(split.X, None, split.where, split.settled, split.hint)
+
+
+def is_split(path: Path) -> bool:
+    return SPLIT.fullmatch(path.stem) is not None
+
+
 def siblings(path: Path) -> tuple[Path, Path | None]:
     """The training file and the test file that `path` is one of; (path, None) where the name does not say."""
-    match = re.fullmatch(r"(.*_)(train|test)", path.stem, re.IGNORECASE)
+    match = SPLIT.fullmatch(path.stem)
     if match is None:
         return path, None
     other = {"train": "test", "TRAIN": "TEST", "Train": "Test", "test": "train", "TEST": "TRAIN", "Test": "Train"}
-    sibling = path.with_name(match[1] + other.get(match[2], match[2]) + path.suffix)
+    sibling = path.with_name((match[1] or "") + other.get(match[2], match[2]) + path.suffix)
     if match[2].lower() == "train":
         return path, sibling
     if not sibling.is_file():
@@ -68,137 +117,195 @@ def siblings(path: Path) -> tuple[Path, Path | None]:
 
 
 def dataset_name(path: Path) -> str:
-    """FordA, from FordA.h5, FordA_TRAIN.tsv or a folder FordA."""
-    return re.sub(r"_(train|test)$", "", path.stem if path.is_file() else path.name, flags=re.IGNORECASE)
+    """FordA, from FordA.h5, FordA_TRAIN.tsv, FordA/train.csv or a folder FordA."""
+    name = path.stem if path.is_file() else path.name
+    match = SPLIT.fullmatch(name)
+    name = name if match is None else (match[1] or "")[:-1]
+    return name or path.absolute().parent.name
 
 
-def read_tsv(path: Path, notes: list[str]) -> Split:
-    """The UCR archive's 2018 format: a line a series, its label first, tabs between."""
-    numbers, lines = text_lines(path)
-    labels, values = [], []
-    for number, line in zip(numbers, lines, strict=True):
-        label, _, rest = line.partition("\t")
-        if not rest:
-            raise UserError(f"{path}: line {number} has no tab; a .tsv line is label, tab, values with tabs between")
-        labels.append(whole(label.strip()))
-        values.append(rest)
-    return Split(parse_numbers(values, numbers, "\t", path, first_column=2), labels, str(path))
+def label_files(path: Path) -> list[Path]:
+    """Where the labels of the series in `path` may be: NAME_y, NAME_labels; y_train beside X_train."""
+    names = [f"{path.stem}{end}" for end in ("_y", "_labels", "_label")]
+    words = re.split(r"([_-])", path.stem)
+    for i, word in enumerate(words):
+        if word.lower() in ("x", "data", "series"):
+            for other in ("y", "labels", "label") if word.islower() else ("y", "Y", "labels", "Labels", "label"):
+                names.append("".join([*words[:i], other, *words[i + 1 :]]))
+    return [path.with_name(name + suffix) for name in names for suffix in (path.suffix, ".npy", ".csv", ".txt")]
 
 
-def read_csv(path: Path, notes: list[str]) -> Split:
-    """Comma separated, a line a series.
+def labels_beside(path: Path, reading: Reading, notes: list[str]) -> Any:
+    """The labels from a file beside that of the series; None where there is none, or where none are wanted."""
+    file = next((file for file in label_files(path) if file.is_file()), None)
+    if file is None:
+        return None
+    if reading.label_column is not None:
+        notes.append(f"left unread: {file}")
+        return None
+    notes.append(f"the labels are those of {file}")
+    if file.suffix == ".npy":
+        return load_numpy(file)
+    table = tables.read_text(file, Reading(header="no"), [], label_first=False)
+    if len(table.columns) > 1:
+        table = tables.read_text(file, GUESS, [], label_first=False)
+        index = tables.index_columns(table, [], notes)
+        table.columns = [column for i, column in enumerate(table.columns) if i not in index]
+    if len(table.columns) != 1:
+        raise UserError(
+            f"{file}: expected one column, a label for each series of {path.name}; got {len(table.columns)}"
+        )
+    labels = [whole(str(label)) for label in table.columns[0].tolist()]
+    headed = says(labels[0], LABEL_WORDS) or not (is_number(labels[0]) or not all(map(is_number, labels[1:])))
+    return labels[headed:]
 
-    With a header line, a column called label, class, target or y (in any case) holds the labels, and an unnamed first
-    column, the row index that pandas writes, is ignored. Without a header every column is data. The first line is a
-    header if a cell of it is not a number, or if it just counts 0, 1, 2 ... or 1, 2, 3 ..., as pandas numbers columns.
-    """
-    numbers, lines = text_lines(path)
-    header = [cell.strip().strip('"') for cell in lines[0].split(",")] if lines else []
-    counts = [str(i) for i in range(len(header) + 1)]
-    counted = len(header) > 1 and header in (counts[:-1], counts[1:])
-    if not counted and all(is_number(cell) for cell in header):
-        return Split(parse_numbers(lines, numbers, ",", path), None, str(path))
-    numbers, lines = numbers[1:], lines[1:]
-    label_columns = [i for i, cell in enumerate(header) if cell.lower() in LABEL_COLUMNS]
-    if len(label_columns) > 1:
-        found = ", ".join(header[i] for i in label_columns)
-        raise UserError(f"{path}: line 1 names {len(label_columns)} label columns ({found}); keep one")
-    index = [0] if header[0] == "" and len(header) > 1 else []
-    if index:
-        notes.append("the unnamed first column was taken for a row index and left out")
-    apart = sorted(label_columns + index, reverse=True)
-    if not apart:
-        return Split(parse_numbers(lines, numbers, ",", path), None, str(path))
-    labels, values = [], []
-    for number, line in zip(numbers, lines, strict=True):
-        cells = line.split(",")
-        if len(cells) != len(header):
-            raise UserError(f"{path}: line {number} has {len(cells)} cells and the header {len(header)}")
-        for i in apart:
-            cell = cells.pop(i)
-            if i in label_columns:
-                labels.append(whole(cell.strip().strip('"')))
-        values.append(",".join(cells))
-    return Split(parse_numbers(values, numbers, ",", path), labels if label_columns else None, str(path))
+
+def equal_variant(path: Path) -> str:
+    """A hint at a variant of the data set beside it that has no missing values and one length."""
+    equal = path.with_name(re.sub(r"_(?=train|test)", "_eq_", path.name, flags=re.IGNORECASE))
+    if equal != path and equal.is_file():
+        return f", or use {dataset_name(equal)}, which is beside it"
+    adjusted = path.absolute().parent.parent / ADJUSTED / path.absolute().parent.name
+    if (adjusted / path.name).is_file():
+        return f", or use {adjusted}, where the archive has it with equal lengths and without gaps"
+    if adjusted.parent.is_dir() or path.suffix.lower() == ".tsv":
+        return f"; the UCR archive of 2018 has such sets adjusted in {ADJUSTED}/"
+    return ""
 
 
 def read_ts(path: Path, notes: list[str]) -> Split:
     """The aeon/sktime format: a header of @tags, @data, then a line a series, ":" between channels, the label last.
 
-    Targets of a regression file (@targetLabel true) are left out, with a note.
+    Targets of a regression file (@targetLabel true) are left out, with a note. Where the header says nothing of labels,
+    the number of channels tells, or whether what comes last can be a channel.
     """
     numbers, lines = text_lines(path, comment="#")
     data = next((i for i, line in enumerate(lines) if line.lower() == "@data"), None)
     if data is None:
         raise UserError(f"{path}: no @data line; is this a .ts file?")
-    header = {tag: values[:1] for tag, *values in (line.lower().split() for line in lines[:data])}
+    header = {tag.lower(): values for tag, *values in (line.split() for line in lines[:data])}
+    said = {tag: values[0].lower() for tag, values in header.items() if values}
     numbers, lines = numbers[data + 1 :], lines[data + 1 :]
-    if header.get("@timestamps") == ["true"]:
+    if said.get("@timestamps") == "true":
         raise UserError(f"{path}: series with time stamps (@timeStamps true) are not supported; save the values alone")
-    regression = header.get("@targetlabel") == ["true"]
-    # aeon takes a file that does not say for a labelled one.
-    labelled = regression or header.get("@classlabel", ["true"]) == ["true"]
-    labels, channels, n_channels = [], [], None
+    regression = said.get("@targetlabel") == "true"
+    labelled = regression or said.get("@classlabel") == "true"
+    expected = channels_said(said, path)
+    if not labelled and "@classlabel" not in said and "@targetlabel" not in said and lines:
+        # aeon takes a file that does not say for a labelled one.
+        parts = lines[0].split(":")
+        labelled = parts[-1] != "" and len(parts) != expected and parts[-1].count(",") < max(1, parts[0].count(","))
+    labels, channels, n_channels = [], [], expected
     for number, line in zip(numbers, lines, strict=True):
-        *parts, label = line.split(":") if labelled else (*line.split(":"), "")
+        *parts, label = line.split(":") if labelled else (*line.removesuffix(":").split(":"), "")
         if not parts:
             raise UserError(f"{path}: line {number} has no ':' before a label; without labels say @classLabel false")
         n_channels = n_channels or len(parts)
         if len(parts) != n_channels:
-            raise UserError(f"{path}: line {number} has {len(parts)} channels and the first series {n_channels}")
+            other = f"the header says {expected}" if expected else f"the first series {n_channels}"
+            how = "besides a label" if labelled else "and no label"
+            raise UserError(f"{path}: line {number} has {len(parts)} channels and {other} ({how}); mend either")
         labels.append(whole(label.strip()))
         channels.extend(parts)
     if regression:
         notes.append("the targets of a regression were left out; the series have no classes")
-    values = parse_numbers(channels, [n for n in numbers for _ in range(n_channels)], ",", path, missing="?")
+    elif labelled:
+        check_classes(header.get("@classlabel", [])[1:], labels, path)
+    hint = equal_variant(path)
+    values = parse_channels(channels, [n for n in numbers for _ in range(n_channels or 1)], path, hint)
+    length = said.get("@serieslength", "")
+    if said.get("@equallength") != "false" and length.isdecimal() and len(lines) and int(length) != values.shape[1]:
+        raise UserError(
+            f"{path}: the header says @seriesLength {length}, and the series have {values.shape[1]}; mend either"
+        )
     return Split(
         values.reshape(len(lines), n_channels or 1, values.shape[1]),
         labels if labelled and not regression else None,
         str(path),
+        settled=True,
+        hint=hint,
     )
 
 
-def read_npy(path: Path, notes: list[str]) -> Split:
-    """NAME.npy holds the series; NAME_y.npy or NAME_labels.npy, where there is one, their labels."""
-    beside = [path.with_name(path.stem + end + path.suffix) for end in ("_y", "_labels")]
-    labels = next((load_numpy(other) for other in beside if other.is_file()), None)
-    return Split(load_numpy(path), labels, str(path))
+def channels_said(said: Mapping[str, str], path: Path) -> int | None:
+    """How many channels the header of a .ts file says; None where it does not."""
+    count = said.get("@dimensions", said.get("@dimension"))
+    single = said.get("@univariate") == "true"
+    if count is None:
+        return 1 if single else None
+    if not count.isdecimal() or int(count) < 1 or (single and int(count) > 1):
+        raise UserError(f"{path}: the header says @dimensions {count}{' and @univariate true' * single}; mend it")
+    return int(count)
 
 
-def read_npz(path: Path) -> tuple[Split, Split | None, list[str]]:
+def check_classes(listed: Sequence[str], labels: Sequence[str], path: Path) -> None:
+    known = {whole(name).lower() for name in listed}
+    other = sorted({label for label in labels if label.lower() not in known})
+    if listed and other:
+        raise UserError(
+            f"{path}: {other[0]!r} is a label and not of the header's @classLabel ({', '.join(listed)}); mend either"
+        )
+
+
+def read_npz(path: Path, reading: Reading, notes: list[str]) -> tuple[Split, Split | None]:
     """Keys as in `both_splits`."""
     archive = load_numpy(path)
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise UserError(f"{path}: holds one bare array; save it as .npy, or with names as .npz")
     with archive:
         try:
-            return *both_splits(archive, path), []
+            return both_splits(archive, path, reading, notes)
         except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: {numpy_reason(error)}") from error
 
 
-def read_hdf5(path: Path) -> tuple[Split, Split | None, list[str]]:
+def read_mat(path: Path, reading: Reading, notes: list[str]) -> tuple[Split, Split | None]:
+    """A file of MATLAB; keys as in `both_splits`."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError(f"{path}: .mat is read by scipy: pip install 'ncfast[data]'") from None
+    if h5py.is_hdf5(path):  # since version 7.3
+        return read_hdf5(path, reading, notes)
+    try:
+        arrays = {name: array for name, array in loadmat(path).items() if not name.startswith("__")}
+    except Exception as error:  # scipy raises many kinds for damage
+        raise UserError(f"{path}: cannot be read ({error}); is it damaged or no MATLAB file?") from error
+    for name, array in arrays.items():
+        if array.dtype == object and all(np.size(item) == 1 for item in array.ravel()):  # a cell array of strings
+            arrays[name] = np.array([np.asarray(item).ravel()[0] for item in array.ravel()])
+    return both_splits(arrays, path, reading, notes)
+
+
+def read_hdf5(path: Path, reading: Reading, notes: list[str]) -> tuple[Split, Split | None]:
     """Keys as in `both_splits`. Attributes, all optional:
 
     `original_labels` or `class_names`, what the labels 0 .. C-1 stand for; `complete` = False and `deviation`, that and
     how the file falls short of the published data set, which becomes a note.
     """
     try:
-        with h5py.File(path, "r") as file:
-            train, test = both_splits(file, path)
+        with h5py.File(path, "r", locking=False) as file:
+            train, test = both_splits(file, path, reading, notes)
             attributes = dict(file.attrs)
     except (KeyError, RuntimeError) as error:  # what h5py raises for damage inside, besides OSError
         raise OSError(str(error)) from error
     names = attributes.get("original_labels", attributes.get("class_names"))
-    if names is not None:
+    if names is not None and not isinstance(names, h5py.Empty):
         names = np.asarray(names).ravel()
+        texts = [label_name(name) for name in names.tolist()]
+        twice = sorted({text for text in texts if texts.count(text) > 1})
+        if twice:
+            raise UserError(f"{path}: several classes are called {twice[0]!r}; give each a name of its own")
         train, test = named(train, names), test and named(test, names)
-    notes = []
     if not np.all(attributes.get("complete", True)):
         deviation = attributes.get("deviation", "it does not say what is missing")
         deviation = deviation.decode() if isinstance(deviation, bytes) else str(deviation)
         notes.append(f"{path} is incomplete: {' '.join(deviation.split())}")
-    return train, test, notes
+    return train, test
+
+
+def label_name(name: Any) -> str:
+    return (name.decode(errors="replace") if isinstance(name, bytes) else str(name)).strip()
 
 
 def named(split: Split, names: np.ndarray) -> Split:
@@ -213,9 +320,19 @@ def named(split: Split, names: np.ndarray) -> Split:
     return Split(split.X, names[labels], split.where)
 
 
-def both_splits(arrays: Mapping[str, Any], path: Path) -> tuple[Split, Split | None]:
-    """Both splits from X_train, y_train, X_test, y_test, or one from X, y, in any case; only the first is needed."""
-    keys = {key.lower(): key for key in arrays}
+def both_splits(
+    arrays: Mapping[str, Any], path: Path, reading: Reading, notes: list[str]
+) -> tuple[Split, Split | None]:
+    """Both splits from X_train, y_train, X_test, y_test, or one from X, y, in any case; only the first is needed.
+
+    Labels may also be called labels, target or the like, or as `label_column` says. What is left unread is noted.
+    """
+    keys: dict[str, str] = {}
+    for key in arrays:
+        keys.setdefault(re.sub(r"[\W_]", "", key).lower(), key)
+
+    def find(*names: str) -> str | None:
+        return next((keys[name] for name in names if name in keys), None)
 
     def read(key: str) -> np.ndarray:
         array = arrays[key]
@@ -225,17 +342,52 @@ def both_splits(arrays: Mapping[str, Any], path: Path) -> tuple[Split, Split | N
             )
         # A file of HDF5 may promise far more than it holds.
         check_fits(array.nbytes, torch.device("cpu"), f"{path}: {key}", "keep a part of it")
-        return np.asarray(array)
+        if "MATLAB_class" not in getattr(array, "attrs", {}):
+            return np.asarray(array)
+        if h5py.check_ref_dtype(array.dtype) is not None:
+            raise UserError(f"{path}: {key} is a cell array of MATLAB; save numbers, or save with -v7")
+        notes.append(f"{path}: {key} was written by MATLAB, which stores its axes in reverse; they were put back")
+        return np.asarray(array).T
 
-    def split(x: str, y: str) -> Split:
-        return Split(read(keys[x]), read(keys[y]) if y in keys else None, f"{path}: {keys[x]}")
+    train = find(*SERIES_KEYS["train"]) or find("x", "data")
+    if train is None:
+        found = ", ".join(arrays) or "none"
+        raise UserError(f"{path}: expected the arrays X_train, y_train, X_test, y_test (or X, y); found {found}")
+    test = find(*SERIES_KEYS["test"])
+    X = read(train)
+    asked = None if reading.label_column is None else str(reading.label_column)
+    is_key = asked is not None and find(re.sub(r"[\W_]", "", asked).lower())
+    labels = is_key or None
+    if asked is None:
+        labels = find(*LABEL_KEYS["train"]) or find("y") or labels_called(arrays, test, notes)
+    test_labels = find(*LABEL_KEYS["test"]) if test and asked != NONE else None
+    rest = [key for key in arrays if key not in (train, labels, test, test_labels)]
+    if labels is None and asked is None:
+        for key in rest:
+            if could_be_labels(arrays[key], len(X)):
+                refuse_label_column(f"the array {key} may hold labels", key, str(path))
+    if rest:
+        notes.append(f"{path}: left unread: {', '.join(map(str, rest))}")
+    train_split = Split(X, None if labels is None else read(labels), f"{path}: {train}")
+    if test is None:
+        return train_split, None
+    return train_split, Split(read(test), None if test_labels is None else read(test_labels), f"{path}: {test}")
 
-    if "x_train" in keys:
-        return split("x_train", "y_train"), split("x_test", "y_test") if "x_test" in keys else None
-    if "x" in keys:
-        return split("x", "y"), None
-    found = ", ".join(arrays) or "none"
-    raise UserError(f"{path}: expected the arrays X_train, y_train, X_test, y_test (or X, y); found {found}")
+
+def labels_called(arrays: Mapping[str, Any], test: str | None, notes: list[str]) -> str | None:
+    """The one array whose name says that it holds labels."""
+    found = [key for key in arrays if says(key, LABEL_WORDS)]
+    if len(found) != 1 or test is not None:
+        return None
+    notes.append(f"the array {found[0]} was taken for the labels")
+    return found[0]
+
+
+def could_be_labels(array: Any, n: int) -> bool:
+    shape = getattr(array, "shape", None)
+    if shape is None or array.size != n or max(shape, default=0) != n:
+        return False
+    return array.dtype.kind not in "fc" or is_whole(np.asarray(array))
 
 
 def load_numpy(path: Path) -> np.ndarray | np.lib.npyio.NpzFile:
@@ -258,61 +410,19 @@ def text_lines(path: Path, comment: str | None = None) -> tuple[list[int], list[
     return [i for i, _ in kept], [line for _, line in kept]
 
 
-def parse_numbers(
-    rows: Sequence[str],
-    line_numbers: Sequence[int],
-    delimiter: str,
-    path: Path,
-    *,
-    first_column: int = 1,
-    missing: str | None = None,
-) -> np.ndarray:
-    """float64 [n, L] from rows of cells; `missing` is a cell's other spelling of NaN."""
+def parse_channels(rows: Sequence[str], line_numbers: Sequence[int], path: Path, hint: str) -> np.ndarray:
+    """float64 [n, L] from rows of numbers with commas between; ? is NaN."""
     if not rows:
         return np.empty((0, 0))
-    lengths = {row.count(delimiter) + 1 for row in rows}
+    lengths = {row.count(",") + 1 for row in rows}
     if len(lengths) == 1:
-        if missing:
-            rows = [row.replace(missing, "nan") for row in rows]
         try:
-            return np.loadtxt(rows, delimiter=delimiter, comments=None, ndmin=2)
+            return np.loadtxt([row.replace("?", "nan") for row in rows], delimiter=",", comments=None, ndmin=2)
         except ValueError:
             pass
-    for number, row in zip(line_numbers, rows, strict=True):
-        for column, cell in enumerate(row.split(delimiter), first_column):
-            if cell.strip() != missing and not is_number(cell):
+    for line, row in zip(line_numbers, rows, strict=True):
+        for column, cell in enumerate(row.split(","), 1):
+            if cell.strip() != "?" and not is_number(cell):
                 what = f"{cell.strip()!r} is not a number" if cell.strip() else "the cell is empty"
-                raise UserError(f"{path}: line {number}, column {column}: {what}")
-    if len(lengths) > 1:
-        equal = path.with_name(re.sub(r"_(?=train|test)", "_eq_", path.name, flags=re.IGNORECASE))
-        hint = f", or use {dataset_name(equal)}, which is beside it" if equal != path and equal.is_file() else ""
-        refuse_lengths(lengths, str(path), hint)
-    return np.array([[float(cell) for cell in row.split(delimiter)] for row in rows], ndmin=2)
-
-
-def is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def whole(label: str) -> str:
-    """A class number as the archives mean it: -1 for -1.0 and -1.0000000e+00. Other labels stay as they are."""
-    if re.fullmatch(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", label) and float(label).is_integer():
-        return str(int(float(label)))
-    return label
-
-
-ONE_SPLIT: dict[str, Callable[[Path, list[str]], Split]] = {
-    ".ts": read_ts,
-    ".tsv": read_tsv,
-    ".csv": read_csv,
-    ".npy": read_npy,
-}
-BOTH_SPLITS: dict[str, Callable[[Path], tuple[Split, Split | None, list[str]]]] = {
-    ".npz": read_npz,
-    ".h5": read_hdf5,
-    ".hdf5": read_hdf5,
-}
+                raise UserError(f"{path}: line {line}, column {column}: {what}")
+    refuse_lengths(lengths, str(path), hint)

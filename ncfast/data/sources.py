@@ -1,5 +1,6 @@
 """Where series come from: a path, or a name looked up in the user's folders, in aeon's, and on the network."""
 
+import dataclasses
 import difflib
 import importlib.util
 import os
@@ -9,75 +10,110 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ncfast.data.dataset import Dataset, from_arrays, list_some, make_dataset
-from ncfast.data.formats import ACCEPTED, dataset_name, read_file
+from ncfast.data.formats import ACCEPTED, SPLIT, dataset_name, label_files, read_file
+from ncfast.data.layout import Reading
+from ncfast.data.windows import load_windows
 from ncfast.errors import UserError
 
 __all__ = ["Dataset", "from_arrays", "load_dataset"]
 
 # How the file of data set NAME may be called, after NAME; the first that exists is taken.
-ENDINGS = (".h5", ".hdf5", ".npz", "_TRAIN.ts", "_TRAIN.tsv", "_TRAIN.csv", ".npy", ".csv")
+ENDINGS = (".h5", ".hdf5", ".npz", "_TRAIN.ts", "_TRAIN.tsv", "_TRAIN.csv", "_TRAIN.txt", "_TRAIN", "_TRAIN.arff")
+ENDINGS += (".npy", ".csv", ".parquet", ".mat", "_TRAIN.parquet", "_TRAIN.npy", ".tsv", ".ts", ".arff")
 ARCHIVE = "UCRArchive_2018"
 
 
-def load_dataset(name_or_path: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> Dataset:
+def load_dataset(
+    name_or_path: str | os.PathLike,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    label_column: str | int | None = None,
+    layout: str | None = None,
+    header: str | None = None,
+    index_column: str | int | None = None,
+    window: int | None = None,
+    stride: int = 1,
+    time_column: str | None = None,
+    group_column: str | None = None,
+    test_share: float = 0.2,
+) -> Dataset:
     """The data set of that name, or in that file or folder.
 
     A path is what contains a path separator, ends in a known suffix, or is a file or a data set's folder here. A file
-    is .h5, .hdf5, .npz, .npy, .ts, .tsv or .csv (either one of a _TRAIN and _TEST pair), laid out as the functions of
-    `ncfast.data.formats` say. A folder holds one data set.
+    is .h5, .hdf5, .npz, .mat, .npy, .ts, .tsv, .csv, .txt, .arff or .parquet (of the last seven either one of a _TRAIN
+    and _TEST pair), laid out as the functions of `ncfast.data.formats` and `ncfast.data.tables` say. A folder holds one
+    data set.
 
     Anything else is a name, upper or lower case, looked up in this order: `data_dir`; $NCFAST_DATA; $AEON_DATA;
     ~/aeon_data; the sets inside the aeon package; last, aeon downloads it (from Zenodo, to $AEON_DATA or ~/aeon_data).
-    In each folder it may be NAME.h5, NAME.hdf5, NAME.npz, NAME_TRAIN.ts, NAME_TRAIN.tsv, NAME_TRAIN.csv, NAME.npy or
-    NAME.csv, directly, in NAME/ or in UCRArchive_2018/NAME/. aeon's variants NAME_eq (equal lengths) and NAME_nmv (no
-    missing values) are names too, in the folder of NAME.
+    In each folder it may be NAME.h5, NAME.hdf5, NAME.npz, NAME_TRAIN.ts, NAME_TRAIN.tsv, NAME_TRAIN.csv, NAME.npy,
+    NAME.csv or the like, directly, in NAME/ or in UCRArchive_2018/NAME/. aeon's variants NAME_eq (equal lengths) and
+    NAME_nmv (no missing values) are names too, in the folder of NAME.
+
+    What is certain of columns and axes is decided, and `notes` say what was; what is not is refused, and the message
+    names the option that settles it.
 
     Args:
         name_or_path: such as FordA, runs/mine.npz or UCRArchive_2018/FordA/FordA_TRAIN.tsv.
         data_dir: where names are looked up first.
+        label_column: of a table, by name or place from 0; of a file of arrays, the array; "none": no labels.
+        layout: "nctd" [series, channels, time], "ntd" [series, time, channels], or "table": each row is a series.
+        header: "yes" or "no": whether the first line of a text table names its columns.
+        index_column: of a table, a column to leave out, or several with commas between; "none" keeps all.
+        window: the file is a long recording, and windows of so many rows are its series; this and what follows is that
+            of `ncfast.data.windows.windows_of`.
 
     Raises:
-        UserError: one line: not found (and where it was looked for), unreadable, or unfit (see `make_dataset`).
+        UserError: one line: not found (and where it was looked for), unreadable, ambiguous or unfit (`make_dataset`).
     """
+    reading = Reading(label_column, layout, header, index_column)
     text = os.fspath(name_or_path)
     if not text.strip():
         raise UserError("the name of the data set is empty: give a name such as FordA, a file or a folder")
     path = Path(text).expanduser()
+    if window is not None:
+        reading.refuse(text, "label_column", "layout", "header", "index_column")
+        columns = {"time_column": time_column, "group_column": group_column}
+        return load_windows(path, window, stride, test_share=test_share, **columns)
     known_suffix = path.suffix.lower() in ACCEPTED
-    if path.name != text or known_suffix or path.is_file() or (path.is_dir() and file_in(path)):
-        return load_path(path)
-    return load_name(text, None if data_dir is None else Path(data_dir).expanduser())
+    if path.name != text or known_suffix or path.is_file() or (path.is_dir() and names_directly_in(path)):
+        return load_path(path, reading)
+    dataset = load_name(text, None if data_dir is None else Path(data_dir).expanduser(), reading)
+    if path.is_dir():
+        note = f"the folder {text} here holds no data set, so {dataset.source} was read"
+        dataset = dataclasses.replace(dataset, notes=(note, *dataset.notes))
+    return dataset
 
 
-def load_path(path: Path) -> Dataset:
+def load_path(path: Path, reading: Reading) -> Dataset:
     if not path.exists():
         beside = [entry.name for entry in entries(path.parent)]
         raise UserError(f"no file or folder {str(path)!r}{did_you_mean(path.name, beside)}")
     if path.is_file():
-        return load_file(path)
+        return load_file(path, reading)
     file = file_in(path)
     if file is None:
         inside = sorted(names_in(path))
         found = f"several: {list_some(inside)}; name one, with this as the data folder" if inside else "none"
         raise UserError(f"{path}: expected a folder that holds one data set ({', '.join(ACCEPTED)}); found {found}")
-    return load_file(file)
+    return load_file(file, reading)
 
 
-def load_name(name: str, data_dir: Path | None) -> Dataset:
+def load_name(name: str, data_dir: Path | None, reading: Reading) -> Dataset:
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(f"the data folder {str(data_dir)!r} does not exist")
     folders = search_path(data_dir)
     for folder in folders:
         file = find(name, folder)
         if file is not None:
-            return load_file(file)
+            return load_file(file, reading)
 
     looked = ", ".join(f"{folder}{'' if folder.is_dir() else ' (missing)'}" for folder in folders)
     try:
         published = published_names()
         title = {title.lower(): title for title in published}.get(base_name(name).lower())
         if title is not None:
-            return load_file(download(title, name))
+            return load_file(download(title, name), reading)
         why = did_you_mean(name, set(published).union(*map(names_in, folders)))
         looked += ", aeon's list of UCR/UEA sets" if published else ""
     except DownloadError as error:
@@ -90,9 +126,9 @@ def load_name(name: str, data_dir: Path | None) -> Dataset:
     )
 
 
-def load_file(file: Path) -> Dataset:
-    train, test, notes = read_file(file)
-    return make_dataset(train, test, name=dataset_name(file), source=str(file), notes=notes)
+def load_file(file: Path, reading: Reading) -> Dataset:
+    train, test, notes = read_file(file, reading)
+    return make_dataset(train, test, name=dataset_name(file), source=str(file), notes=notes, reading=reading)
 
 
 def search_path(data_dir: Path | None) -> list[Path]:
@@ -113,15 +149,23 @@ def find(name: str, folder: Path) -> Path | None:
 
 def file_in(folder: Path) -> Path | None:
     """The file of the one data set that `folder` holds: of the folder's name, or the only one there is."""
-    names = {dataset_name(entry) for entry in entries(folder) if is_data(entry)}
-    return file_named(folder.resolve().name, folder) or (file_named(names.pop(), folder) if len(names) == 1 else None)
+    names = names_directly_in(folder)
+    own = folder.resolve().name
+    if own in names or len(names) != 1:
+        return file_named(own, folder)
+    return file_named(names.pop(), folder)
+
+
+def names_directly_in(folder: Path) -> set[str]:
+    return {dataset_name(entry) for entry in entries(folder) if is_data(entry)}
 
 
 def file_named(name: str, folder: Path) -> Path | None:
     """The file of that data set directly in `folder`."""
     listing = entries(folder)
-    candidates = (entry for ending in ENDINGS for entry in same_name(name + ending, listing))
-    return next((entry for entry in candidates if entry.is_file()), None)
+    candidates = [entry for ending in ENDINGS for entry in same_name(name + ending, listing)]
+    candidates += [entry for entry in listing if dataset_name(entry).lower() == name.lower()]  # such as train.csv
+    return next((entry for entry in candidates if entry.is_file() and is_data(entry)), None)
 
 
 def same_name(name: str, listing: Iterable[Path]) -> list[Path]:
@@ -138,10 +182,23 @@ def entries(folder: Path) -> list[Path]:
 
 
 def is_data(entry: Path) -> bool:
-    """Whether the file is a data set's first: not a test split, not the labels beside a .npy."""
-    if dataset_name(entry) + entry.suffix == entry.name:
-        return entry.suffix.lower() in ACCEPTED and not re.search(r"_(y|labels)\.npy$", entry.name, re.IGNORECASE)
-    return bool(re.search(r"_train\.(ts|tsv|csv)$", entry.name, re.IGNORECASE))
+    """Whether the file is a data set's first: not a test split, not labels that lie beside their series."""
+    match = SPLIT.fullmatch(entry.stem)
+    if match is not None and match[2].lower() == "test":
+        return False
+    # Text that is no split, such as README.txt, describes a data set.
+    known = {*ACCEPTED, ""} if match is not None else {*ACCEPTED} - {".txt"}
+    return entry.suffix.lower() in known and entry.is_file() and not holds_labels(entry)
+
+
+def holds_labels(entry: Path) -> bool:
+    """Whether the file's name is one that labels have, beside a file of series."""
+    if re.search(r"(^|_)(y|labels?)(_|\.|$)", entry.name, re.IGNORECASE) is None:
+        return False
+    others = [other for other in entries(entry.parent) if other != entry and other.suffix.lower() in ACCEPTED]
+    return (
+        any(entry in label_files(other) for other in others) or re.search(r"_(y|labels)\.npy$", entry.name) is not None
+    )
 
 
 def names_in(folder: Path) -> set[str]:

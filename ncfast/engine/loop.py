@@ -142,7 +142,7 @@ def train_stage(
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             why = str(error).splitlines()[-1].strip()
             raise UserError(
-                f"{state_path} does not fit {stage.name} ({why}); restore it, or remove it to begin again"
+                f"{state_path} does not fit {stage.name} ({why}); restore it, or move it away to begin again"
             ) from error
     log.rewind(stage.number, epoch)
 

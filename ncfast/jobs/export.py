@@ -21,11 +21,20 @@ BLOCK_VALUES = 2**22  # of one piece that is held in memory
 
 
 def format_of(path: Path, asked: str | None = None) -> str:
-    """The format that is asked for, or that of the suffix; HDF5 for any other suffix."""
+    """The format that is asked for, or that of the suffix; HDF5 without one.
+
+    Raises:
+        UserError: a suffix of no format, or of another one than is asked for.
+    """
     suffix = path.suffix.lower().lstrip(".")
+    suffix = "h5" if suffix in ("", "hdf", "hdf5") else suffix
     if asked is None:
-        return suffix if suffix in FILE_FORMATS else "h5"
-    if suffix in FILE_FORMATS and suffix != asked:
+        if suffix not in FILE_FORMATS:
+            raise UserError(
+                f"no format has the suffix of {path.name}; there are {', '.join(FILE_FORMATS)}, or give --format"
+            )
+        return suffix
+    if path.suffix and suffix in FILE_FORMATS and suffix != asked:
         raise UserError(f"--format {asked} and the name {path.name} do not fit; leave one out")
     return asked
 

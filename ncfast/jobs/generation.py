@@ -25,7 +25,7 @@ from ncfast.engine.memory import check_fits, exhaustion_explained, human
 from ncfast.errors import UserError
 from ncfast.jobs.export import export, format_of
 from ncfast.jobs.reader import open_generated
-from ncfast.jobs.shards import FORMAT, Job, Shard, read_manifest
+from ncfast.jobs.shards import FORMAT, Job, Shard, open_hdf5, read_manifest
 from ncfast.jobs.writer import ShardWriter, claim, filters, finish, refuse_another
 from ncfast.models.trained import weights_sha256
 from ncfast.ncvqvae import NCVQVAE, load
@@ -59,7 +59,9 @@ def generate(arguments: argparse.Namespace) -> None:
     model = load(arguments.run, device, arguments.precision)
     options = sampling_values(model.config)
     given = {name: value for name, value in vars(arguments).items() if name in options}
-    labels = parse_labels(arguments.labels)
+    labels = parse_labels(arguments.labels, model.class_names)
+    if isinstance(labels, str) and labels in model.class_names:
+        print(f"warning: {labels!r} is a class too; --labels '{json.dumps([labels])}' draws it", flush=True)
     sampler = SeriesSampler(model, labels, arguments.seed, decode=not arguments.tokens_only, **given)
     job = make_job(arguments, sampler, labels, parts)
     leads = part == 0 or arguments.shard is not None  # the others of torchrun leave the terminal to the first
@@ -115,7 +117,9 @@ def check(arguments: argparse.Namespace, parts: int) -> None:
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed is at least 0 and below 2**63; got {arguments.seed}")
     if arguments.overwrite and parts > 1:
-        raise UserError("--overwrite is for one process: several would remove each other's shards; remove the files")
+        raise UserError(
+            "--overwrite is for one process: several would remove each other's shards; choose another --out"
+        )
     if not arguments.dry_run and not os.access(arguments.out.parent, os.W_OK):
         raise UserError(f"the folder {arguments.out.parent} of --out cannot be written to; choose another --out")
     filters(arguments.compression)
@@ -297,7 +301,7 @@ def remove_job(job: Job) -> None:
 def is_generated(path: Path) -> bool:
     """Whether it is, or was before it was damaged, a file of ours."""
     try:
-        with h5py.File(path) as file:
+        with open_hdf5(path) as file:
             return "job_sha256" in file.attrs
     except OSError:
         with open(path, "rb") as file:
@@ -306,7 +310,7 @@ def is_generated(path: Path) -> bool:
 
 def same_job(job: Job) -> bool:
     try:
-        with h5py.File(job.out) as file:
+        with open_hdf5(job.out) as file:
             return file.attrs.get("job_sha256") == job.sha256
     except OSError:
         return False

@@ -1,6 +1,7 @@
 """Reading what `python -m ncfast.generate` wrote."""
 
 import json
+import operator
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from ncfast.engine.checkpoint import reason
 from ncfast.engine.device import kind
 from ncfast.errors import UserError
-from ncfast.jobs.shards import changed_column, manifest_path, read_manifest, shard_path
+from ncfast.jobs.shards import changed_column, manifest_path, open_hdf5, read_manifest, shard_path
 from ncfast.jobs.writer import first_difference_of, runs
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Generated(torch.utils.data.Dataset):
         for path in self.shards or [self.path]:
             problem = None
             try:
-                with h5py.File(path) as file:
+                with open_hdf5(path) as file:
                     if file.attrs.get("job_sha256") != self.attributes.get("job_sha256"):
                         problem = "it is of another job"
                     elif not file.attrs.get("complete", False):
@@ -124,7 +125,7 @@ class Generated(torch.utils.data.Dataset):
     def redraw(self, count: int, run: str | Path | None) -> None:
         sampler = self.sampler(run)
         for path in self.shards or [self.path]:
-            with h5py.File(path) as file:
+            with open_hdf5(path) as file:
                 rows = len(file["tokens"])
                 if rows == 0:
                     continue
@@ -163,7 +164,7 @@ class Generated(torch.utils.data.Dataset):
     def file(self) -> h5py.File:
         """Of this process: HDF5 handles do not survive a fork, and cannot be pickled."""
         if self.opened is None or self.opened[0] != os.getpid():
-            self.opened = os.getpid(), h5py.File(self.path)
+            self.opened = os.getpid(), open_hdf5(self.path)
         return self.opened[1]
 
     def close(self) -> None:
@@ -183,21 +184,28 @@ class Generated(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, i: Any) -> Any:
+        """One series and its class index; of a slice, indices int [m] or a mask bool [n], those of all as tensors."""
+        if isinstance(i, slice | list) or np.ndim(i) > 0:
+            x, y = self.read(rows_of(i, len(self)))
+            return x if y is None else (x, y)
+        i = operator.index(i)
         if not -len(self) <= i < len(self):
             raise IndexError(f"series {i} of {len(self)}")
         return self.__getitems__([i % len(self)])[0]
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """What a DataLoader asks for a batch: rows are read in the order of the file."""
+        x, y = self.read(np.asarray(indices))
+        return [*x] if y is None else [*zip(x, y, strict=True)]
+
+    def read(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Series float32 [m, C, L] and class indices int64 [m], or None, of these rows int64 [m], in any order."""
         if self.x is None:
             raise UserError(f"{self.path} holds tokens only; `NCVQVAE.decode(tokens)` makes series of them")
-        unique, places = np.unique(np.asarray(indices), return_inverse=True)
-        x = torch.from_numpy(read_rows(self.x, unique).astype(np.float32, copy=False))
-        if self.y is None:
-            return [x[place] for place in places]
-        y = torch.from_numpy(read_rows(self.y, unique))
-        return [(x[place], y[place]) for place in places]
+        unique, places = np.unique(rows, return_inverse=True)
+        x = torch.from_numpy(read_rows(self.x, unique).astype(np.float32, copy=False)[places])
+        return x, None if self.y is None else torch.from_numpy(read_rows(self.y, unique)[places])
 
     def labels(self, index: Any = slice(None)) -> np.ndarray | None:
         """Class names of the series `index`; None for series without a class."""
@@ -213,6 +221,20 @@ class Generated(torch.utils.data.Dataset):
 
     def __repr__(self) -> str:
         return f"<{len(self)} generated series of {self.attributes.get('dataset')}, {self.path}>"
+
+
+def rows_of(index: Any, n: int) -> np.ndarray:
+    """The rows int64 [m], from 0, that an index of n rows stands for. Raises IndexError."""
+    if isinstance(index, slice):
+        return np.arange(*index.indices(n))
+    rows = np.asarray(index)
+    if rows.dtype == np.bool_ and rows.shape == (n,):
+        return np.flatnonzero(rows)
+    if rows.size == 0:
+        return np.empty(0, np.int64)
+    if rows.ndim != 1 or rows.dtype.kind not in "iu" or not -n <= rows.min() <= rows.max() < n:
+        raise IndexError(f"series are taken by integers below {n}, a slice, or a mask [{n}]; got {index!r}")
+    return rows.astype(np.int64) % n
 
 
 def read_rows(column: Column, rows: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ import torch
 from torch import distributed
 
 import ncfast
-from ncfast.cli.flags import given_config_values
+from ncfast.cli.flags import given_config_values, reading_options
 from ncfast.cli.startup import choose_device, leave_compiler_out
 from ncfast.cli.torchrun import local_rank
 from ncfast.config import METHODS, Config, make_config
@@ -184,7 +184,7 @@ def own(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(name: str, arguments: argparse.Namespace) -> Dataset:
-    dataset = load_dataset(name, arguments.data_dir)
+    dataset = load_dataset(name, arguments.data_dir, **reading_options(arguments))
     return dataset if arguments.holdout is None else hold_out(dataset, arguments.holdout)
 
 

@@ -97,7 +97,7 @@ class Shard:
     def problem(self, *, contents: bool) -> str | None:
         """Why the file is not this shard; None when it is. `contents` computes its checksums again."""
         try:
-            with h5py.File(self.path) as file:
+            with open_hdf5(self.path) as file:
                 if file.attrs.get("job_sha256") != self.job.sha256:
                     return "it is of another job"
                 if not file.attrs.get("complete", False) or file.attrs["first"] != self.first:
@@ -110,6 +110,11 @@ class Shard:
             return "it is not there"
         except (OSError, KeyError, RuntimeError) as error:
             return reason(error)
+
+
+def open_hdf5(path: Path) -> h5py.File:
+    """To read. Nobody writes to a file that has its name, so no lock is asked for, which some file systems lack."""
+    return h5py.File(path, "r", locking=False)
 
 
 def changed_column(file: h5py.File, columns: Any) -> str | None:

@@ -24,7 +24,7 @@ from ncfast.engine.checkpoint import (
     write_json,
 )
 from ncfast.errors import UserError
-from ncfast.jobs.shards import FORMAT, Job, Shard, read_manifest
+from ncfast.jobs.shards import FORMAT, Job, Shard, open_hdf5, read_manifest
 from ncfast.sampling.series import Batch
 
 CHUNK_BYTES = 2**20
@@ -333,8 +333,8 @@ def finish(job: Job) -> dict[str, int] | None:
     for shard in shards:
         problem = shard.problem(contents=False)
         if problem is not None:
-            raise UserError(f"{shard.path} cannot be used: {problem}; remove it and run the same command again")
-        with h5py.File(shard.path) as file:
+            raise UserError(f"{shard.path} cannot be used: {problem}; move it away and run the same command again")
+        with open_hdf5(shard.path) as file:
             counts = file.attrs["counts"] if job.class_names else totals
             checksums = {name: file.attrs[f"sha256_{name}"] for name in job.columns}
         totals += counts

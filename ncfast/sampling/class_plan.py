@@ -1,5 +1,6 @@
 """Which class each generated series gets, by its index alone."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,8 @@ class LabelPlan:
         """
         Args:
             labels: "train" draws classes in the train set's proportions, "balanced" takes all in turn, "none" gives
-                every series the id of "no class"; a sequence of class names is taken in turn; a mapping from names to
-                counts makes that many of each, one class after the other.
+                every series the id of "no class", also where a class is called so; a sequence of class names is taken
+                in turn; a mapping from names to counts makes that many of each, one class after the other.
             class_names: of the model, empty for one without classes.
             class_counts: of the train set, one a class.
 
@@ -69,7 +70,9 @@ class LabelPlan:
 
     def index(self, name: Any) -> int:
         if str(name) not in self.class_names:
-            raise UserError(f"no class {str(name)!r}; this model knows {', '.join(self.class_names)}")
+            odd = any(mark in known for known in self.class_names for mark in ",:")
+            hint = """; names with commas or colons: --labels '["a,b"]' or '{"a,b": 1000}'""" if odd else ""
+            raise UserError(f"no class {str(name)!r}; this model knows {', '.join(self.class_names)}{hint}")
         return self.class_names.index(str(name))
 
     def __call__(self, sample: Tensor, seed: int) -> Tensor:
@@ -92,21 +95,38 @@ class LabelPlan:
         return self.copies[name, device]
 
 
-def parse_labels(text: str) -> str | list[str] | dict[str, int]:
-    """A command line's --labels: train, balanced, none, "a:1000,b:500" or "a,b".
+def parse_labels(text: str, class_names: Sequence[str] = ()) -> str | list[str] | dict[str, int]:
+    """A command line's --labels: train, balanced, none, "a:1000,b:500", "a,b", or a list or an object of JSON.
+
+    A class of that very name comes before a list of several; one that is called train, balanced or none is drawn by
+    '["none"]' or "none:1000".
 
     Raises:
-        UserError: some parts have counts and some do not, or a count is no number.
+        UserError: some parts have counts and some do not, a count is no number, or the text means several things.
     """
     if text in (TRAIN, BALANCED, NONE):
         return text
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not any(":" in part for part in parts):
+    if text in class_names:
+        others = parts if len(parts) > 1 else [text] if ":" in text else []
+        if others and all({part, part.rpartition(":")[0].strip()} & {*class_names} - {text} for part in others):
+            raise UserError(f"--labels {text} is one class, and names others; write --labels '{json.dumps([text])}'")
+        return [text]
+    if text[:1] in "[{":
+        try:
+            labels = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"--labels {text} is no JSON ({error}); such as " + '["a", "b"] or {"a": 1000}') from error
+        return labels if isinstance(labels, dict) else [str(label) for label in labels]
+    if not any(":" in part for part in parts) or all(part in class_names for part in parts):
         return parts
     counts: dict[str, int] = {}
     for part in parts:
         name, colon, count = part.rpartition(":")
         if not colon or not name.strip() or not count.strip().isdecimal():
-            raise UserError(f'--labels with counts is "name:count,name:count"; got {part!r} in {text!r}')
+            raise UserError(
+                f'--labels with counts is "name:count,name:count"; got {part!r} in {text!r} (names with commas or '
+                'colons: ["a,b"] or {"a,b": 1000})'
+            )
         counts[name.strip()] = counts.get(name.strip(), 0) + int(count)
     return counts

@@ -29,7 +29,8 @@ class Context:
     def __init__(self, context: np.ndarray, mask: np.ndarray | None, data: DataStats) -> None:
         """
         Args:
-            context: series in data units, [L], [m, L] or [m, C, L]; numbers that were not observed do not matter.
+            context: series in data units, [L], [m, L] or [m, C, L]; numbers that were not observed do not matter, and
+                what a masked array masks was not.
             mask: bool, True where observed: of context's shape, [L], or [m, L] for all channels; None takes what is
                 finite.
             data: of the model.
@@ -46,8 +47,15 @@ class Context:
             mask = np.asarray(mask)
             if mask.dtype != np.bool_:
                 raise UserError(f"mask is bool, True where the context was observed; got {mask.dtype}")
-            if mask.ndim == 2 and C > 1 and mask.shape != (C, L):
-                mask = mask[:, None]  # one for all channels
+            if mask.ndim == 2 and C > 1:
+                m = len(self.original)
+                if np.ndim(context) == 3 and m == C > 1 and mask.shape == (C, L):
+                    raise UserError(
+                        f"a mask {[C, L]} of {m} series of {C} channels may be [series, time] or [channels, time]: "
+                        "give mask[:, None] ([m, 1, L]) or mask[None] ([1, C, L])"
+                    )
+                if mask.shape != (C, L):
+                    mask = mask[:, None]  # one for all channels
             if mask.ndim < 3 and C == 1:
                 mask = mask.reshape(-1, 1, mask.shape[-1])
             try:

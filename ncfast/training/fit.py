@@ -4,16 +4,18 @@ import contextlib
 import dataclasses
 import math
 import threading
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 
 from ncfast.config import Config, make_config
 from ncfast.data.augment import MIN_LENGTH, Augment
+from ncfast.data.layout import Reading
 from ncfast.data.sources import Dataset, from_arrays
 from ncfast.data.stats import MAX_LENGTH, DataStats
+from ncfast.data.windows import windows_of
 from ncfast.engine.checkpoint import write_tensors
 from ncfast.engine.device import usable_device
 from ncfast.engine.lock import sole_writer
@@ -43,14 +45,21 @@ OUT_OF_MEMORY = "lower --batch-size, --stage2-batch-size or the size of the mode
 
 
 def fit(
-    X: np.ndarray,
-    y: np.ndarray | None = None,
+    X: Any,
+    y: Any = None,
     *,
     preset: str = "default",
     out: str | Path | None = None,
     device: str | torch.device = "auto",
     graph: bool = True,
     quiet: bool = False,
+    label_column: str | int | None = None,
+    layout: Literal["nctd", "ntd", "table"] | None = None,
+    index_column: str | int | None = None,
+    window: int | None = None,
+    stride: int = 1,
+    time_column: str | None = None,
+    group_column: str | None = None,
     **options: "Unpack[Options]",
 ) -> NCVQVAE:
     """Trains both stages on arrays.
@@ -61,22 +70,36 @@ def fit(
     calls this with the same arguments, but for a device of its own, and gets the trained model; the first writes `out`.
 
     Args:
-        X: series, float [n, L] or [n, C, L], all of one length, finite.
+        X: series, float [n, L] or [n, C, L], all of one length, finite; or a table of pandas, a row a series.
         y: a label of any type for each series [n], or None.
         preset: "default" or "paper".
         out: folder of the run; None keeps the model in memory only.
         device: "auto" (the current GPU where torch sees one), "cpu", "cuda" or "cuda:N".
         graph: on a GPU, make each training step one CUDA graph.
         quiet: no progress bars.
+        label_column: of a table or a matrix [n, L + 1], the labels, by name or place from 0; "none": it has none.
+        layout: of X, where it does not tell: "nctd" [n, channels, time], "ntd" [n, time, channels], "table" [n, time].
+        index_column: of a table, a column to leave out, or several with commas between; "none" keeps all.
+        window: X is a long recording, a DataFrame or [T, channels] in order of time, and windows of so many rows are
+            the series, one every `stride` rows; see `ncfast.data.windows.windows_of`, of the two columns too.
         options: fields of `ncfast.config.Config`, such as ssl="vicreg", stage1_epochs=100.
 
     Returns:
         The trained model; `.sample(n)` draws series.
 
+    What was decided of the data is a warning, and a note of the model's `data`.
+
     Raises:
-        UserError: data or options that cannot be used, with the reason.
+        UserError: data or options that cannot be used or are ambiguous, with the reason.
     """
-    dataset = from_arrays(X, y)
+    reading = Reading(label_column, layout, index_column=index_column)
+    if window is None:
+        dataset = from_arrays(X, y, reading=reading)
+    else:
+        columns = {"time_column": time_column, "group_column": group_column}
+        dataset = windows_of(X, window, stride, test_share=0, name="arrays", source="X", **columns)
+    for note in dataset.notes:
+        warnings.warn(note, stacklevel=2)
     device = usable_device(device)
     config = resolve_config(make_config(preset, **options), dataset, device)
     out = None if out is None else Path(out)

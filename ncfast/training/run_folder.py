@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from ncfast.config import Config
+from ncfast.config import Config, sampling_values
 from ncfast.data.stats import DataStats
-from ncfast.engine.checkpoint import make_folder, read_json, read_state, write_json
+from ncfast.engine.checkpoint import make_folder, read_json, read_state, write_json, write_state
 from ncfast.engine.loop import StageResult
 from ncfast.errors import UserError
 from ncfast.models.trained import read_config, write_config
+
+LENGTHS = ("stage1_epochs", "stage2_epochs", "stage1_steps", "stage2_steps")  # options of how long a run is
 
 
 def prepare_run(out: Path, config: Config, data: DataStats, resume: bool) -> None:
@@ -28,23 +30,62 @@ def prepare_run(out: Path, config: Config, data: DataStats, resume: bool) -> Non
     if not resume:
         raise UserError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
     old_config, old_data = read_config(out)
-    changed = [
-        f"{f.name} was {getattr(old_config, f.name)!r} and is {getattr(config, f.name)!r}"
+    changed = {
+        f.name: f"{f.name} was {getattr(old_config, f.name)!r} and is {getattr(config, f.name)!r}"
         for f in dataclasses.fields(Config)
         if getattr(old_config, f.name) != getattr(config, f.name)
-    ]
-    if changed:
-        raise UserError(f"{out} was started with other options ({'; '.join(changed)}); use the same, or another --out")
+    }
+    fixed = [text for name, text in changed.items() if not may_change(name, old_config, config)]
+    if fixed:
+        raise UserError(f"{out} was started with other options ({'; '.join(fixed)}); use the same, or another --out")
     if old_data.identity != data.identity:
         raise UserError(
             f"{out} was trained on other data ({old_data.name}, {old_data.num_series} series); choose another --out"
         )
     read_metrics(out)  # what is damaged is better known before the training than after it
+    if changed:
+        change_options(out, old_config, config, data)
+        print(f"warning: {out} goes on with other options: {'; '.join(changed.values())}", flush=True)
+
+
+def may_change(name: str, old: Config, new: Config) -> bool:
+    """Whether a run may go on with another value: of what only sampling uses, and of more epochs."""
+    if name in LENGTHS:
+        return new.stage1_epochs >= old.stage1_epochs and new.stage2_epochs >= old.stage2_epochs
+    return name in sampling_values(new)
+
+
+def change_options(out: Path, old: Config, new: Config, data: DataStats) -> None:
+    """Writes the new options. A cosine over more epochs is taken up where the state is, at its rate there.
+
+    Raises:
+        UserError: more epochs of a stage whose state is not kept.
+    """
+    path = out / "state.pt"
+    longer = [k for k in (1, 2) if getattr(new, f"stage{k}_epochs") > getattr(old, f"stage{k}_epochs")]
+    state = saved_state(out, torch.device("cpu"), run_sha256(old, data)) if path.exists() else None
+    if longer and state is None and (out / "stage1.safetensors").exists():
+        raise UserError(f"{out} has no state.pt to go on from with more epochs; choose another --out")
+    if 1 in longer and state is not None and state["stage"] == 2:
+        raise UserError(
+            f"stage 1 of {out} has ended, and only the state of stage 2 is kept: give --stage1-epochs "
+            f"{old.stage1_epochs} and more --stage2-epochs, or another --out"
+        )
+    if state is not None:
+        write_state(path, {**state, "run": run_sha256(new, data)})  # of earlier versions, which counted all options
+    write_config(out, new, data)
 
 
 def run_sha256(config: Config, data: DataStats) -> str:
-    """Equal for equal runs: options and data."""
-    facts = [dataclasses.asdict(config), dataclasses.asdict(data.identity)]
+    """Equal for equal runs: data, and options but those with which a run may go on."""
+    options = dataclasses.asdict(config)
+    for name in (*LENGTHS, *sampling_values(config)):
+        del options[name]
+    return sha256_of(options, data)
+
+
+def sha256_of(options: dict[str, Any], data: DataStats) -> str:
+    facts = [options, dataclasses.asdict(data.identity)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -59,10 +100,16 @@ def saved_state(out: Path, device: torch.device, run: str) -> dict[str, Any] | N
         return None
     state = read_state(path, device)
     if not isinstance(state, dict) or not {"stage", "epoch", "run"} <= state.keys():
-        raise UserError(f"{path} is no state of a training; restore it, or remove it to begin again")
-    if state["run"] != run:
-        raise UserError(f"{path} is of a run with other options or data; restore it, or remove it to begin again")
+        raise UserError(f"{path} is no state of a training; restore it, or move it away to begin again")
+    if state["run"] not in (run, sha256_in(out)):
+        raise UserError(f"{path} is of a run with other options or data; restore it, or move it away to begin again")
     return state
+
+
+def sha256_in(out: Path) -> str:
+    """Of the run in `out`, as versions before 0.2.0 wrote it into states: of all its options."""
+    config, data = read_config(out)
+    return sha256_of(dataclasses.asdict(config), data)
 
 
 def stage_metrics(result: StageResult) -> dict[str, Any]:
@@ -77,5 +124,5 @@ def read_metrics(out: Path) -> dict[str, Any]:
     path = out / "metrics.json"
     metrics = read_json(path) if path.exists() else {}
     if not isinstance(metrics, dict):
-        raise UserError(f"{path} holds no metrics of a run; remove it")
+        raise UserError(f"{path} holds no metrics of a run; move it away")
     return metrics

@@ -73,6 +73,9 @@ def test_an_archive_of_numpy(written):
 def test_the_name_or_the_option_says_which(written, tmp_path):
     assert format_of(tmp_path / "a.h5") == format_of(tmp_path / "a.hdf5") == format_of(tmp_path / "a") == "h5"
     assert format_of(tmp_path / "a.CSV") == format_of(tmp_path / "a.txt", "csv") == "csv"
+    assert format_of(tmp_path / "a", "csv") == "csv" and format_of(tmp_path / "a.2024", "h5") == "h5"
+    with pytest.raises(ncfast.UserError, match="no format has the suffix of a.xls; there are h5, csv"):
+        format_of(tmp_path / "a.xls")
     with pytest.raises(ncfast.UserError, match="--format csv and the name a.npz do not fit"):
         format_of(tmp_path / "a.npz", "csv")
     with pytest.raises(ncfast.UserError, match="csv is for series; leave out --tokens-only"):

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -305,6 +306,9 @@ def test_a_job_survives_kills(run, job, tmp_path):
         (["--num-samples", "1", "--out", "no/folder/x.h5"], "does not exist"),
         (["--num-samples", "1", "--out", "."], "is a folder"),
         (["--num-samples", "1", "--labels", "red"], "no class 'red'"),
+        (["--num-samples", "1", "--labels", "-1,1"], "no class '-1'"),
+        (["--num-samples", "1", "--out", "x.csv"], "FILE.h5; got x.csv"),
+        (["--num-samples", "1", "--out", "x.parquet"], "FILE.h5; got x.parquet"),
         ([], "say how many"),
         (["--labels", "fast:3", "--num-samples", "4"], "at most 3, which"),
         (["--labels", "fast:3,slow"], "name:count"),
@@ -348,8 +352,14 @@ def test_it_reads_what_was_drawn(written, monkeypatch, tmp_path):
     series, label = data[-1]
     np.testing.assert_array_equal(series, x[-1])
     assert data.class_names[label] == labels[-1] and data.attributes["dataset"] == "Waves"
-    with pytest.raises(IndexError):
-        data[100]
+    for index in (slice(3, 9, 2), [5, -1, 5], np.array([7, 2]), np.arange(100) % 9 == 0, torch.tensor([4]), []):
+        some, which = data[index]
+        expected = index if isinstance(index, slice) else np.asarray(index, None if len(index) else int)
+        np.testing.assert_array_equal(some, x[expected])
+        np.testing.assert_array_equal(np.array(data.class_names)[which], labels[expected])
+    for index in (100, [1, 100], [0.5], [[1, 2]], [True]):
+        with pytest.raises(IndexError):
+            data[index]
     data.verify()
     # From another folder, and after the files have moved together.
     moved = tmp_path / "moved"
@@ -484,3 +494,55 @@ def test_a_shard_with_what_was_never_computed_gets_no_name(run, job, tmp_path, m
     assert not list(tmp_path.iterdir())
     job("--num-samples", 50)
     ncfast.open_generated(tmp_path / "out.h5").verify(redraw=50)
+
+
+def test_classes_of_any_name_are_drawn(job, tmp_path):
+    names = ("-1", "a,b", "a:2", "none", "train")
+    run = save_run(tmp_path / "run", names=names)
+    for text, expected in (
+        ("-1,a:2", ["-1", "a:2"]),
+        ("-1:1,none:2", ["-1", "none", "none"]),
+        ("a,b", ["a,b", "a,b"]),
+        ("a:2", ["a:2", "a:2"]),
+        ('["none", "train"]', ["none", "train"]),
+        ('{"a,b": 1, "a:2": 1}', ["a,b", "a:2"]),
+    ):
+        told = job("--num-samples", len(expected), "--labels", text, "--overwrite", run=run)
+        assert ncfast.open_generated(tmp_path / "out.h5").labels().tolist() == expected and "warning" not in told
+    assert "'none' is a class too; --labels '[\"none\"]'" in job(
+        "--num-samples", 3, "--labels", "none", out="x.h5", run=run
+    )
+    for text, message in (("a", "names with commas or colons"), ("[a", "is no JSON"), ("a,b:2,-1", "name:count")):
+        with pytest.raises(ncfast.UserError, match=message):
+            job("--num-samples", 3, "--labels", text, out="y.h5", run=run)
+
+
+NO_LOCKS = """
+#include <errno.h>
+#include <fcntl.h>
+int flock(int file, int operation) { errno = ENOLCK; return -1; }
+"""
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_file_system_without_locks(shards, run, tmp_path):
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs a C compiler, and Linux")
+    (tmp_path / "locks.c").write_text(NO_LOCKS)
+    library = tmp_path / "locks.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "locks.c"], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LD_PRELOAD": str(library)}
+    environment.pop("HDF5_USE_FILE_LOCKING", None)
+    generating = command(run, tmp_path / "x.h5", "--num-samples", 30, "--num-shards", shards)
+    code = (
+        "import sys, numpy as np, ncfast; data = ncfast.open_generated(sys.argv[1]); data.verify(); data[5:7]\n"
+        "assert np.isfinite(np.asarray(data.x)).all()\n"
+        "np.savez(sys.argv[2] + '/s.npz', X=data.x[:]); import h5py\n"
+        "from ncfast.data import load_dataset\n"
+        "file = h5py.File(sys.argv[2] + '/s.h5', 'w', locking=False); file['X'] = data.x[:]; file.close()\n"
+        "assert len(load_dataset(sys.argv[2] + '/s.h5').X_train) == 30"
+    )
+    for process in (generating, generating, [sys.executable, "-c", code, str(tmp_path / "x.h5"), str(tmp_path)]):
+        done = subprocess.run(process, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr

@@ -122,6 +122,31 @@ def test_shapes_a_user_may_bring(model):
         assert model.sample(context=context)[0].shape == (1, 1, L)
 
 
+def test_a_mask_of_two_series_and_two_channels_is_told_apart():
+    data = make_model(channels=2).data
+    rng = np.random.default_rng(0)
+    x, mask = rng.standard_normal((2, 2, L)), rng.random((2, L)) < 0.5
+    with pytest.raises(UserError, match=r"may be \[series, time\] or \[channels, time\]: give mask\[:, None\]"):
+        Context(x, mask, data)
+    for given in (mask[:, None], mask[None]):
+        np.testing.assert_array_equal(Context(x, given, data).observed, np.broadcast_to(given, (2, 2, L)))
+    np.testing.assert_array_equal(Context(x[0], mask, data).observed[0], mask)
+    for m in (1, 3):  # not as many as channels
+        np.testing.assert_array_equal(
+            Context(np.resize(x, (m, 2, L)), np.resize(mask, (m, L)), data).observed[:, 1],
+            np.resize(mask, (m, L)),
+        )
+
+
+def test_what_a_masked_array_masks_was_not_observed(model):
+    hidden = np.random.default_rng(0).random((3, 1, L)) < 0.5
+    x = np.ma.array(series(3).reshape(3, 1, L), mask=hidden, fill_value=1e36)
+    np.testing.assert_array_equal(Context(x, None, model.data).observed, ~hidden)
+    np.testing.assert_array_equal(Context([*x], None, model.data).observed, ~hidden)
+    integers = np.ma.array(np.arange(3 * L).reshape(3, 1, L), mask=hidden)
+    np.testing.assert_array_equal(Context(integers, None, model.data).observed, ~hidden)
+
+
 def test_one_channel_has_a_mask_for_each_series(model):
     mask = np.random.default_rng(0).random((3, L)) < 0.5
     np.testing.assert_array_equal(Context(series(3), mask, model.data).observed, mask[:, None])

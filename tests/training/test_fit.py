@@ -1,10 +1,12 @@
 """Both stages end to end on small data: results, run folder, resuming, errors."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +21,15 @@ import torch
 from runs import FLAGS, SMALL, train_arguments, waves
 
 import ncfast
+from ncfast import train as train_program
 from ncfast.config import make_config
 from ncfast.data.sources import from_arrays
 from ncfast.data.stats import DataStats
 from ncfast.engine.checkpoint import read_state
 from ncfast.engine.loop import batch_ends
 from ncfast.engine.processes import Processes
-from ncfast.training import fit, stages
+from ncfast.models.trained import read_config
+from ncfast.training import fit, run_folder, stages
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +246,37 @@ def test_killed_and_resumed_equals_uninterrupted(stage, epoch, kill, straight, d
     assert_same_weights(straight, broken)
     epochs = [(r["stage"], r["epoch"]) for r in map(json.loads, (broken / "log.jsonl").read_text().splitlines())]
     assert epochs == [(s, e) for s in (1, 2) for e in range(1, 7)]
+
+
+def test_a_run_goes_on_with_more_epochs_and_other_sampling(finished_run, data_file, tmp_path, capsys):
+    out = shutil.copytree(finished_run, tmp_path / "run")
+    options = ["--dataset", str(data_file), "--out", str(out), *FLAGS, "--resume", "--stage1-epochs=4"]
+    before = weights(out)
+    train_program.main([*options, "--stage2-epochs=4", "--temperature=0.5"])
+    assert "goes on with other options: temperature was 1.0 and is 0.5" in capsys.readouterr().out
+    assert_same_weights(finished_run, out)
+    assert ncfast.load(out).config.temperature == 0.5
+    # As version 0.1.0 left it: its states are of all options.
+    config, data = read_config(out)
+    state = torch.load(out / "state.pt", weights_only=True)
+    torch.save({**state, "run": run_folder.sha256_of(dataclasses.asdict(config), data)}, out / "state.pt")
+    train_program.main([*options, "--stage2-epochs=6", "--temperature=0.5"])
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if line["stage"] == 2] == [1, 2, 3, 4, 5, 6]
+    assert all(torch.equal(before[1][name], value) for name, value in weights(out)[1].items())
+    assert any(not torch.equal(before[2][name], value) for name, value in weights(out)[2].items())
+    kept = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for more, message in (
+        (["--stage2-epochs=5", "--temperature=0.5"], "stage2_epochs was 6 and is 5"),
+        (["--stage1-epochs=9", "--stage2-epochs=6"], "only the state of stage 2 is kept"),
+    ):
+        with pytest.raises(ncfast.UserError, match=message):
+            train_program.main([*options, *more])
+    (out / "state.pt").rename(tmp_path / "state.pt")
+    with pytest.raises(ncfast.UserError, match="no state.pt to go on from with more epochs"):
+        train_program.main([*options, "--stage2-epochs=9", "--temperature=0.5"])
+    (tmp_path / "state.pt").rename(out / "state.pt")
+    assert kept == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize(
