@@ -78,7 +78,8 @@ def refuse_long_table(X: np.ndarray, layout: str | None, where: str) -> None:  #
     if layout is None and n > m > 0 and (m < LEAST_LAST or roughness(X, 0) < roughness(X, 1) / 4):
         raise UserError(
             f"{where}: the {n} rows of {m} look like time points of one long series, with its channels as columns: "
-            "give --window N (window=N) to cut it into series of N, or --layout table (layout='table') if each row is a series"
+            "give --window N (window=N) to cut it into series of N, or --layout table (layout='table') if each row is "
+            "one"
         )
 
 

@@ -84,7 +84,7 @@ def windows_of(
         notes.append(f"{short} of {len(recordings)} recordings are shorter than a window and train nothing")
     if dropped:
         notes.append(f"{dropped} windows with a missing value were left out")
-    counts = " and ".join(f"{len(part)} {what}" for part, what in zip(parts, ("train", "test"), strict=True))
+    counts = f"{len(parts[0])} train" + (f" and {len(parts[1])} test" if test_share else "")
     named = "" if channels is None else f" of {', '.join(channels)}"
     notes.insert(0, f"windows of {window} rows, one every {stride}: {counts}{named}")
     X, X_test = (np.stack(part) if part else None for part in parts)
