@@ -43,8 +43,10 @@ def draw_samples(
         panels = ((real, real_labels, "C0", "real"), (generated, generated_labels, "C3", "generated"))
         for panel, (x, labels, color, name) in zip(pair, panels, strict=True):
             chosen = x if row is None else x[labels == row]
+            # Spread over the set: neighbours may be windows of one stretch of time.
+            chosen = chosen[np.linspace(0, len(chosen) - 1, min(series_each, len(chosen))).astype(int)]
             # Overlaid thin lines show the spread; one thick line shows what a single series looks like.
-            panel.plot(chosen[1:series_each, 0].T, color=color, alpha=0.35, linewidth=0.7)
+            panel.plot(chosen[1:, 0].T, color=color, alpha=0.35, linewidth=0.7)
             panel.plot(chosen[:1, 0].T, color=color, linewidth=1.4)
             panel.margins(x=0)
             panel.set_title(name if row is None else f"{name}, class {class_names[row]}", fontsize=9)

@@ -36,3 +36,11 @@ def test_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"ncfast\[eval\]"):
         draw_samples(np.zeros((1, 1, 8)), None, np.zeros((1, 1, 8)), None, (), "title")
+
+
+def test_series_that_are_drawn_are_spread_over_the_set():
+    pytest.importorskip("matplotlib")
+    x = np.arange(100.0)[:, None, None] + np.zeros((1, 1, 8))
+    figure = draw_samples(x, None, x[:3], None, (), "title", series_each=10)
+    drawn = [sorted({float(line.get_ydata()[0]) for line in axis.lines}) for axis in figure.axes]
+    assert drawn == [[11.0 * k for k in range(10)], [0.0, 1.0, 2.0]]
