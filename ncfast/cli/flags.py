@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from ncfast.config import Config, is_optional, without_none
-from ncfast.errors import UserError
 
 
 def add_config_arguments(
@@ -83,8 +82,6 @@ WINDOWS = ("window", "stride", "time_column", "group_column", "test_share")
 
 def reading_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `ncfast.data.load_dataset`."""
-    if arguments.window is None and (arguments.time_column or arguments.group_column or arguments.stride != 1):
-        raise UserError("--stride, --time-column and --group-column are for windows; add --window N")
     return {name: getattr(arguments, name) for name in (*READING, *WINDOWS)}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from ncfast.data.dataset import Dataset, from_arrays, list_some, make_dataset
 from ncfast.data.formats import ACCEPTED, SPLIT, dataset_name, label_files, read_file
 from ncfast.data.layout import Reading
-from ncfast.data.windows import load_windows
+from ncfast.data.windows import load_windows, refuse_without_window
 from ncfast.errors import UserError
 
 __all__ = ["Dataset", "from_arrays", "load_dataset"]
@@ -72,9 +72,10 @@ def load_dataset(
         raise UserError("the name of the data set is empty: give a name such as FordA, a file or a folder")
     path = Path(text).expanduser()
     if window is not None:
-        reading.refuse(text, "label_column", "layout", "header", "index_column")
+        reading.refuse(text, "label_column", "layout", "index_column")
         columns = {"time_column": time_column, "group_column": group_column}
-        return load_windows(path, window, stride, test_share=test_share, **columns)
+        return load_windows(path, window, stride, reading=reading, test_share=test_share, **columns)
+    refuse_without_window(stride, time_column, group_column, test_share)
     known_suffix = path.suffix.lower() in ACCEPTED
     if path.name != text or known_suffix or path.is_file() or (path.is_dir() and names_directly_in(path)):
         return load_path(path, reading)

@@ -284,7 +284,7 @@ def check_names(table: Table, free: list[int], label: int | None) -> None:
     raise UserError(
         f"{table.where}: the columns ({list_some(names, 5)}) are not samples numbered in order, so rows may be series "
         "or the time points of one long series: give --layout table (layout='table') if each row is a series; "
-        "otherwise cut windows [n, channels, time] first"
+        "--window N (window=N) to cut one long series into windows"
     )
 
 

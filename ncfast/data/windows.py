@@ -1,19 +1,21 @@
 """Windows cut from long recordings: one table or array whose rows follow each other in time."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ncfast.data import tables
 from ncfast.data.dataset import Dataset, Split, make_dataset, to_numpy
+from ncfast.data.layout import GUESS, Reading
 from ncfast.errors import UserError
 
 if TYPE_CHECKING:
     import pandas
 
+TEST_SHARE = 0.2
 TIME_NAMES = ("time", "date", "datetime", "timestamp")
 ROW_NAMES = ("", "id", "index", "row", "unnamed: 0")
 
@@ -25,7 +27,7 @@ def windows_of(
     *,
     time_column: str | None = None,
     group_column: str | None = None,
-    test_share: float = 0.2,
+    test_share: float = TEST_SHARE,
     name: str = "table",
     source: str = "table",
 ) -> Dataset:
@@ -92,7 +94,7 @@ def windows_of(
     return make_dataset(Split(X, None, source), test, name=name, source=source, notes=notes)
 
 
-def load_windows(path: Path, window: int, stride: int = 1, **options: Any) -> Dataset:
+def load_windows(path: Path, window: int, stride: int = 1, *, reading: Reading = GUESS, **options: Any) -> Dataset:
     """`windows_of` a file: a text table (.csv, .tsv, .txt), .parquet, or an array in .npy.
 
     Raises:
@@ -104,31 +106,35 @@ def load_windows(path: Path, window: int, stride: int = 1, **options: Any) -> Da
         if suffix == ".npy":
             table = np.load(path, allow_pickle=False)
         elif suffix in (".csv", ".tsv", ".txt", ".parquet"):
-            table = read_table(path, notes)
+            table = read_table(path, reading, notes)
         else:
             raise UserError(f"--window takes a .csv, .tsv, .txt, .parquet or .npy file; got {path}")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError, ImportError) as error:  # ParserError is a ValueError
+    except (OSError, ValueError) as error:  # ParserError is a ValueError
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     made = windows_of(table, window, stride, name=path.stem, source=str(path), **options)
     return dataclasses.replace(made, notes=(*notes, *made.notes))
 
 
-def read_table(path: Path, notes: list[str]) -> "pandas.DataFrame":
-    """A DataFrame; a first line of nothing but numbers is a row, not a header."""
-    try:
-        import pandas
-    except ImportError:
-        raise UserError("tables are read by pandas: pip install 'ncfast[data]', or save an array as .npy") from None
+def read_table(path: Path, reading: Reading, notes: list[str]) -> "pandas.DataFrame":
+    """A DataFrame of the columns of a file."""
     if path.suffix.lower() == ".parquet":
-        return pandas.read_parquet(path)
-    read = functools.partial(pandas.read_csv, path, sep=None, engine="python", skipinitialspace=True)
-    table = read()
-    if pandas.to_numeric(pandas.Series(table.columns.astype(str)), errors="coerce").notna().all():
-        notes.append(f"{path}: the first line holds numbers and was taken for a row, not for names")
-        table = read(header=None)
-    return table
+        table = tables.read_parquet(path)
+    else:
+        table = tables.read_text(path, reading, notes, label_first=False)
+        if table.names is None:
+            notes.append(f"{path}: the first line holds numbers and was taken for a row, not for names")
+    names = table.names or range(len(table.columns))
+    return tables.pandas().DataFrame(dict(zip(map(str, names), table.columns, strict=True)))
+
+
+def refuse_without_window(
+    stride: int, time_column: str | None, group_column: str | None, test_share: float = TEST_SHARE
+) -> None:
+    """Raises UserError for options that mean nothing where no window is given."""
+    if (stride, time_column, group_column, test_share) != (1, None, None, TEST_SHARE):
+        raise UserError("--stride, --time-column, --group-column and --test-share are for windows; add --window N")
 
 
 def windows(values: np.ndarray, window: int, stride: int) -> Iterator[np.ndarray]:  # [T, C]
@@ -141,8 +147,7 @@ def from_frame(
     frame: "pandas.DataFrame", time_column: str | None, group_column: str | None, source: str, notes: list[str]
 ) -> tuple[np.ndarray, list[np.ndarray], list[str]]:
     """Values float64 [T, C], the rows of each recording in order of time, and the channels' names."""
-    import pandas
-
+    pandas = tables.pandas()
     frame = frame.reset_index(drop=True)
     frame.columns = [str(column) for column in frame.columns]
     for option, column in (("--time-column", time_column), ("--group-column", group_column)):
@@ -189,8 +194,7 @@ def from_frame(
 
 def is_time(column: "pandas.Series", name: str) -> bool:
     """By its type, by its name where it holds numbers, or because all its text is times."""
-    import pandas
-
+    pandas = tables.pandas()
     if pandas.api.types.is_datetime64_any_dtype(column):
         return True
     if pandas.api.types.is_numeric_dtype(column):

@@ -39,18 +39,30 @@ def format_of(path: Path, asked: str | None = None) -> str:
     return asked
 
 
+def check_export(kind: str, channels: int, labelled: bool) -> None:
+    """What can be told before anything is drawn.
+
+    Raises:
+        UserError: a layout that the format does not have, or a package that is not installed.
+    """
+    if kind == "tsv" and channels > 1:
+        raise UserError(f"tsv has one channel, and these series have {channels}; choose csv, npz or parquet")
+    if kind == "tsv" and not labelled:
+        raise UserError("a line of tsv begins with a label, and these series have none; choose csv, npz or parquet")
+    for package in {"csv": ("pandas",), "tsv": ("pandas",), "parquet": ("pandas", "pyarrow")}.get(kind, ()):
+        needed(package)
+
+
 def export(data: Generated, path: Path, kind: str) -> None:
-    """Writes all series, whole or not at all.
+    """Writes all series, whole or not at all, in a format that `check_export` has let pass.
 
     csv and parquet have a row a series (label, t0, t1, ...), or with several channels a row a time point (series,
     label, time, c0, c1, ...); without classes no label. tsv is that of the UCR archive, without a header: label first,
     one channel. npz has X [n, C, L] and, with classes, y, their names.
 
     Raises:
-        UserError: a layout that the format does not have, a package that is not installed, or what the disk refuses.
+        UserError: what the disk refuses.
     """
-    if kind == "tsv" and data.x.shape[1] > 1:
-        raise UserError(f"tsv has one channel, and these series have {data.x.shape[1]}; choose csv, npz or parquet")
     write = {"csv": write_text, "tsv": write_text, "npz": write_npz, "parquet": write_parquet}[kind]
     try:
         with atomic_path(path) as temporary:
@@ -91,11 +103,10 @@ def frames(data: Generated) -> Iterator["pandas.DataFrame"]:
 
 def write_text(data: Generated, path: Path, kind: str) -> None:
     # Nine digits give every float32 back.
-    layout = {"sep": "\t", "header": False} if kind == "tsv" else {"sep": ","}
+    separator, with_header = ("\t", False) if kind == "tsv" else (",", True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         for k, frame in enumerate(frames(data)):
-            header = layout.get("header", True) and k == 0
-            frame.to_csv(file, sep=layout["sep"], header=header, index=False, float_format="%.9g")
+            frame.to_csv(file, sep=separator, header=with_header and k == 0, index=False, float_format="%.9g")
 
 
 def write_npz(data: Generated, path: Path, kind: str) -> None:

@@ -23,7 +23,7 @@ from ncfast.engine.device import kind
 from ncfast.engine.logging import progress_bar
 from ncfast.engine.memory import check_fits, exhaustion_explained, human
 from ncfast.errors import UserError
-from ncfast.jobs.export import export, format_of
+from ncfast.jobs.export import check_export, export, format_of
 from ncfast.jobs.reader import open_generated
 from ncfast.jobs.shards import FORMAT, Job, Shard, open_hdf5, read_manifest
 from ncfast.jobs.writer import ShardWriter, claim, filters, finish, refuse_another
@@ -64,6 +64,8 @@ def generate(arguments: argparse.Namespace) -> None:
         print(f"warning: {labels!r} is a class too; --labels '{json.dumps([labels])}' draws it", flush=True)
     sampler = SeriesSampler(model, labels, arguments.seed, decode=not arguments.tokens_only, **given)
     job = make_job(arguments, sampler, labels, parts)
+    if file_format != "h5":
+        check_export(file_format, model.data.channels, labelled="y" in job.columns)
     leads = part == 0 or arguments.shard is not None  # the others of torchrun leave the terminal to the first
     if leads:
         print_job(job, f"{device} ({device_reason}); {model.precision}", part, parts)

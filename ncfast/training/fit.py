@@ -15,7 +15,7 @@ from ncfast.data.augment import MIN_LENGTH, Augment
 from ncfast.data.layout import Reading
 from ncfast.data.sources import Dataset, from_arrays
 from ncfast.data.stats import MAX_LENGTH, DataStats
-from ncfast.data.windows import windows_of
+from ncfast.data.windows import refuse_without_window, windows_of
 from ncfast.engine.checkpoint import write_tensors
 from ncfast.engine.device import usable_device
 from ncfast.engine.lock import sole_writer
@@ -94,8 +94,12 @@ def fit(
     """
     reading = Reading(label_column, layout, index_column=index_column)
     if window is None:
+        refuse_without_window(stride, time_column, group_column)
         dataset = from_arrays(X, y, reading=reading)
     else:
+        reading.refuse("X", "label_column", "layout", "index_column")
+        if y is not None:
+            raise UserError("windows of a recording have no labels of their own; leave out y, or cut them yourself")
         columns = {"time_column": time_column, "group_column": group_column}
         dataset = windows_of(X, window, stride, test_share=0, name="arrays", source="X", **columns)
     for note in dataset.notes:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import ncfast
+from ncfast.data import load_dataset
 from ncfast.data.windows import load_windows, windows_of
 
 pandas = pytest.importorskip("pandas")
@@ -123,3 +124,17 @@ def test_files_that_cannot_be_read(tmp_path):
     for name, message in (("b.csv", "does not exist"), ("a.npy", "cannot be read"), ("a.xyz", "--window takes a .csv")):
         with pytest.raises(ncfast.UserError, match=message):
             load_windows(tmp_path / name, 4)
+
+
+def test_options_that_would_mean_nothing(tmp_path):
+    (tmp_path / "a.csv").write_text(TEXTS["a.csv"])
+    for options in ({"stride": 2}, {"group_column": "x"}, {"time_column": "date"}, {"test_share": 0.1}):
+        with pytest.raises(ncfast.UserError, match="are for windows; add --window N"):
+            load_dataset(tmp_path / "a.csv", **options)
+    with pytest.raises(ncfast.UserError, match="--label-column x means nothing here"):
+        load_dataset(tmp_path / "a.csv", window=4, label_column="x")
+    for options in ({"stride": 2}, {"time_column": "date"}):
+        with pytest.raises(ncfast.UserError, match="are for windows"):
+            ncfast.fit(recording(20), **options)
+    with pytest.raises(ncfast.UserError, match="leave out y"):
+        ncfast.fit(recording(20), np.zeros(20), window=8)

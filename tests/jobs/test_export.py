@@ -61,6 +61,9 @@ def test_the_layout_of_the_archive_is_read_back(written):
     assert [again.class_names[k] for k in again.y_train] == names_of(data)
     with pytest.raises(ncfast.UserError, match="tsv has one channel, and these series have 2"):
         written("y.tsv", 2)
+    with pytest.raises(ncfast.UserError, match="begins with a label, and these series have none"):
+        written("z.tsv", 1, ())
+    assert not any(out.with_name(f"{name}.h5").exists() for name in "yz")  # before anything is drawn
 
 
 def test_an_archive_of_numpy(written):
