@@ -55,7 +55,10 @@ class DataStats:
         Raises:
             ValueError: something is missing, or is not what it should be.
         """
-        names = [f.name for f in dataclasses.fields(cls)]
+        names = {f.name: f.default for f in dataclasses.fields(cls)}
+        if isinstance(values, dict):  # what later versions added has a default
+            added = {name: default for name, default in names.items() if default is not dataclasses.MISSING}
+            values = {**added, **values}
         if not isinstance(values, dict) or set(values) != set(names):
             raise ValueError(f"facts of the data are {', '.join(names)}")
         stats = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
