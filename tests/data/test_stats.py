@@ -44,7 +44,13 @@ def test_limits_of_facts(name, value, good):
         read(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["notes", "std", "name"])
+def test_facts_of_a_version_that_had_fewer_take_the_default():
+    values = dataclasses.asdict(FACTS)
+    del values["notes"]
+    assert DataStats.from_json(values) == dataclasses.replace(FACTS, notes=())
+
+
+@pytest.mark.parametrize("name", ["length", "std", "name"])
 def test_facts_that_lack_one_are_refused(name):
     values = dataclasses.asdict(FACTS)
     del values[name]
