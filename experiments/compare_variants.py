@@ -177,7 +177,7 @@ def trained(
     values = {**given_config_values(options), **values}
     config = make_config(options.preset, **values, seed=seed)
     if more:
-        halvings = num_downsampling_blocks(dataset.length, config.n_fft) + more
+        halvings = num_downsampling_blocks(dataset.length, config.n_fft, config.samples_per_column) + more
         config = dataclasses.replace(config, halvings=max(1, halvings))
     config = shortened(resolve_config(config, dataset, device), options.budget)
     data = DataStats.of(dataset)

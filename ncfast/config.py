@@ -71,9 +71,17 @@ class Config:
     )
     halvings: int | None = option(
         None,
-        "how often the encoder halves the time axis [by the length: 7 to 15 columns remain of 70 samples and more]",
+        "how often the encoder halves the time axis [by the length: 7 to 15 columns remain of 70 samples and more, and "
+        "more columns as --samples-per-column says]",
         "VQVAE",
         minimum=1,
+    )
+    samples_per_column: int = option(
+        32,
+        "a column stands for at most so many samples, so that long series keep their detail; 0: no such limit",
+        "VQVAE",
+        minimum=0,
+        maximum=2**24,
     )
     codebook_decay: float = option(0.9, "decay of the codebook's moving averages", "VQVAE", minimum=0, maximum=1)
 
@@ -134,6 +142,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "n_fft": 8,
         "codebook_size": 32,
+        "samples_per_column": 0,
         "projector_dim": 4096,
         "decoding_steps": 10,
         "choice_temperature": 4.0,

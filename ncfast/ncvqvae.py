@@ -137,13 +137,19 @@ class NCVQVAE(TrainedModel):
 
     @torch.no_grad()
     def reconstruct(self, X: np.ndarray) -> np.ndarray:
-        """Series through the codebook and back, in data units.  X [n, C, L] or [n, L] -> [n, C, L]."""
-        X = series(X, "X")
+        """Series through the codebook and back, in data units.  X [n, C, L] or [n, L] -> [n, C, L].
+
+        A model of series with gaps also takes NaN where a value is missing, and gives one.
+        """
+        X = series(X, "X", gaps=self.data.has_gaps)
         if X.shape[1:] != (self.data.channels, self.data.length):
             raise UserError(f"series are [n, {self.data.channels}, {self.data.length}]; got {list(X.shape)}")
-        x = self.data.normalise(X, self.device)
+        x, observed = self.data.normalise_observed(X, self.device)
+        blocks = []
         with computing(self.precision, self.device), autocast(self.precision, self.device):
-            blocks = [self.vqvae.reconstruct(block) for block in x.split(self.chunk_size)]
+            for first in range(0, len(x), self.chunk_size):
+                rows = slice(first, first + self.chunk_size)
+                blocks.append(self.vqvae.reconstruct(x[rows], None if observed is None else observed[rows]))
         return self.data.denormalise(torch.cat(blocks))
 
     def save(self, folder: str | Path) -> None:

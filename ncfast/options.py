@@ -32,6 +32,7 @@ class Options(SamplingOptions, total=False):
     codebook_init: Literal["random", "kmeans"]
     dead_code_threshold: float
     halvings: int | None
+    samples_per_column: int
     codebook_decay: float
     prior_dim: int
     prior_layers: int

@@ -140,6 +140,7 @@ def test_the_default_preset_is_what_the_experiments_chose():
     assert {name: value for name, value in default.items() if value != paper[name]} == {
         "n_fft": 4,
         "codebook_size": 128,
+        "samples_per_column": 32,
         "projector_dim": 1024,
         "decoding_steps": 20,
         "choice_temperature": 8.0,

@@ -244,6 +244,8 @@ OPERATIONS: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {
     "random_crop": random_crop,
 }
 
+MOVES_SAMPLES = {"window_warp", "slice_and_shuffle", "flip", "random_crop"}  # the others change them where they are
+
 # The recipes of the paper's results.
 RECIPES: dict[str, tuple[str, ...]] = {
     "gauss": ("gaussian_noise",),
@@ -278,6 +280,21 @@ class Augment:
         for name in self.operations:
             x = OPERATIONS[name](x, generator)
         return x
+
+    def with_observed(
+        self, x: Tensor, observed: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The view of x and what of it was observed, bool like x: samples that move take with them whether they were.
+
+        What lies between samples was observed if both were.
+        """
+        for name in self.operations:
+            if name not in MOVES_SAMPLES:
+                x = OPERATIONS[name](x, generator)
+                continue
+            x, seen = OPERATIONS[name](torch.cat([x, observed.to(x)], 1), generator).chunk(2, 1)
+            observed = seen > 1 - 1e-5
+        return x, observed
 
     def __repr__(self) -> str:
         return f"Augment({list(self.operations)})"

@@ -1,12 +1,13 @@
 """The data set every program works on, and the checks that any series pass on their way into it."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 
+from ncfast.data.gaps import ends_with_nan, is_ragged, last_observed, padded
 from ncfast.data.layout import (
     GUESS,
     NONE,
@@ -24,10 +25,12 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Labelled or unlabelled series of one length, in the units of their source.
+    """Labelled or unlabelled series, in the units of their source.
 
-    X_train is float32 [n_cases, n_channels, n_timepoints]; y_train is int64 [n_cases] in 0 .. C-1, or None without
-    labels. X_test and y_test are the same or None. Class c was called `class_names[c]` in the source ("1", "-1",
+    X_train is float32 [n_cases, n_channels, n_timepoints], NaN where a value is missing; y_train is int64 [n_cases] in
+    0 .. C-1, or None without labels. lengths_train is int64 [n_cases] where series end before the longest (and X_train
+    is NaN from there on), or None where all have one length. X_test, y_test and lengths_test are the same or None.
+    Class c was called `class_names[c]` in the source ("1", "-1",
     "Walking"); classes are those of the training labels, sorted (by value where all are numbers). `notes` are lines the
     user should read, such as what an incomplete file lacks. `source` is where the series came from.
     """
@@ -40,6 +43,8 @@ class Dataset:
     class_names: tuple[str, ...]
     notes: tuple[str, ...]
     source: str
+    lengths_train: np.ndarray | None = None
+    lengths_test: np.ndarray | None = None
 
     @property
     def n_channels(self) -> int:
@@ -59,11 +64,12 @@ class Dataset:
 class Split:
     """One part of a data set as it was read, before any check."""
 
-    X: Any  # array-like [n, L] or [n, C, L], or a list of n series [L] or [C, L]
+    X: Any  # array-like [n, L] or [n, C, L], or a list of n series [L], [C, L] or [L, C]
     labels: Any | None  # array-like [n]: integers, whole floats or strings
     where: str  # how an error names it: a file, or a file and a key
     settled: bool = False  # whether the source itself says what its axes and columns are
-    hint: str = ""  # what to do about missing values and unequal lengths
+    hint: str = ""  # what else there is, where values are missing or lengths unequal
+    ends: bool | None = None  # whether NaN at the end of a series is its end; None where that is to be found out
 
 
 def from_arrays(
@@ -72,9 +78,10 @@ def from_arrays(
     """A data set from arrays in memory.
 
     Args:
-        X: series, any real dtype, [n, L] (one channel) or [n, C, L]; NumPy, torch or nested lists; or a table of
-            pandas, polars or pyarrow, a row a series, whose columns are read as those of a file are
-            (`ncfast.data.tables`). What a masked array masks is missing.
+        X: series, any real dtype, [n, L] (one channel) or [n, C, L]; NumPy, torch or nested lists; a list of series
+            of unequal lengths, [L_i], [C, L_i] or [L_i, C]; or a table of pandas, polars or pyarrow, a row a series,
+            whose columns are read as those of a file are (`ncfast.data.tables`). NaN, and what a masked array masks,
+            is missing; where all NaN is at the ends of series, they end there.
         y: labels [n], integers or strings, or None.
         X_test, y_test: the same for the test split, or None.
         name: the data set's name.
@@ -113,26 +120,28 @@ def make_dataset(
     """Check both splits and convert them.
 
     Raises:
-        UserError: no series; not [n, L] or [n, C, L], or axes and labels that can be taken for something else; unequal
-            lengths; values that are not real numbers, are NaN or infinite, or do not fit float32; all training values
-            equal; labels that do not match the series in number, are missing or are not classes; a test split of
-            another shape. Missing values are refused and not filled: a generator would learn the filling as if it were
-            data. Test series of classes that the training labels lack are left out, with a note.
+        UserError: no series; not [n, L] or [n, C, L], or axes and labels that can be taken for something else; values
+            that are not real numbers, are infinite, or do not fit float32; a series, or a channel of all training
+            series, without a value; all training values equal; labels that do not match the series in number, are
+            missing or are not classes; a test split of another shape. Test series of classes that the training labels
+            lack are left out, with a note.
     """
     notes = list(notes)
     train, test = arrange(train, test, reading, notes)
-    X_train = series(train.X, train.where, train.hint)
-    X_test = None if test is None else series(test.X, test.where, test.hint)
+    splits = [split for split in (train, test) if split is not None]
+    arrays, lengths = with_ends(
+        [series(split.X, split.where, gaps=True, layout=reading.layout) for split in splits], splits, notes
+    )
+    (X_train, X_test), (lengths_train, lengths_test) = ([*part, None][:2] for part in (arrays, lengths))
     if X_test is not None and X_test.shape[1:] != X_train.shape[1:]:
         raise UserError(
             f"{test.where}: the test series are {shape_text(X_test)} and the training series {shape_text(X_train)}; "
             "both splits need the same"
         )
-    if X_train.min() == X_train.max():
-        raise UserError(
-            f"{train.where}: every value is {X_train.flat[0]:g}; there is nothing to learn in constant data"
-        )
-    constant = [c for c in range(X_train.shape[1]) if X_train[:, c].min() == X_train[:, c].max()]
+    lowest, highest = (bound(X_train, axis=(0, 2)) for bound in (np.nanmin, np.nanmax))  # [C]
+    if lowest.min() == highest.max():
+        raise UserError(f"{train.where}: every value is {lowest[0]:g}; there is nothing to learn in constant data")
+    constant = np.flatnonzero(lowest == highest).tolist()
     if constant:
         notes.append(f"{train.where}: channel {', '.join(map(str, constant))} is constant over all training series")
 
@@ -153,20 +162,76 @@ def make_dataset(
                 f"does not occur in the training labels ({list_some(class_names)})"
             )
             X_test, names = X_test[known], names[known]
+            lengths_test = None if lengths_test is None else lengths_test[known]
         y_test = encode(names, class_names)
         if not known.any():
-            X_test = y_test = None
-    return Dataset(name, X_train, y_train, X_test, y_test, class_names, tuple(dict.fromkeys(notes)), source)
+            X_test = y_test = lengths_test = None
+    notes = list(dict.fromkeys(notes))
+    return Dataset(
+        name, X_train, y_train, X_test, y_test, class_names, tuple(notes), source, lengths_train, lengths_test
+    )
+
+
+def with_ends(
+    arrays: list[np.ndarray], splits: list[Split], notes: list[str]
+) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+    """The series [n, C, L] of each split, of one length L, and where each of them ends: None where all end there.
+
+    Series end where a list of unequal ones says so, or where all NaN of both splits is at the ends of series. Other NaN
+    is missing.
+    """
+    has_nan = [bool(np.isnan(X).any()) for X in arrays]
+    if not any(has_nan):
+        return arrays, [None] * len(arrays)
+    ragged = any(split.ends or is_ragged(split.X) for split in splits)
+    ends = ragged or (splits[0].ends is None and all(map(ends_with_nan, arrays)))
+    lengths = [last_observed(X) for X in arrays]
+    for X, count, split in zip(arrays, lengths, splits, strict=True):
+        if (count == 0).any():
+            refuse_values(np.isnan(X) & (count == 0)[:, None, None], "hold nothing but NaN", "drop them", split.where)
+    nothing = np.flatnonzero(np.isnan(arrays[0]).all((0, 2)))
+    if len(nothing):
+        raise UserError(f"{splits[0].where}: channel {nothing[0]} has no value in any training series; leave it out")
+    hint = splits[0].hint
+    if ends:
+        longest = max(int(count.max()) for count in lengths)
+        arrays = [
+            np.pad(X[..., :longest], ((0, 0), (0, 0), (0, max(0, longest - X.shape[2]))), constant_values=np.nan)
+            for X in arrays
+        ]
+        if all((count == longest).all() for count in lengths):
+            ends = False
+        else:
+            how = "" if ragged else " (NaN at the end of a series was taken for its end)"
+            shortest = min(int(count.min()) for count in lengths)
+            notes.append(
+                f"{splits[0].where}: series of {shortest} to {longest} time points{how}: each is learned and generated "
+                f"with its own end{hint}"
+            )
+    inside = [
+        np.isnan(X) & (np.arange(X.shape[2]) < count[:, None, None] if ends else True)
+        for X, count in zip(arrays, lengths, strict=True)
+    ]
+    for X, count, gaps, split in zip(arrays, lengths, inside, splits, strict=True):
+        if gaps.any():
+            values = int(count.sum()) * X.shape[1] if ends else X.size
+            notes.append(
+                f"{split.where}: {gaps.any((1, 2)).sum()} of {len(X)} series have missing values, "
+                f"{gaps.sum() / values:.1%} of all: losses count what was observed{'' if ends else hint}"
+            )
+    return arrays, [count if ends else None for count in lengths]
 
 
 def arrange(train: Split, test: Split | None, reading: Reading, notes: list[str]) -> tuple[Split, Split | None]:
     """Both splits with their series as [n, L] or [n, C, L], and labels that lay among the samples taken out."""
     if train.settled:
         return train, test
-    splits = [dataclasses.replace(split, X=to_numpy(split.X, split.where)) for split in (train, test) if split]
+    splits = [
+        dataclasses.replace(split, X=to_numpy(split.X, split.where, ragged=True)) for split in (train, test) if split
+    ]
     X = splits[0].X
     if X.dtype.kind not in "fiub":
-        return splits[0], [*splits, None][1]  # which is refused
+        return splits[0], [*splits, None][1]  # series of unequal lengths; others are refused
     if X.ndim == 3:
         reading.refuse(train.where, "index_column", *(["label_column"] if train.labels is None else []))
         if time_is_second(X, reading.layout, train.where, notes):
@@ -201,9 +266,11 @@ def without_labels(split: Split, column: int, width: int) -> Split:
     return dataclasses.replace(split, X=np.delete(split.X, column, axis=1), labels=split.X[:, column])
 
 
-def series(X: Any, where: str, hint: str = "") -> np.ndarray:
-    """The series as float32 [n, C, L], contiguous, or a UserError."""
-    X = to_numpy(X, where, hint)
+def series(X: Any, where: str, *, gaps: bool = False, layout: str | None = None) -> np.ndarray:
+    """The series as float32 [n, C, L], contiguous, or a UserError; with `gaps` NaN where a value is missing."""
+    X = to_numpy(X, where, ragged=gaps)
+    if is_ragged(X):
+        X = padded(X, layout, where)
     if X.ndim not in (2, 3):
         raise UserError(f"{where}: series are [n, length] or [n, channels, length]; got the shape {list(X.shape)}")
     if X.dtype.kind not in "fiub":
@@ -212,7 +279,7 @@ def series(X: Any, where: str, hint: str = "") -> np.ndarray:
         X = X[:, None]
     if X.size == 0:
         raise UserError(f"{where}: no series; got {X.shape[0]} of {shape_text(X)}")
-    check_values(X, where, hint)
+    check_values(X, where, gaps)
     converted = np.ascontiguousarray(X, dtype=np.float32)
     if X.dtype not in (np.float32, np.float16):
         check_precision(X, converted, where)
@@ -222,7 +289,9 @@ def series(X: Any, where: str, hint: str = "") -> np.ndarray:
 def check_precision(X: np.ndarray, converted: np.ndarray, where: str) -> None:  # [n, C, L]
     """Refuses numbers that float32 makes equal though they differ, such as small changes on a large offset."""
     for c in range(X.shape[1]):
-        low, high = float(X[:, c].min()), float(X[:, c].max())
+        if np.isnan(X[:, c]).all():
+            continue  # which is refused, or another's to refuse
+        low, high = float(np.nanmin(X[:, c])), float(np.nanmax(X[:, c]))
         # What float32 rounds off of the largest number, against how far the numbers lie apart.
         if high > low and float(np.spacing(np.float32(max(-low, high)))) > (high - low) / 256:
             raise UserError(
@@ -231,8 +300,11 @@ def check_precision(X: np.ndarray, converted: np.ndarray, where: str) -> None:  
             )
 
 
-def to_numpy(array: Any, where: str, hint: str = "") -> np.ndarray:
-    """The array, with NaN where it is masked; of objects, and one-dimensional, where NumPy cannot stack its items."""
+def to_numpy(array: Any, where: str, *, ragged: bool = False) -> np.ndarray:
+    """The array, with NaN where it is masked; of objects, and one-dimensional, where NumPy cannot stack its items.
+
+    ragged: items may be series of unequal lengths.
+    """
     if hasattr(array, "detach"):  # a torch tensor, perhaps on a GPU
         array = array.detach().cpu()
     if isinstance(array, list | tuple):
@@ -244,7 +316,7 @@ def to_numpy(array: Any, where: str, hint: str = "") -> np.ndarray:
         array = np.fromiter(array, dtype=object, count=len(array))
     except TypeError as error:
         raise UserError(f"{where}: expected an array; got {type(array).__name__} ({error})") from error
-    if array.dtype == object and array.ndim == 1:
+    if array.dtype == object and array.ndim == 1 and not ragged:
         try:
             shapes = {np.shape(item) for item in array if np.ndim(item)}
         except ValueError as error:
@@ -252,7 +324,10 @@ def to_numpy(array: Any, where: str, hint: str = "") -> np.ndarray:
         for axis in (-1, 0):  # of time, where each series is [C, L] or [L, C]
             lengths = {shape[axis] for shape in shapes}
             if len(lengths) > 1:
-                refuse_lengths(lengths, where, hint)
+                raise UserError(
+                    f"{where}: the series have unequal lengths, {min(lengths)} to {max(lengths)} time points; "
+                    "crop, pad or resample them to one length first"
+                )
     return array
 
 
@@ -265,25 +340,15 @@ def unmasked(array: Any) -> Any:
     return array.filled(np.nan if array.dtype.kind in "fc" else None if array.dtype.kind == "O" else "")
 
 
-def refuse_lengths(lengths: Iterable[int], where: str, hint: str = "") -> NoReturn:
-    raise UserError(
-        f"{where}: the series have unequal lengths, {min(lengths)} to {max(lengths)} time points; "
-        f"crop, pad or resample them to one length first{hint}"
-    )
-
-
-def check_values(X: np.ndarray, where: str, hint: str = "") -> None:  # [n, C, L]
-    """Refuse NaN, infinity and what does not fit float32."""
+def check_values(X: np.ndarray, where: str, gaps: bool = False) -> None:  # [n, C, L]
+    """Refuse NaN unless there may be gaps, infinity and what does not fit float32."""
     # One pass over clean data; the finer looks are taken only at data with a fault.
     with np.errstate(over="ignore", invalid="ignore"):
         if X.dtype.kind != "f" or (np.isfinite(X.max() - X.min()) and max(X.max(), -X.min()) <= FLOAT32_MAX):
             return
     missing = np.isnan(X)
-    if missing.any():
-        lengths = (~missing).any(1).sum(1)  # [n]
-        if padded(missing) and 0 < lengths.min() < lengths.max():
-            refuse_lengths(lengths.tolist(), where, f" (NaN at the end of a series was taken for padding){hint}")
-        refuse_values(missing, "hold NaN (missing values)", f"interpolate or drop them first{hint}", where)
+    if missing.any() and not gaps:
+        refuse_values(missing, "hold NaN (missing values)", "interpolate or drop them first", where)
     infinite = np.isinf(X)
     if infinite.any():
         refuse_values(infinite, "hold an infinity", "repair or drop them first", where)
@@ -300,11 +365,6 @@ def refuse_values(faulty: np.ndarray, what: str, advice: str, where: str) -> NoR
         f"{where}: {rows.sum()} of {len(faulty)} series {what}, the first is series {first} at time point {t} "
         f"(counted from 0); {advice}"
     )
-
-
-def padded(missing: np.ndarray) -> bool:  # [n, C, L]
-    """Whether values lack at the ends of series only and in all channels, as the UCR archive pads shorter series."""
-    return bool((missing[:, :, 1:] >= missing[:, :, :-1]).all() and (missing == missing[:, :1]).all())
 
 
 def label_names(labels: Any, n: int, where: str, notes: list[str]) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ncfast.data import tables
-from ncfast.data.dataset import Split, refuse_lengths
+from ncfast.data.dataset import Split
 from ncfast.data.layout import GUESS, NONE, Reading, is_whole, refuse_label_column
 from ncfast.data.tables import LABEL_WORDS, is_number, says, whole
 from ncfast.engine.memory import check_fits
@@ -161,13 +161,13 @@ def labels_beside(path: Path, reading: Reading, notes: list[str]) -> Any:
 
 
 def equal_variant(path: Path) -> str:
-    """A hint at a variant of the data set beside it that has no missing values and one length."""
+    """A word on a variant of the data set beside it that has no missing values and one length."""
     equal = path.with_name(re.sub(r"_(?=train|test)", "_eq_", path.name, flags=re.IGNORECASE))
     if equal != path and equal.is_file():
-        return f", or use {dataset_name(equal)}, which is beside it"
+        return f"; {dataset_name(equal)}, which is beside it, has one length"
     adjusted = path.absolute().parent.parent / ADJUSTED / path.absolute().parent.name
     if (adjusted / path.name).is_file():
-        return f", or use {adjusted}, where the archive has it with equal lengths and without gaps"
+        return f"; {adjusted} has it with equal lengths and without gaps"
     if adjusted.parent.is_dir() or path.suffix.lower() == ".tsv":
         return f"; the UCR archive of 2018 has such sets adjusted in {ADJUSTED}/"
     return ""
@@ -211,19 +211,20 @@ def read_ts(path: Path, notes: list[str]) -> Split:
         notes.append("the targets of a regression were left out; the series have no classes")
     elif labelled:
         check_classes(header.get("@classlabel", [])[1:], labels, path)
-    hint = equal_variant(path)
-    values = parse_channels(channels, [n for n in numbers for _ in range(n_channels or 1)], path, hint)
+    values = parse_channels(channels, [n for n in numbers for _ in range(n_channels or 1)], path)  # [n·C, L]
     length = said.get("@serieslength", "")
-    if said.get("@equallength") != "false" and length.isdecimal() and len(lines) and int(length) != values.shape[1]:
-        raise UserError(
-            f"{path}: the header says @seriesLength {length}, and the series have {values.shape[1]}; mend either"
-        )
+    if said.get("@equallength") != "false" and length.isdecimal() and len(lines):
+        found = {row.count(",") + 1 for row in channels}
+        if found != {int(length)}:
+            found = " or ".join(map(str, sorted({min(found), max(found)})))
+            raise UserError(f"{path}: the header says @seriesLength {length}, and the series have {found}; mend either")
     return Split(
         values.reshape(len(lines), n_channels or 1, values.shape[1]),
         labels if labelled and not regression else None,
         str(path),
         settled=True,
-        hint=hint,
+        hint=equal_variant(path),
+        ends=len({row.count(",") for row in channels}) > 1 or None,
     )
 
 
@@ -410,19 +411,20 @@ def text_lines(path: Path, comment: str | None = None) -> tuple[list[int], list[
     return [i for i, _ in kept], [line for _, line in kept]
 
 
-def parse_channels(rows: Sequence[str], line_numbers: Sequence[int], path: Path, hint: str) -> np.ndarray:
-    """float64 [n, L] from rows of numbers with commas between; ? is NaN."""
+def parse_channels(rows: Sequence[str], line_numbers: Sequence[int], path: Path) -> np.ndarray:
+    """float64 [n, L] from rows of numbers with commas between; NaN where a ? stands and behind shorter rows."""
     if not rows:
         return np.empty((0, 0))
-    lengths = {row.count(",") + 1 for row in rows}
-    if len(lengths) == 1:
-        try:
-            return np.loadtxt([row.replace("?", "nan") for row in rows], delimiter=",", comments=None, ndmin=2)
-        except ValueError:
-            pass
+    counts = [row.count(",") + 1 for row in rows]
+    longest = max(counts)
+    filled = [row.replace("?", "nan") + ",nan" * (longest - count) for row, count in zip(rows, counts, strict=True)]
+    try:
+        return np.loadtxt(filled, delimiter=",", comments=None, ndmin=2)
+    except ValueError as error:
+        reason = error
     for line, row in zip(line_numbers, rows, strict=True):
         for column, cell in enumerate(row.split(","), 1):
             if cell.strip() != "?" and not is_number(cell):
                 what = f"{cell.strip()!r} is not a number" if cell.strip() else "the cell is empty"
                 raise UserError(f"{path}: line {line}, column {column}: {what}")
-    refuse_lengths(lengths, str(path), hint)
+    raise UserError(f"{path}: {reason}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ncfast.data.dataset import FLOAT32_MAX, Dataset
+from ncfast.data.gaps import interpolated
 
 # Of a series, and number of its channels; no model of a longer one can be made in reasonable time.
 MAX_LENGTH = 2**24
@@ -16,7 +17,11 @@ MAX_LENGTH = 2**24
 
 @dataclass(frozen=True)
 class DataStats:
-    """What a run remembers of its training data."""
+    """What a run remembers of its training data.
+
+    mean and std are of each channel over the values of the train set, of which the share `missing` is missing. The
+    shortest series has `shortest` time points, or 0 stands for series of one length.
+    """
 
     name: str
     source: str
@@ -25,15 +30,26 @@ class DataStats:
     length: int
     class_names: tuple[str, ...]  # empty without labels
     class_counts: tuple[int, ...]
-    mean: tuple[float, ...]  # of each channel over the train set
+    mean: tuple[float, ...]
     std: tuple[float, ...]
     notes: tuple[str, ...] = ()
+    missing: float = 0.0
+    shortest: int = 0
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether series have missing values or ends, so that the model is told what was observed."""
+        return self.missing > 0 or self.shortest > 0
 
     @classmethod
     def of(cls, dataset: Dataset) -> "DataStats":
         X = dataset.X_train.astype(np.float64)  # [N, C, L]
         counts = () if dataset.y_train is None else np.bincount(dataset.y_train, minlength=dataset.n_classes).tolist()
-        std = X.std(axis=(0, 2))
+        gaps = np.isnan(X)
+        mean, std = (np.nanmean, np.nanstd) if gaps.any() else (np.mean, np.std)
+        lengths = dataset.lengths_train
+        within = X.size if lengths is None else int(lengths.sum()) * X.shape[1]
+        std = std(X, axis=(0, 2))
         return cls(
             name=dataset.name,
             source=dataset.source,
@@ -42,10 +58,12 @@ class DataStats:
             length=X.shape[2],
             class_names=tuple(dataset.class_names),
             class_counts=tuple(counts),
-            mean=tuple(X.mean(axis=(0, 2)).tolist()),
+            mean=tuple(mean(X, axis=(0, 2)).tolist()),
             # A channel that never changes is only shifted.
             std=tuple(np.where(std > 0, std, 1.0).tolist()),
             notes=tuple(dataset.notes),
+            missing=float(gaps.sum() - (X.size - within)) / within,
+            shortest=0 if lengths is None else int(min(lengths.min(), X.shape[2] - 1)),
         )
 
     @classmethod
@@ -74,6 +92,8 @@ class DataStats:
             ("mean", is_row(stats.mean, int | float, channels) and all(map(is_finite, stats.mean))),
             ("std", is_row(stats.std, int | float, channels) and all(is_finite(s) and s > 0 for s in stats.std)),
             ("notes", is_row(stats.notes, str, len(stats.notes))),
+            ("missing", isinstance(stats.missing, int | float) and 0 <= stats.missing < 1),
+            ("shortest", isinstance(stats.shortest, int) and 0 <= stats.shortest < stats.length),
         ):
             if not right:
                 raise ValueError(f"{name} of the data cannot be {str(getattr(stats, name))[:40]}")
@@ -88,6 +108,17 @@ class DataStats:
         """Data units -> zero mean and unit variance a channel (over the train set), on `device`.  X [N, C, L]."""
         mean, std = (np.array(v)[:, None] for v in (self.mean, self.std))
         return torch.from_numpy(((X - mean) / std).astype(np.float32)).to(device)
+
+    def normalise_observed(self, X: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """As `normalise`, with straight lines over NaN, and what was observed, bool [N, C, L].
+
+        None instead for data without gaps, whose models take nothing else.
+        """
+        x = self.normalise(X, torch.device("cpu"))
+        observed = ~x.isnan()
+        if not observed.all():
+            x = torch.from_numpy(interpolated(x.numpy(), observed.numpy()))
+        return x.to(device), observed.to(device) if self.has_gaps else None
 
     def denormalise(self, x: Tensor) -> np.ndarray:
         """Back to data units, in float64 on the way.  x [N, C, L] -> float32."""

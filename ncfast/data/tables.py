@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ncfast.data.dataset import Split, list_some, refuse_lengths
+from ncfast.data.dataset import Split, list_some
 from ncfast.data.layout import LEAST_LAST, NONE, Reading, label_ends, place_of, refuse_label_column, refuse_long_table
 from ncfast.errors import UserError
 
@@ -355,7 +355,7 @@ def read_text(path: Path, reading: Reading, notes: list[str], *, label_first: bo
             lines = lines[1:]
             if lines and len(cells(lines[0][1], sep)) == len(names) + 1:  # as R writes the names of rows
                 names = ["", *names]
-    columns, numbers = parse(lines, sep, decimal, names, path, label_first, hint)
+    columns, numbers = parse(lines, sep, decimal, names, path, label_first)
     if lines and len(columns) < width(lines[0][1], sep):
         notes.append("the empty last column was left out")
     return Table(str(path), names, columns, numbers, label_first, hint)
@@ -368,7 +368,6 @@ def parse(
     names: list[str] | None,
     path: Path,
     label_first: bool,
-    hint: str,
 ) -> tuple[list[np.ndarray], list[int]]:
     """Columns, and the numbers of their lines."""
     if not lines:
@@ -378,7 +377,13 @@ def parse(
         odd = next(i for i, count in enumerate(widths) if count != len(names))
         raise UserError(f"{path}: line {lines[odd][0]} has {widths[odd]} cells and the header {len(names)}")
     if len(set(widths)) > 1:
-        refuse_lengths([count - label_first for count in widths], str(path), hint)
+        if not label_first:
+            raise UserError(
+                f"{path}: lines of {min(widths)} to {max(widths)} cells; series of unequal lengths are read from .tsv "
+                "with the label first, from .ts, or from .npz with NaN behind each"
+            )
+        lines = [(n, line + f"{sep}nan" * (max(widths) - w)) for (n, line), w in zip(lines, widths, strict=True)]
+        widths = [max(widths)] * len(lines)
     frame = pandas().read_csv(
         io.StringIO("\n".join(line.strip(" \r") for _, line in lines)),
         sep=r"\s+" if sep == " " else sep,
@@ -410,9 +415,11 @@ def column_of(values: np.ndarray, decimal: str = ".") -> np.ndarray:
         return values.astype(str)
     text = np.array(["" if value is None or value != value else str(value).strip() for value in values.tolist()], str)
     try:
-        return np.array([number(cell, decimal) for cell in text.tolist()], np.float64)
+        values = np.array([number(cell, decimal) for cell in text.tolist()], np.float64)
     except ValueError:
         return text
+    # Without a number in it, words for "missing" may as well be names of classes.
+    return text if np.isnan(values).all() and len({*text.tolist()} - {"", "NaN", "nan"}) > 1 else values
 
 
 def number(cell: str, decimal: str = ".") -> float:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas
 
 TEST_SHARE = 0.2
+LEAST_OBSERVED = 0.5  # share of a window's values
 TIME_NAMES = ("time", "date", "datetime", "timestamp")
 ROW_NAMES = ("", "id", "index", "row", "unnamed: 0")
 
@@ -68,30 +69,31 @@ def windows_of(
         recordings, channels = [np.arange(len(values))], None
     parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     dropped = short = 0
+    lowest = LEAST_OBSERVED * window * values.shape[1]
     for rows in recordings:
         border = len(rows) - int(test_share * len(rows))
         cut = [list(windows(values[part], window, stride)) for part in (rows[:border], rows[border:])]
         short += not cut[0]
         for kept, made in zip(parts, cut, strict=True):
-            whole = [each for each in made if np.isfinite(each).all()]
-            dropped += len(made) - len(whole)
-            kept += whole
+            seen = [each for each in made if np.isfinite(each).sum() >= lowest]
+            dropped += len(made) - len(seen)
+            kept += seen
     if not parts[0]:
         longest = max(map(len, recordings), default=0)
         raise UserError(
-            f"{source}: no window of {window} rows without a missing value: the longest recording has {longest} rows, "
-            f"of which the first {1 - test_share:g} trains; lower --window"
+            f"{source}: no window of {window} rows with at least half its values: the longest recording has {longest} "
+            f"rows, of which the first {1 - test_share:g} trains; lower --window"
         )
     if short:
         notes.append(f"{short} of {len(recordings)} recordings are shorter than a window and train nothing")
     if dropped:
-        notes.append(f"{dropped} windows with a missing value were left out")
+        notes.append(f"{dropped} windows with less than half their values were left out")
     counts = f"{len(parts[0])} train" + (f" and {len(parts[1])} test" if test_share else "")
     named = "" if channels is None else f" of {', '.join(channels)}"
     notes.insert(0, f"windows of {window} rows, one every {stride}: {counts}{named}")
     X, X_test = (np.stack(part) if part else None for part in parts)
-    test = None if X_test is None else Split(X_test, None, source)
-    return make_dataset(Split(X, None, source), test, name=name, source=source, notes=notes)
+    train, test = (None if part is None else Split(part, None, source, ends=False) for part in (X, X_test))
+    return make_dataset(train, test, name=name, source=source, notes=notes)
 
 
 def load_windows(path: Path, window: int, stride: int = 1, *, reading: Reading = GUESS, **options: Any) -> Dataset:

@@ -91,8 +91,9 @@ class Material:
         self.made: dict[tuple[str, int], Any] = {}  # by seed
         # Of the data and not of the model, so that all models on a data set share one evaluator.
         self.stats = DataStats.of(dataset)
-        self.train = self.stats.normalise(dataset.X_train, torch.device("cpu"))  # [N, C, L]
-        self.test = self.stats.normalise(dataset.X_test, torch.device("cpu"))  # [M, C, L]
+        # Missing values are on straight lines between their neighbours, as measures and classifiers take no gaps.
+        self.train = self.stats.normalise_observed(dataset.X_train, torch.device("cpu"))[0]  # [N, C, L]
+        self.test = self.stats.normalise_observed(dataset.X_test, torch.device("cpu"))[0]  # [M, C, L]
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:
@@ -157,7 +158,7 @@ class Material:
         x = np.concatenate([part.x for part in parts])
         y = None if parts[0].y is None else np.concatenate([part.y for part in parts])
         tokens = np.concatenate([part.tokens for part in parts]).astype(np.int64)
-        return GeneratedSet(self.stats.normalise(x, torch.device("cpu")), y, tokens)
+        return GeneratedSet(self.stats.normalise_observed(x, torch.device("cpu"))[0], y, tokens)
 
     @functools.cached_property
     def train_coded(self) -> Coded:
@@ -170,18 +171,25 @@ class Material:
     @torch.no_grad()
     def code(self, X: np.ndarray) -> Coded:  # [N, C, L], in data units
         model = self.model
+        x, observed = model.data.normalise_observed(X, model.device)
+        if observed is None:
+            observed = torch.ones_like(x, dtype=torch.bool)
+        parts = zip(x.split(model.chunk_size), observed.split(model.chunk_size), strict=True)
         with computing("fp32", model.device):
-            blocks = [self.code_block(x) for x in model.data.normalise(X, model.device).split(model.chunk_size)]
+            blocks = [self.code_block(*part) for part in parts]
         tokens, pooled, reconstructed, time, spectrum = (torch.cat(parts).cpu() for parts in zip(*blocks, strict=True))
         return Coded(tokens.numpy(), pooled.numpy(), reconstructed, time.double().numpy(), spectrum.double().numpy())
 
-    def code_block(self, x: Tensor) -> tuple[Tensor, ...]:  # [B, C, L]
+    def code_block(self, x: Tensor, observed: Tensor) -> tuple[Tensor, ...]:  # [B, C, L] both
         vqvae = self.model.vqvae
-        tokens = vqvae.tokenize(x)
+        tokens = vqvae.tokenize(x, observed)
         z_q = F.embedding(tokens, vqvae.vq.codebook)  # [B, T, D]
         u_hat = vqvae.decode(z_q)
         x_hat = vqvae.stft.inverse(u_hat)
-        errors = [(a - b).square().flatten(1).mean(1) for a, b in ((x_hat, x), (u_hat, vqvae.stft(x)))]
+        # Where nothing was observed there is no error, as in the losses (`training.stage1`).
+        x = torch.where(observed, x, x_hat)
+        share = observed.flatten(1).float().mean(1)  # [B]
+        errors = [(a - b).square().flatten(1).mean(1) / share for a, b in ((x_hat, x), (u_hat, vqvae.stft(x)))]
         return tokens, z_q.mean(1), x_hat, *errors
 
     def usage(self, tokens: np.ndarray) -> np.ndarray:

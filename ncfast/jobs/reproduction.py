@@ -202,6 +202,8 @@ def hold_out(dataset: Dataset, part: float) -> Dataset:
         X_train=dataset.X_train[~held],
         y_train=None if y is None else y[~held],
         X_test=dataset.X_train[held],
+        lengths_train=None if dataset.lengths_train is None else dataset.lengths_train[~held],
+        lengths_test=None if dataset.lengths_train is None else dataset.lengths_train[held],
         y_test=None if y is None else y[held],
         notes=(*dataset.notes, f"{held.sum()} of its train series held out, to measure on"),
     )

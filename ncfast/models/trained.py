@@ -18,6 +18,8 @@ from ncfast.nn.meta import without_memory
 from ncfast.version import __version__
 
 FORMAT = 1
+# Options that earlier versions did not have, with what they did.
+EARLIER = {"samples_per_column": 0}
 
 
 class TrainedModel:
@@ -52,7 +54,7 @@ class TrainedModel:
 
 
 def build_models(config: Config, data: DataStats) -> tuple[VQVAE, Prior]:
-    vqvae = VQVAE(config, data.channels, data.length)
+    vqvae = VQVAE(config, data.channels, data.length, data.has_gaps)
     return vqvae, Prior(config, vqvae.vq.codebook, vqvae.num_tokens, len(data.class_names))
 
 
@@ -102,7 +104,7 @@ def read_config(folder: Path) -> tuple[Config, DataStats]:
                 f"it has format {content['format']}, and this ncfast {__version__} reads format {FORMAT}; use the "
                 f"version that wrote it, {content.get('ncfast')}"
             )
-        return make_config(**content["config"]), DataStats.from_json(content["data"])
+        return make_config(**{**EARLIER, **content["config"]}), DataStats.from_json(content["data"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -12,18 +12,24 @@ from ncfast.ops import nearest_code
 
 
 class VQVAE(nn.Module):
-    """x [B, C, L] --STFT--> u --encoder--> z [B, D, H, W'] --nearest code--> tokens [B, n] --decoder, ISTFT--> x̂."""
+    """x [B, C, L] --STFT--> u --encoder--> z [B, D, H, W'] --nearest code--> tokens [B, n] --decoder, ISTFT--> x̂.
 
-    def __init__(self, config: Config, channels: int, length: int) -> None:
+    For series with gaps the encoder also sees, for each channel and frame, the share of samples that were observed.
+    """
+
+    def __init__(self, config: Config, channels: int, length: int, has_gaps: bool = False) -> None:
         super().__init__()
+        self.has_gaps = has_gaps
         self.stft = STFT(length, config.n_fft)
         spectrum_size = (self.stft.num_bins, self.stft.num_frames)
-        num_down = self.num_down = config.halvings or num_downsampling_blocks(length, config.n_fft)
+        num_down = self.num_down = config.halvings or num_downsampling_blocks(
+            length, config.n_fft, config.samples_per_column
+        )
         width = spectrum_size[1] >> num_down
         if width < 1:
             raise ValueError(f"series of length {length} leave no latent column after {num_down} halvings")
         self.grid = (spectrum_size[0], width)  # (H, W')
-        self.encoder = Encoder(2 * channels, config.dim, num_down, config.residual_blocks)
+        self.encoder = Encoder((3 if has_gaps else 2) * channels, config.dim, num_down, config.residual_blocks)
         self.vq = VectorQuantize(
             config.dim,
             config.codebook_size,
@@ -48,8 +54,26 @@ class VQVAE(nn.Module):
         """How many samples of a series one column of the grid stands for; the last one also has what is left over."""
         return self.stft.hop << self.num_down
 
+    def spectrum(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
+        """What the encoder takes: x [B, C, L], observed bool [B, C, L] (None: all of x) -> u [B, 2C or 3C, H, W]."""
+        return self.with_observed(self.stft(x), observed)
+
+    def with_observed(self, u: Tensor, observed: Tensor | None = None) -> Tensor:
+        """u = STFT(x) [B, 2C, H, W] -> what the encoder takes; see `spectrum`."""
+        if not self.has_gaps:
+            return u
+        B, channels, H, W = u.shape
+        if observed is None:
+            return torch.cat([u, u.new_ones(B, channels // 2, H, W)], 1)
+        half = self.stft.n_fft // 2
+        share = F.avg_pool1d(F.pad(observed.to(u), (half, half), "replicate"), self.stft.n_fft, self.stft.hop)
+        return torch.cat([u, share[:, :, None, :W].expand(-1, -1, H, -1)], 1)
+
     def encode(self, u: Tensor, views: int = 1) -> Tensor:
-        """u [B, 2C, H, W] -> continuous latents z [B, n, D]; `views` of equal size may be in a batch, see Encoder."""
+        """What the encoder takes, u [B, 2C or 3C, H, W] -> continuous latents z [B, n, D].
+
+        `views` of equal size may be in a batch, see Encoder.
+        """
         return self.encoder(u, views).flatten(2).mT
 
     def decode(self, z: Tensor, views: int = 1) -> Tensor:
@@ -61,9 +85,9 @@ class VQVAE(nn.Module):
         return z.mT.unflatten(2, self.grid)
 
     @torch.no_grad()
-    def tokenize(self, x: Tensor) -> Tensor:
-        """x [B, C, L] -> tokens [B, n]: the nearest codes."""
-        return nearest_code(self.encode(self.stft(x)), self.vq.codebook)
+    def tokenize(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
+        """x [B, C, L], observed bool [B, C, L] (None: all of x) -> tokens [B, n]: the nearest codes."""
+        return nearest_code(self.encode(self.spectrum(x, observed)), self.vq.codebook)
 
     @torch.no_grad()
     def detokenize(self, tokens: Tensor) -> Tensor:
@@ -71,6 +95,6 @@ class VQVAE(nn.Module):
         return self.stft.inverse(self.decode(F.embedding(tokens, self.vq.codebook)))
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """x [B, C, L] -> x̂ [B, C, L] through the codebook."""
-        return self.detokenize(self.tokenize(x))
+    def reconstruct(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
+        """x [B, C, L], observed as in `tokenize` -> x̂ [B, C, L] through the codebook."""
+        return self.detokenize(self.tokenize(x, observed))

@@ -18,13 +18,18 @@ SLOPE = nn.LeakyReLU().negative_slope
 # away, and the bias with it, so that its gradient is zero.
 
 
-def num_downsampling_blocks(length: int, n_fft: int = 8) -> int:
+def num_downsampling_blocks(length: int, n_fft: int = 8, samples_per_column: int = 0) -> int:
     """How often the encoder halves the time axis: log2(length / (8 (log2 n_fft - 1))) times, at least once.
 
-    Truncated as in the authors' runs, so that 7 to 15 columns of latents remain of 70 samples and more.
+    Truncated as in the authors' runs, so that 7 to 15 columns of latents remain of 70 samples and more; less often
+    where a column would stand for more than `samples_per_column` samples, unless that is 0.
     """
     rate = max(1, round(length / (math.log2(n_fft) - 1) / 8))
-    return 1 + max(0, int(math.log2(rate)) - 1)
+    by_length = 1 + max(0, int(math.log2(rate)) - 1)
+    if samples_per_column == 0:
+        return by_length
+    hop = n_fft // 4
+    return min(by_length, max(1, int(math.log2(max(1, samples_per_column // hop)))))
 
 
 def down_block(in_channels: int, out_channels: int) -> nn.Sequential:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ncfast.data.dataset import FLOAT32_MAX, to_numpy
+from ncfast.data.gaps import interpolated
 from ncfast.data.stats import DataStats
 from ncfast.errors import UserError
 from ncfast.models.vqvae import VQVAE
@@ -94,11 +95,11 @@ class Context:
         """
         device = fills.device
         x = self.data.normalise(self.original, torch.device("cpu")).numpy()  # [m, C, L]
-        lines = interpolate(x, self.observed)
+        lines = interpolated(x, self.observed)
         versions = [lines]
         for fill in fills.cpu().numpy():
             fill = np.broadcast_to(fill, x.shape)
-            versions.append(np.where(self.observed, x, lines + fill - interpolate(fill, self.observed)))
+            versions.append(np.where(self.observed, x, lines + fill - interpolated(fill, self.observed)))
         blocks = []
         for first in range(0, len(x), chunk_size):
             rows = np.arange(first, first + chunk_size) % len(x)
@@ -135,13 +136,3 @@ def real_numbers(context: Any) -> np.ndarray:
     if (np.isinf(converted) & np.isfinite(x)).any():
         raise UserError(f"context: it holds a value beyond float32 ({FLOAT32_MAX:.1e}); rescale it first")
     return converted
-
-
-def interpolate(x: np.ndarray, observed: np.ndarray) -> np.ndarray:
-    """Straight lines over the gaps, and the nearest value at the ends; zeros where a channel has nothing.  [m, C, L]"""
-    filled = np.zeros_like(x)
-    position = np.arange(x.shape[-1])
-    for row in np.ndindex(x.shape[:2]):
-        if observed[row].any():
-            filled[row] = np.interp(position, position[observed[row]], x[row][observed[row]])
-    return filled

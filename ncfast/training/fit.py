@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
 from ncfast.config import Config, make_config
@@ -70,7 +71,9 @@ def fit(
     calls this with the same arguments, but for a device of its own, and gets the trained model; the first writes `out`.
 
     Args:
-        X: series, float [n, L] or [n, C, L], all of one length, finite; or a table of pandas, a row a series.
+        X: series, float [n, L] or [n, C, L], or a list of series of unequal lengths, [L_i] or [C, L_i]; or a table of
+            pandas, a row a series. NaN is missing, and the losses count what was observed; where all NaN is at the ends
+            of series, they end there.
         y: a label of any type for each series [n], or None.
         preset: "default" or "paper".
         out: folder of the run; None keeps the model in memory only.
@@ -214,7 +217,7 @@ def train_stages(
     """`train` in a folder that is ready. train_options: arguments of `train_stage`."""
     folder = out if processes.is_first else None  # where this process writes
     run = run_sha256(config, data)
-    x = data.normalise(dataset.X_train, device)  # [N, C, L]
+    x, observed = data.normalise_observed(dataset.X_train, device)  # [N, C, L]
     labels = None if dataset.y_train is None else torch.from_numpy(dataset.y_train).to(device)
     state = None if out is None else processes.on_every_rank(lambda: saved_state(out, device, run))
     processes.check_alike(f"states in {out}", None if state is None else (state["stage"], state["epoch"]))
@@ -233,7 +236,7 @@ def train_stages(
             processes.on_every_rank(lambda: load_weights(out / "stage1.safetensors", vqvae))
             vqvae = vqvae.to(device).eval()
         else:
-            first = make_stage1(config, vqvae, x, device, processes)
+            first = make_stage1(config, vqvae, x, device, processes, observed)
             with synchronised(vqvae, processes.group):
                 result = train_stage(first, log=log, state=state, **loop)
             state = None
@@ -244,7 +247,7 @@ def train_stages(
                 record_metrics(folder, "stage1", {**stage_metrics(result), **reconstruction(vqvae, data, dataset)})
 
         prior = new_prior(config, vqvae, data)
-        second = make_stage2(config, vqvae, prior, x, labels, device, processes)
+        second = make_stage2(config, vqvae, prior, x, labels, device, processes, observed)
         result = train_stage(second, log=log, state=state, **loop)
         if folder is not None:
             write_tensors(folder / "stage2.safetensors", prior.state_dict())
@@ -257,6 +260,11 @@ def reconstruction(vqvae: VQVAE, data: DataStats, dataset: Dataset) -> dict[str,
     """Mean squared error of the test series through the codebook, in normalised units."""
     if dataset.X_test is None:
         return {}
-    x = data.normalise(dataset.X_test, next(vqvae.parameters()).device)
-    error = sum(float((vqvae.reconstruct(block) - block).square().sum()) for block in x.split(256))
-    return {"test_reconstruction_mse": error / x.numel()}
+    x, observed = data.normalise_observed(dataset.X_test, next(vqvae.parameters()).device)
+    there = torch.from_numpy(~np.isnan(dataset.X_test)).to(x.device)
+    error = 0.0
+    for first in range(0, len(x), 256):
+        rows = slice(first, first + 256)
+        x_hat = vqvae.reconstruct(x[rows], None if observed is None else observed[rows])
+        error += float((x_hat - x[rows]).square()[there[rows]].sum())
+    return {"test_reconstruction_mse": error / int(there.sum())}

@@ -18,15 +18,16 @@ class TokenDistribution:
 
     MAX_BYTES = 2**31
 
-    def __init__(self, model: VQVAE, x: Tensor, batch_size: int = 256) -> None:
-        """x [N, C, L], normalised. `model` is in eval mode."""
+    def __init__(self, model: VQVAE, x: Tensor, observed: Tensor | None = None, batch_size: int = 256) -> None:
+        """x [N, C, L], normalised; observed, bool like x, of series with gaps. `model` is in eval mode."""
         self.codebook = model.vq.codebook.double()
         # Probabilities are what each step needs; where they would take too much memory, the latents stand in for them.
         self.stores_latents = 4 * len(x) * model.num_tokens * len(self.codebook) > self.MAX_BYTES
         blocks = []
         with torch.no_grad(), computing("fp32", x.device):
-            for block in x.split(batch_size):
-                z = model.encode(model.stft(block))
+            for first in range(0, len(x), batch_size):
+                rows = slice(first, first + batch_size)
+                z = model.encode(model.spectrum(x[rows], None if observed is None else observed[rows]))
                 blocks.append(z if self.stores_latents else self.cumulative(z))
         self.stored = torch.cat(blocks)  # [N, n, K], or latents [N, n, D]
 

@@ -37,21 +37,46 @@ def new_prior(config: Config, vqvae: VQVAE, data: DataStats) -> Prior:
         return Prior(config, vqvae.vq.codebook.cpu(), vqvae.num_tokens, len(data.class_names))
 
 
-def make_stage1(config: Config, vqvae: VQVAE, x: Tensor, device: torch.device, processes: Processes = ALONE) -> Stage:
+def make_stage1(
+    config: Config,
+    vqvae: VQVAE,
+    x: Tensor,
+    device: torch.device,
+    processes: Processes = ALONE,
+    observed: Tensor | None = None,
+) -> Stage:
+    """x: normalised series [N, C, L]; observed, bool like x, of series with gaps."""
+    observed_share = 1.0 if observed is None else float(observed.double().mean())
     ssl = new_self_supervision(config)
     augment = None if config.ssl == "none" else Augment(config.augment)
     modules = on_device(nn.ModuleDict({"vqvae": vqvae} if ssl is None else {"vqvae": vqvae, "ssl": ssl}), device)
 
     def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         batch = x[rows]
-        view = None if augment is None else augment(batch, generator)
+        seen = () if observed is None else (observed[rows],)
+        if augment is None:
+            view = None
+        elif not seen:
+            view = augment(batch, generator)
+        else:
+            view, seen_view = augment.with_observed(batch, seen[0], generator)
+            seen += (seen_view,)
         view_weight, B = config.view_weight, len(rows)
+        gaps = {"observed": seen, "observed_share": observed_share}
         if processes.is_alone:
-            return stage1_losses(vqvae, ssl, batch, view, view_weight)
+            return stage1_losses(vqvae, ssl, batch, view, view_weight, **gaps)
         own, loss_weight = processes.local_slice(B), processes.loss_weight(B)
         view = None if view is None else view[own]
+        gaps["observed"] = tuple(each[own] for each in seen)
         return stage1_losses(
-            vqvae, ssl, batch[own], view, view_weight, loss_weight, lambda own: processes.all_rows(own, B)
+            vqvae,
+            ssl,
+            batch[own],
+            view,
+            view_weight,
+            loss_weight,
+            gather=lambda own: processes.all_rows(own, B),
+            **gaps,
         )
 
     # Processes that round alike keep the same projector without a word; others have to agree on its gradients.
@@ -74,8 +99,9 @@ def make_stage2(
     labels: Tensor | None,
     device: torch.device,
     processes: Processes = ALONE,
+    observed: Tensor | None = None,
 ) -> Stage:
-    distribution = TokenDistribution(vqvae, x)
+    distribution = TokenDistribution(vqvae, x, observed)
     modules = nn.ModuleDict({"prior": prior}).to(device)
 
     def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

@@ -18,8 +18,12 @@ N, L = 10, 12
 X = np.round(np.cumsum(RNG.standard_normal((N, L)), axis=1), 4)
 Y = np.array([1, 2, 3, 1, 2, 3, 1, 2, 3, 1])
 NAMES = np.array(["walk", "run", "none"])[Y - 1]
+MISSING_WORDS = np.array(["NA", "None", "null"])[Y - 1]
 T = [f"t{i}" for i in range(L)]
 CHANNELS = np.round(np.cumsum(RNG.standard_normal((N, 9, 128)), axis=2) + 30 * RNG.standard_normal((N, 9, 1)), 4)
+UNEQUAL = CHANNELS[:2].copy()
+UNEQUAL[1, :, 100:] = np.nan
+GAPS = np.where(X > 3, np.nan, X)
 LONG = np.round(np.cumsum(RNG.standard_normal((500, 28)), axis=0) + 10 * np.arange(28), 4)
 
 NOISE = np.round(RNG.standard_normal((99, 9)), 3)
@@ -39,6 +43,13 @@ def rows(*columns):
     """Columns and matrices side by side."""
     parts = [np.asarray(c, object).reshape(len(c), -1) for c in columns]
     return np.concatenate(parts, axis=1).tolist()
+
+
+def without(row, column):
+    """X with a gap."""
+    x = X.copy()
+    x[row, column] = np.nan
+    return x
 
 
 def check(data, x=X, y=Y):
@@ -76,9 +87,12 @@ TABLES = {
     "named samples": (rows(Y, X), [f"t{i}" for i in range(L + 1)], {}, "--label-column t0"),
     "R": (rows(Y, X), [f"V{i}" for i in range(1, L + 2)], {}, (X, Y, "V1, whole numbers")),
     # Headers.
-    "first cell empty": (rows(["", *X[1:, 0].astype(str)], X[:, 1:]), None, {}, "hold NaN.*series 0 at time point 0"),
-    "first row NA": (rows(X[:, :1], ["NA", *X[1:, 1].astype(str)], X[:, 2:]), None, {}, "series 0 at time point 1"),
-    "first row ?": (rows(X[:, :-1], ["?", *X[1:, -1].astype(str)]), None, {}, "unequal lengths, 11 to 12.*padding"),
+    "first cell empty": (rows(["", *X[1:, 0].astype(str)], X[:, 1:]), None, {},
+                         (without(0, 0), None, "1 of 10 series")),
+    "first row NA": (rows(X[:, :1], ["NA", *X[1:, 1].astype(str)], X[:, 2:]), None, {},
+                     (without(0, 1), None, "1 of 10 series have missing values, 0.8%")),
+    "first row ?": (rows(X[:, :-1], ["?", *X[1:, -1].astype(str)]), None, {},
+                    (without(0, -1), None, "11 to 12 time points (NaN at the end of a series was")),
     "time axis": (rows(X), [f"{i / 100:g}" for i in range(L)], {}, (X, None, "evenly spaced")),
     "years and label": (rows(X, Y), [*map(str, range(2001, 2001 + L)), "label"], {}, (X, Y, "'label'")),
     "uneven times": (rows(X), [f"{1.5**i:g}" for i in range(L)], {}, "--header yes or --header no"),
@@ -113,7 +127,7 @@ TABLES = {
     "booleans": (rows(X, (Y == 1).astype(str)), None, {}, (X, Y == 1, "taken for the labels")),
     "quoted": ([[f'"{cell(v)}"' for v in row] for row in rows(NAMES, X)], None, {}, (X, NAMES, "labels")),
     "two labels, one said": (rows(Y, NAMES, X), ["y", "y_name", *T], {"label_column": "y"}, (X, Y, "left out")),
-    "class names NA and None": (rows(X, np.array(["NA", "None", "null"])[Y - 1]), None, {}, "--label-column|hold NaN"),
+    "class names NA and None": (rows(X, MISSING_WORDS), None, {}, (X, MISSING_WORDS, "taken for the labels")),
     "windows in a row": (LONG[np.arange(60)[:, None] + np.arange(20), 0].tolist(), None, {},
                          (LONG[np.arange(60)[:, None] + np.arange(20), 0], None, "")),
     "white noise": (NOISE.tolist(), None, {}, (NOISE, None, "")),
@@ -159,7 +173,9 @@ ARRAYS = {
     "one channel last": ((X[:, :, None], Y), {}, (X, Y, "[series, time, channels]")),
     "three channels last": ((WIDE[:, :, :3], Y), {}, (CHANNELS[:, :3], Y, "[series, time, channels]")),
     "a list of them": (([*WIDE], Y), {}, "--layout"),
-    "a list of unequal ones": (([WIDE[0], WIDE[1, :100]], None), {}, "unequal lengths, 100 to 128"),
+    "a list of unequal ones": (([WIDE[0], WIDE[1, :100]], None), {}, (UNEQUAL, None, "series of 100 to 128")),
+    "and as documented": (([CHANNELS[0], CHANNELS[1, :, :100]], None), {}, (UNEQUAL, None, "series of 100 to 128")),
+    "of unequal channels": (([WIDE[0], WIDE[1, :100, :8]], None), {}, "unequal numbers of channels, 100 to 128.*ntd"),
     "one long series": ((LONG, None), {}, "--layout table"),
     "rows are series": ((LONG, None), {"layout": "table"}, (LONG, None, "")),
     "labels say so": ((LONG, np.arange(500) % 3), {}, (LONG, np.arange(500) % 3, "")),
@@ -170,15 +186,17 @@ ARRAYS = {
     "frame": ((pd.DataFrame(X, columns=T).assign(label=NAMES), None), {}, (X, NAMES, "'label'")),
     "frame and labels": ((pd.DataFrame(X, columns=T).assign(label=NAMES), NAMES), {}, "label-column none"),
     "frame without names": ((pd.DataFrame(X), Y), {}, (X, Y, "")),
-    "frame with gaps": ((pd.DataFrame(X, columns=T).astype("Float64").mask(X > 3), Y), {}, "hold NaN"),
+    "frame with gaps": ((pd.DataFrame(X, columns=T).astype("Float64").mask(X > 3), Y), {}, (GAPS, Y, "missing values")),
     "frame of mixed names": ((pd.DataFrame(X).assign(label=NAMES), None), {}, (X, NAMES, "'label'")),
     "frame of series": ((pd.DataFrame({"dim_0": [pd.Series(x) for x in X]}), Y), {}, "cells hold arrays"),
     "layout of a matrix": ((X, Y), {"layout": "ntd"}, "--layout ntd means nothing"),
     "windows of TimeGAN": ((np.stack([LONG[i : i + 24] for i in range(0, 400, 20)]), None), {}, "smoother.*--layout"),
     "frame by time": ((pd.DataFrame(LONG[:, :3], columns=["a", "b", "c"]), None), {}, "--layout table"),
-    "masked": ((np.ma.masked_greater(X, 3), Y), {}, "hold NaN"),
-    "masked integers": ((np.ma.masked_greater((10 * X).astype(int), 30), Y), {}, "hold NaN"),
-    "list of masked": (([*np.ma.masked_greater(X, 3)], Y), {}, "hold NaN"),
+    "masked": ((np.ma.masked_greater(X, 3), Y), {}, (GAPS, Y, "missing values")),
+    "masked integers": ((np.ma.masked_greater((10 * X).astype(int), 30), Y), {}, (
+        np.where((10 * X).astype(int) > 30, np.nan, (10 * X).astype(int)), Y, "missing values")
+    ),
+    "list of masked": (([*np.ma.masked_greater(X, 3)], Y), {}, (GAPS, Y, "missing values")),
     "masked labels": ((X, np.ma.masked_equal(Y, 3)), {}, "label 2 .* is missing"),
     "offset": ((X + 1e8, Y), {}, "float32 can hardly tell apart; subtract the offset"),
     "dates": ((np.arange(N * L).reshape(N, L) % 97 + 1_700_000_000_000, Y), {}, "subtract the offset"),
@@ -394,8 +412,9 @@ def test_sets_with_gaps_of_the_archive_point_at_the_adjusted_ones(gap, tmp_path)
         if there:
             text(adjusted, "S_TRAIN.tsv", rows(Y, X), sep="\t")
         text(tmp_path / "S", "S_TRAIN.tsv", values, sep="\t")
-        with pytest.raises(UserError, match="Missing_value_and_variable_length_datasets_adjusted" + "/S," * there):
-            load_dataset(tmp_path / "S")
+        found = " ".join(load_dataset(tmp_path / "S").notes)
+        assert "Missing_value_and_variable_length_datasets_adjusted" + "/S has it with equal" * there in found
+        assert ("11 to 12 time points" if gap == "end" else "1 of 10 series have missing values") in found
     check(load_dataset(adjusted))
 
 
@@ -461,7 +480,7 @@ GARBAGE = {
     "comments": b"# a\n# b\n",
     "tags": b"@relation x\n@attribute a {b\n@data\n1",
     "commas": b",,,\n,,,\n",
-    "wide": b"1,2\n" + b"3," * 5000,
+    "wide": b"1,2\n" + b"3;" * 5000,
     "MATLAB": b"MATLAB 5.0 MAT-file" + b" " * 105 + b"\x00\x01IM" + b"\x0f" * 40,
 }
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import sys
 import time
 import types
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from ncfast.data import Dataset, from_arrays, load_dataset, sources
+from ncfast.data.stats import DataStats
 from ncfast.errors import UserError
 
 OWN = Path(os.environ.get("NCFAST_DATA") or Path(__file__).resolve().parents[2] / ".." / "shared" / "ucr")
@@ -238,13 +240,14 @@ def broken(value, dtype=np.float64):
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ((broken(np.nan),), ("X: 2 of 6 series hold NaN", "series 2 at time point 4", "interpolate or drop")),
+        (
+            (np.where(np.arange(6)[:, None, None] == 3, np.nan, X),),
+            ("X: 1 of 6 series hold nothing but NaN.* series 3",),
+        ),
+        ((np.concatenate([X, X * np.nan], 1),), ("X: channel 1 has no value in any training series",)),
+        ((X, None, np.full_like(X, np.nan)), ("X_test: 6 of 6 series hold nothing but NaN",)),
         ((X, None, broken(-np.inf)), ("X_test: 2 of 6 series hold an infinity", "series 2 at time point 4")),
         ((broken(1e39),), ("2 of 6 series hold a value beyond float32", "rescale")),
-        ((np.where(np.arange(10) < [[[8]], [[9]], [[10]]] * 2, X, np.nan),), ("unequal lengths, 8 to 10", "padding")),
-        (([X[0, 0], X[1, 0, :7]],), ("X: the series have unequal lengths, 7 to 10 time points", "crop, pad or")),
-        (([X[0], X[1, :, :7]],), ("X: the series have unequal lengths, 7 to 10",)),
-        (([[1, 2, 3], [1, 2]],), ("X: the series have unequal lengths, 2 to 3",)),
         ((X[:0],), ("X: no series", "0 of 1 channel x 10 time points")),
         ((X[0, 0],), ("X: series are", r"got the shape \[10\]")),
         ((X[None],), ("X: series are", r"got the shape \[1, 6, 1, 10\]")),
@@ -279,10 +282,8 @@ def test_one_constant_channel_is_noted():
     ("name", "text", "words"),
     [
         ("a.tsv", "1\t2\t3\n\n2\t4\tx5\n", ("a.tsv: line 3, column 3: 'x5' is not a number",)),
-        ("a.tsv", "1\t2\t3\n2\t\t3\n", ("a.tsv: 1 of 2 series hold NaN", "series 1 at time point 0")),
-        ("a.tsv", "1\t2\t3\n2\t4\n", ("a.tsv: the series have unequal lengths, 1 to 2",)),
+        ("a.csv", "1.5,2.5,7\n2.5,4\n", ("a.csv: lines of 2 to 3 cells", "read from .tsv with the label first")),
         ("a.tsv", "1,2,3\n", ("a.tsv: line 1 has no tab",)),
-        ("a.tsv", "1\t2\tNaN\t4\n", ("a.tsv: 1 of 1 series hold NaN", "series 0 at time point 1")),
         ("a.tsv", "0.5\t2\t3\n1\t4\t5\n", ("a.tsv: labels are classes", "got 0.5")),
         ("a.tsv", "", ("a.tsv: no series",)),
         ("a.csv", "1,2\n3,4\n5,six\n", ("a.csv: line 3, column 2: 'six' is not a number",)),
@@ -292,8 +293,11 @@ def test_one_constant_channel_is_noted():
         ("a.ts", "@timeStamps true\n@data\n(0,1),(1,2):1\n", ("a.ts: series with time stamps",)),
         ("a.ts", "@classLabel true 1\n@data\n1,2,3\n", ("a.ts: line 3 has no ':' before a label",)),
         ("a.ts", "@data\n1,2:3,4:a\n1,2:a\n", ("a.ts: line 3 has 1 channels and the first series 2",)),
-        ("a.ts", "@data\n1,?,3:a\n", ("a.ts: 1 of 1 series hold NaN",)),
-        ("a.ts", "@data\n1,2,3:a\n1,2,3,4,5:b\n", ("a.ts: the series have unequal lengths, 3 to 5",)),
+        (
+            "a.ts",
+            "@equalLength true\n@seriesLength 3\n@data\n1,2,3:a\n1,2:b\n",
+            ("says @seriesLength 3.* have 2 or 3",),
+        ),
         ("a.doc", "1 2 3", ("a.doc: unsupported file type '.doc'", ".h5, .hdf5, .npz, .npy, .ts, .tsv, .csv, .txt")),
         ("a_TEST.tsv", "1\t2\t3\n", ("a_TEST.tsv: this is a test split", "a_TRAIN.tsv")),
         ("a.h5", "no HDF5", ("a.h5: cannot be read", "damaged or incomplete")),
@@ -319,10 +323,6 @@ def test_refused_binaries(tmp_path):
     write_hdf5(path, {"original_labels": [1, 2]}, X_train=X, y_train=[1, 2] * 3)
     with refused("M.h5: X_train: the file names 2 classes, so labels are 0 .. 1; got 1 .. 2"):
         load_dataset(path)
-    write_hdf5(path, X_train=broken(np.nan))
-    with refused("M.h5: X_train: 2 of 6 series hold NaN"):
-        load_dataset(path)
-
     np.savez(tmp_path / "M.npz", X_train=X)
     (tmp_path / "M.npz").write_bytes((tmp_path / "M.npz").read_bytes()[:-40])
     with refused("M.npz: cannot be read", "damaged or incomplete"):
@@ -342,11 +342,50 @@ def test_refused_binaries(tmp_path):
         load_dataset(tmp_path / "M.tsv")
 
 
+# What each holds: X_train, lengths_train and words of the notes.
+NAN = np.nan
+GAPPY = {
+    "missing": (broken(NAN), broken(NAN), None, "X: 2 of 6 series have missing values, 3.3% of all"),
+    "missing, also at an end": ([[NAN, 2, NAN], [1, 5, NAN]], [[NAN, 2, NAN], [1, 5, NAN]], None, "2 of 2 series"),
+    "padded": ([[1, 2, NAN], [1, 5, 4]], [[1, 2, NAN], [1, 5, 4]], [2, 3], "2 to 3 time points (NaN at the end"),
+    "a list": ([[1, 2], [1, 5, 4]], [[1, 2, NAN], [1, 5, 4]], [2, 3], "X: series of 2 to 3 time points: each is"),
+    "a list with gaps": ([[NAN, 2], [1, NAN, 4]], [[NAN, 2, NAN], [1, NAN, 4]], [2, 3], "2 of 2 .*, 40.0% of all"),
+    "padding of all": ([[1, 2, NAN], [1, 5, NAN]], [[1, 2], [1, 5]], None, ""),
+    "a.tsv": ("1\t2\t3\n2\t\t3\n", [[2, 3], [NAN, 3]], None, "a.tsv: 1 of 2 series have missing values, 25.0%"),
+    "b.tsv": ("1\t2\t3\n2\t4\n", [[2, 3], [4, NAN]], [2, 1], "b.tsv: series of 1 to 2 time points (NaN at the end"),
+    "c.tsv": ("1\t2\tNaN\t4\n", [[2, NAN, 4]], None, "1 of 1 series have missing values, 33.3%"),
+    "a.ts": ("@data\n1,?,3:a\n", [[1, NAN, 3]], None, "1 of 1 series"),
+    "b.ts": ("@data\n1,2:a\n1,?,4:b\n", [[1, 2, NAN], [1, NAN, 4]], [2, 3], "2 to 3 time points: each .*20.0% of all"),
+}
+
+
+@pytest.mark.parametrize("name", GAPPY)
+def test_missing_values_and_unequal_lengths(name, tmp_path):
+    given, x, lengths, words = GAPPY[name]
+    if isinstance(given, str):
+        (tmp_path / name).write_text(given)
+        data = load_dataset(tmp_path / name)
+    else:
+        data = from_arrays(given)
+    np.testing.assert_array_equal(data.X_train, np.float32(x).reshape(len(x), 1, -1))
+    assert (None if data.lengths_train is None else data.lengths_train.tolist()) == lengths
+    assert re.search(re.escape(words).replace(r"\.\*", ".*"), " ".join(data.notes))
+
+
+def test_splits_of_unequal_lengths_share_the_longest():
+    data = from_arrays([[1, 2], [1, 5, 4]], None, [[1, 2, 3, 4], [4]])
+    np.testing.assert_array_equal(data.X_train[:, 0], [[1, 2, NAN, NAN], [1, 5, 4, NAN]])
+    np.testing.assert_array_equal(data.X_test[:, 0], [[1, 2, 3, 4], [4, NAN, NAN, NAN]])
+    assert data.lengths_test.tolist() == [4, 1]
+    facts = DataStats.of(data)
+    assert facts.length == 4 and facts.shortest == 2 and facts.missing == 0
+    assert facts.mean == (2.6,) and facts.std == pytest.approx((np.std([1, 2, 1, 5, 4]),))
+
+
 def test_unequal_lengths_point_at_the_equal_variant(tmp_path):
     (tmp_path / "M_TRAIN.ts").write_text("@data\n1,2,3:a\n1,2:b\n")
     write_ts(tmp_path / "M_eq_TRAIN.ts", X, Y)
-    with refused("M_TRAIN.ts: the series have unequal lengths, 2 to 3", "or use M_eq, which is beside it"):
-        load_dataset(tmp_path / "M_TRAIN.ts")
+    assert "M_eq, which is beside it, has one length" in " ".join(load_dataset(tmp_path / "M_TRAIN.ts").notes)
     assert same(load_dataset("M_eq", tmp_path), X_test=None)
 
 
@@ -516,10 +555,18 @@ def test_bundled_sets(monkeypatch, tmp_path, name, shape, n_test, classes):
 
 
 @needs_aeon
-def test_bundled_sets_of_unequal_length_are_refused(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "shape", "shortest"),
+    [("JapaneseVowels", (270, 12, 29), 7), ("PickupGestureWiimoteZ", (50, 1, 361), 29)],
+)
+def test_bundled_sets_of_unequal_length(name, shape, shortest, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with refused("JapaneseVowels_TRAIN.ts: the series have unequal lengths, 7 to 26", "use JapaneseVowels_eq"):
-        load_dataset("JapaneseVowels", tmp_path)
+    data = load_dataset(name, tmp_path)
+    assert data.X_train.shape == shape and data.lengths_train.min() == shortest
+    # Each ends with a value and has none behind it.
+    last = data.lengths_train - 1
+    assert not np.isnan(data.X_train[np.arange(len(last)), 0, last]).any()
+    assert np.isnan(data.X_train[:, 0]).sum() == (shape[2] - data.lengths_train).sum()
 
 
 # Real files

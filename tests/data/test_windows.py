@@ -66,9 +66,12 @@ def test_missing_values_and_uneven_steps_are_told():
     x = np.arange(20.0)
     x[5] = np.nan
     made = windows_of(frame(time=[*range(10), *range(20, 30)], x=x), 3, test_share=0)
-    assert starts(made.X_train) == [float(k) for k in range(18) if k not in (3, 4, 5)]
-    assert any("3 windows with a missing value" in note for note in made.notes)
+    assert made.X_train.shape == (18, 1, 3) and np.isnan(made.X_train).sum() == 3 and made.lengths_train is None
+    assert any("3 of 18 series have missing values, 5.6% of all" in note for note in made.notes)
     assert any("1 of 19 steps of time are not the usual one" in note for note in made.notes)
+    x[6] = np.nan
+    made = windows_of(frame(time=range(20), x=x), 3, test_share=0)
+    assert len(made.X_train) == 16 and any("2 windows with less than half their values" in note for note in made.notes)
 
 
 REFUSED = {

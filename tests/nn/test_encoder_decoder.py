@@ -16,6 +16,15 @@ def test_depth_is_the_papers(length, blocks):
     assert num_downsampling_blocks(length) == blocks
 
 
+@pytest.mark.parametrize(
+    ("length", "n_fft", "blocks"),  # 32 samples are 5 halvings of a hop of 1, 4 of a hop of 2
+    [(500, 4, 5), (512, 4, 5), (4096, 4, 5), (4096, 8, 4), (96, 8, 2), (70, 8, 2), (10_000, 128, 1)],
+)
+def test_columns_of_long_series_stand_for_no_more_samples(length, n_fft, blocks):
+    assert num_downsampling_blocks(length, n_fft, 32) == blocks
+    assert num_downsampling_blocks(length, n_fft) >= blocks
+
+
 def test_parameter_counts_are_the_papers():
     """Less the biases of convolutions before a batch norm, which takes them away again."""
     encoder = Encoder(2, 64, 4, 4)

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from ncfast.config import make_config
+from ncfast.data.gaps import interpolated
 from ncfast.data.stats import DataStats
 from ncfast.errors import UserError
 from ncfast.models.trained import build_models
 from ncfast.ncvqvae import NCVQVAE
-from ncfast.sampling.completion import Context, interpolate
+from ncfast.sampling.completion import Context
 
 SMALL = {
     "dim": 8,
@@ -189,8 +190,8 @@ def test_half_of_a_columns_samples_make_it_known():
 def test_interpolation():
     x = np.array([[[9.0, 1, 9, 9, 4, 9]]], np.float32)
     observed = np.array([[[0, 1, 0, 0, 1, 0]]], bool)
-    np.testing.assert_allclose(interpolate(x, observed), [[[1, 1, 2, 3, 4, 4]]])
-    np.testing.assert_allclose(interpolate(x, np.zeros_like(observed)), np.zeros((1, 1, 6)))
+    np.testing.assert_allclose(interpolated(x, observed), [[[1, 1, 2, 3, 4, 4]]])
+    np.testing.assert_allclose(interpolated(x, np.zeros_like(observed)), np.zeros((1, 1, 6)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""Missing values and unequal lengths: where series end, and what stands in for what was not observed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ncfast.errors import UserError
+
+
+def is_ragged(X: Any) -> bool:
+    """Whether X is a one-dimensional array of series, as they cannot be stacked."""
+    return isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1 and any(np.ndim(item) for item in X)
+
+
+def padded(items: Sequence[Any], layout: str | None, where: str) -> np.ndarray:
+    """float64 [n, C, L] of series [L_i], [C, L_i] or [L_i, C], with NaN from the end of each to that of the longest.
+
+    Raises:
+        UserError: series of different numbers of channels, or whose axes can be told apart by no size.
+    """
+    arrays = [np.asarray(item) for item in items]
+    arrays = [array[None] if array.ndim == 1 else array for array in arrays]
+    odd = next((array for array in arrays if array.ndim != 2 or array.dtype.kind not in "fiub"), None)
+    if odd is not None:
+        raise UserError(
+            f"{where}: each series is [time] or [channels, time] of numbers; got {odd.dtype} {list(odd.shape)}"
+        )
+    firsts, lasts = ({array.shape[axis] for array in arrays} for axis in (0, 1))
+    if layout != "ntd" and len(firsts) == 1:
+        pass
+    elif layout != "nctd" and len(lasts) == 1:
+        arrays = [array.T for array in arrays]
+    else:
+        raise UserError(
+            f"{where}: the series have unequal numbers of channels, {min(firsts)} to {max(firsts)}; they share one "
+            "(--layout ntd reads each as [time, channels])"
+        )
+    X = np.full((len(arrays), arrays[0].shape[0], max(array.shape[1] for array in arrays)), np.nan)
+    for row, array in zip(X, arrays, strict=True):
+        row[:, : array.shape[1]] = array
+    return X
+
+
+def ends_with_nan(X: np.ndarray) -> bool:  # [n, C, L]
+    """Whether values lack at the ends of series only and in all channels, as the UCR archive pads shorter series."""
+    missing = np.isnan(X)
+    return bool((missing[:, :, 1:] >= missing[:, :, :-1]).all() and (missing == missing[:, :1]).all())
+
+
+def last_observed(X: np.ndarray) -> np.ndarray:  # [n, C, L]
+    """How many time points each series has up to the last with a value, int64 [n]; 0 for one without any."""
+    seen = ~np.isnan(X).all(1)  # [n, L]
+    return np.where(seen.any(1), X.shape[2] - seen[:, ::-1].argmax(1), 0).astype(np.int64)
+
+
+def interpolated(x: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """Straight lines over the gaps, and the nearest value at the ends; zeros where a channel has nothing.  [n, C, L]"""
+    filled = np.where(observed, x, 0)
+    position = np.arange(x.shape[-1])
+    for row in zip(*np.nonzero(~observed.all(-1)), strict=True):
+        if observed[row].any():
+            filled[row] = np.interp(position, position[observed[row]], x[row][observed[row]])
+    return filled
