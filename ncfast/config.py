@@ -63,6 +63,14 @@ class Config:
     dim: int = option(64, "width of encoder, decoder and codes", "VQVAE", minimum=1, maximum=2**16)
     residual_blocks: int = option(4, "residual blocks in encoder and decoder", "VQVAE", minimum=0, maximum=1000)
     codebook_size: int = option(128, "number of codes", "VQVAE", minimum=2, maximum=65535)
+    codebook_levels: int = option(
+        1,
+        "codes that are added up for each latent, coarse to fine: each level has a codebook of its own for what the "
+        "levels before it leave",
+        "VQVAE",
+        minimum=1,
+        maximum=8,
+    )
     codebook_init: Literal["random", "kmeans"] = option(
         "random", "codes start as normal random vectors, or as k-means of the first batch's latents", "VQVAE"
     )
@@ -92,6 +100,19 @@ class Config:
     prior_ff_mult: int = option(1, "feed-forward width over model width", "Prior", minimum=1, maximum=2**10)
     embeddings: Literal["learned", "random"] = option(
         "learned", "token embeddings start as the stage-1 codebook, or at random; both then train", "Prior"
+    )
+    prior_dropout: float = option(
+        0.0,
+        "share of the embeddings and of what each layer adds that is dropped in training",
+        "Prior",
+        minimum=0,
+        maximum=0.9,
+    )
+    token_temperature: float = option(
+        1.0,
+        "the prior learns tokens drawn from softmax(-|z - e_k|^2 / this); 0: the nearest codes",
+        "Prior",
+        minimum=0,
     )
     masking: Literal["masked", "kept"] = option(
         "masked",

@@ -29,6 +29,7 @@ class Options(SamplingOptions, total=False):
     dim: int
     residual_blocks: int
     codebook_size: int
+    codebook_levels: int
     codebook_init: Literal["random", "kmeans"]
     dead_code_threshold: float
     halvings: int | None
@@ -40,6 +41,8 @@ class Options(SamplingOptions, total=False):
     prior_head_dim: int
     prior_ff_mult: int
     embeddings: Literal["learned", "random"]
+    prior_dropout: float
+    token_temperature: float
     masking: Literal["masked", "kept"]
     class_dropout: float
     stage1_epochs: int | None

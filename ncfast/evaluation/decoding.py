@@ -46,6 +46,10 @@ def trace_decoding(model: NCVQVAE, labels: str = "none", seed: int = 0) -> Trace
     with computing(model.precision, model.device), autocast(model.precision, model.device):
         finished = sampler.decode(classes, sample, seed)
         tokens = torch.stack([state[0] for state in [*sampler.seen, finished]])
-        codes = torch.cat([vqvae.vq.codebook, vqvae.vq.codebook.mean(0, keepdim=True)])
-        series = vqvae.stft.inverse(vqvae.decode(F.embedding(tokens, codes)))
+        # In the place of a masked token its level's mean code.
+        K = model.prior.num_codes
+        codes = torch.cat([vqvae.codebook, *[vq.codebook.mean(0, keepdim=True) for vq in vqvae.levels]])
+        level = torch.arange(tokens.shape[1], device=tokens.device) * len(vqvae.levels) // tokens.shape[1]
+        codes = F.embedding(torch.where(tokens == K, K + level, tokens), codes)
+        series = vqvae.stft.inverse(vqvae.decode(codes.unflatten(1, (len(vqvae.levels), -1)).sum(1)))
     return Trace(tokens.cpu(), series.cpu())

@@ -168,7 +168,7 @@ def token_maps(material: Material, seed: int, each: int = 4):
 def decoding(material: Material, seed: int, most: int = 6):
     trace = material.once(("trace", seed), lambda: trace_decoding(material.model, "none", seed))
     states = np.unique(np.linspace(0, len(trace.tokens) - 1, most).round().astype(int))
-    K = material.model.config.codebook_size
+    K = material.model.prior.num_codes
     figure = make_figure(11, 3.2)
     above, below = figure.subplots(2, len(states), squeeze=False, sharey="row")
     for map_panel, panel, s in zip(above, below, states, strict=True):
@@ -185,9 +185,9 @@ def show_tokens(panel, tokens: np.ndarray, material: Material) -> None:  # [T]; 
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
-    K = material.model.config.codebook_size
+    K = material.model.prior.num_codes
     colors = ListedColormap([*colormaps["turbo"](np.linspace(0, 1, K)), MASKED])
-    grid = tokens.reshape(material.model.vqvae.grid)
+    grid = tokens.reshape(-1, material.model.vqvae.grid[1])  # finer levels above
     panel.imshow(grid, vmin=0, vmax=K, cmap=colors, origin="lower", aspect="auto", interpolation="nearest")
     panel.set(xticks=[], yticks=[])
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ncfast.data.dataset import Dataset
 from ncfast.data.stats import DataStats
@@ -183,7 +182,7 @@ class Material:
     def code_block(self, x: Tensor, observed: Tensor) -> tuple[Tensor, ...]:  # [B, C, L] both
         vqvae = self.model.vqvae
         tokens = vqvae.tokenize(x, observed)
-        z_q = F.embedding(tokens, vqvae.vq.codebook)  # [B, T, D]
+        z_q = vqvae.embed(tokens)  # [B, n, D]
         u_hat = vqvae.decode(z_q)
         x_hat = vqvae.stft.inverse(u_hat)
         # Where nothing was observed there is no error, as in the losses (`training.stage1`).
@@ -194,14 +193,14 @@ class Material:
 
     def usage(self, tokens: np.ndarray) -> np.ndarray:
         """How often each code occurs in each series.  tokens [N, T] -> int64 [N, K]."""
-        K = self.model.config.codebook_size
+        K = self.model.prior.num_codes
         rows = np.arange(len(tokens))[:, None] * K
         return np.bincount((tokens + rows).ravel(), minlength=len(tokens) * K).reshape(len(tokens), K)
 
     @property
     def codebook(self) -> np.ndarray:
         """float32 [K, D]."""
-        return self.model.vqvae.vq.codebook.detach().float().cpu().numpy()
+        return self.model.vqvae.codebook.detach().float().cpu().numpy()
 
 
 def check(model: NCVQVAE, dataset: Dataset) -> None:

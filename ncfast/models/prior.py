@@ -1,5 +1,7 @@
 """The prior of stage 2: a bidirectional transformer over tokens (MaskGIT, arXiv 2202.04200)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -38,10 +40,10 @@ class Prior(nn.Module):
         )
         self.head = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D, eps=1e-12), nn.Linear(D, K))
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """tokens [B, n] in 0..K, labels [B] in 0..C -> logits [B, n, K]."""
+    def forward(self, tokens: Tensor, labels: Tensor, drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """tokens [B, n] in 0..K, labels [B] in 0..C -> logits [B, n, K]. drop: dropout."""
         x = torch.cat([self.embed_classes(labels)[..., None, :], self.embed_tokens(tokens)], dim=-2)  # [B, 1 + n, D]
-        return self.predict(self.transformer(x)[..., 1:, :])
+        return self.predict(self.transformer(x, drop)[..., 1:, :])
 
     def predict(self, x: Tensor) -> Tensor:
         """What the transformer returns [..., D] -> logits [..., K], float32 or better under any autocast."""

@@ -55,14 +55,14 @@ class TrainedModel:
 
 def build_models(config: Config, data: DataStats) -> tuple[VQVAE, Prior]:
     vqvae = VQVAE(config, data.channels, data.length, data.has_gaps)
-    return vqvae, Prior(config, vqvae.vq.codebook, vqvae.num_tokens, len(data.class_names))
+    return vqvae, Prior(config, vqvae.codebook, vqvae.num_tokens, len(data.class_names))
 
 
 def on_meta(config: Config, channels: int, length: int, num_classes: int) -> tuple[VQVAE, Prior]:
     """The models' shapes, without memory for them."""
     with without_memory():
         vqvae = VQVAE(config, channels, length)
-        return vqvae, Prior(config, vqvae.vq.codebook, vqvae.num_tokens, num_classes)
+        return vqvae, Prior(config, vqvae.codebook, vqvae.num_tokens, num_classes)
 
 
 def size_of(*modules: torch.nn.Module) -> int:

@@ -30,24 +30,25 @@ class VQVAE(nn.Module):
             raise ValueError(f"series of length {length} leave no latent column after {num_down} halvings")
         self.grid = (spectrum_size[0], width)  # (H, W')
         self.encoder = Encoder((3 if has_gaps else 2) * channels, config.dim, num_down, config.residual_blocks)
-        self.vq = VectorQuantize(
-            config.dim,
-            config.codebook_size,
-            decay=config.codebook_decay,
-            rotation_trick=False,
-            kmeans_init=config.codebook_init == "kmeans",
-            threshold_ema_dead_code=config.dead_code_threshold,
-        )
-        if config.codebook_init == "random":
-            # As far apart as the paper's, whose counts start at zero: a code that no latent has chosen yet is then its
-            # moving average over eps, up to 1e6 long, and decodes to spikes. Here each counts as chosen once, so that
-            # it stays between where it began and the latents that choose it.
-            self.vq.codebook = torch.randn(config.codebook_size, config.dim)
+        self.vq = new_codebook(config)
+        # What finer levels are for: the residuals of those before.
+        self.finer = nn.ModuleList(new_codebook(config) for _ in range(config.codebook_levels - 1))
         self.decoder = Decoder(2 * channels, config.dim, num_down, config.residual_blocks, spectrum_size)
 
     @property
+    def levels(self) -> list[VectorQuantize]:
+        """Coarse to fine."""
+        return [self.vq, *self.finer]
+
+    @property
+    def codebook(self) -> Tensor:
+        """Codes of all levels, one level after the other [levels * K, D]; tokens are their rows."""
+        return torch.cat([vq.codebook for vq in self.levels]) if self.finer else self.vq.codebook
+
+    @property
     def num_tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
+        """Of a series: the grid of each level, one level after the other."""
+        return len(self.levels) * self.grid[0] * self.grid[1]
 
     @property
     def samples_per_column(self) -> int:
@@ -87,14 +88,55 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def tokenize(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
         """x [B, C, L], observed bool [B, C, L] (None: all of x) -> tokens [B, n]: the nearest codes."""
-        return nearest_code(self.encode(self.spectrum(x, observed)), self.vq.codebook)
+        residual = self.encode(self.spectrum(x, observed))
+        tokens = []
+        for level, vq in enumerate(self.levels):
+            tokens.append(nearest_code(residual, vq.codebook))
+            residual = residual - F.embedding(tokens[-1], vq.codebook)
+            tokens[-1] = tokens[-1] + level * vq.codebook_size
+        return torch.cat(tokens, 1)
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents z [B, n, D] -> their codes, straight through, and the commitment loss, which trains the encoder.
+
+        In training the codebooks move towards what chose them.
+        """
+        z_q, _, commitment = self.vq(z)
+        residual = z - z_q.detach()
+        for vq in self.finer:
+            code, _, loss = vq(residual)
+            code = code.detach()
+            z_q, residual, commitment = z_q + code, residual - code, commitment + loss
+        return z_q, commitment
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [B, levels * n] -> the sum of their codes [B, n, D]."""
+        codes = F.embedding(tokens, self.codebook)
+        return codes.unflatten(1, (len(self.levels), -1)).sum(1) if self.finer else codes
 
     @torch.no_grad()
     def detokenize(self, tokens: Tensor) -> Tensor:
         """tokens [B, n] -> series [B, C, L]."""
-        return self.stft.inverse(self.decode(F.embedding(tokens, self.vq.codebook)))
+        return self.stft.inverse(self.decode(self.embed(tokens)))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
         """x [B, C, L], observed as in `tokenize` -> x̂ [B, C, L] through the codebook."""
         return self.detokenize(self.tokenize(x, observed))
+
+
+def new_codebook(config: Config) -> VectorQuantize:
+    vq = VectorQuantize(
+        config.dim,
+        config.codebook_size,
+        decay=config.codebook_decay,
+        rotation_trick=False,
+        kmeans_init=config.codebook_init == "kmeans",
+        threshold_ema_dead_code=config.dead_code_threshold,
+    )
+    if config.codebook_init == "random":
+        # As far apart as the paper's, whose counts start at zero: a code that no latent has chosen yet is then its
+        # moving average over eps, up to 1e6 long, and decodes to spikes. Here each counts as chosen once, so that it
+        # stays between where it began and the latents that choose it.
+        vq.codebook = torch.randn(config.codebook_size, config.dim)
+    return vq

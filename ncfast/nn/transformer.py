@@ -1,10 +1,14 @@
-"""Bidirectional transformer of the prior: pre-norm blocks without dropout (x-transformers' encoder, version 1.27)."""
+"""Bidirectional transformer of the prior: pre-norm blocks (x-transformers' encoder, version 1.27)."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncfast.ops import fused_linear, masked_attention
+
+Drop = Callable[[Tensor], Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -65,7 +69,9 @@ class Block(nn.Module):
         norm, attention = self.attention
         return apply_linear(attention.qkv, x, norm, return_x=return_x)
 
-    def attention_half(self, x: Tensor, qkv: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def attention_half(
+        self, x: Tensor, qkv: Tensor | None = None, positions: Tensor | None = None, drop: Drop | None = None
+    ) -> Tensor:
         """x + attention(norm(x)); arguments as for `forward`."""
         attention = self.attention[1]
         if qkv is None:
@@ -73,23 +79,26 @@ class Block(nn.Module):
         attended = attention.attend(qkv)
         if positions is not None:
             x, attended = take_positions(x, positions), take_positions(attended, positions)
-        return apply_linear(attention.out, attended, residual=x)
+        return apply_linear(attention.out, attended if drop is None else drop(attended), residual=x)
 
-    def feed_forward_half(self, x: Tensor) -> Tensor:
+    def feed_forward_half(self, x: Tensor, drop: Drop | None = None) -> Tensor:
         """x + feed-forward(norm(x))."""
         norm, first, _, second = self.feed_forward
         hidden, x = apply_linear(first, x, norm, gelu=True, return_x=True)
-        return apply_linear(second, hidden, residual=x)
+        return apply_linear(second, hidden if drop is None else drop(hidden), residual=x)
 
-    def forward(self, x: Tensor, qkv: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, qkv: Tensor | None = None, positions: Tensor | None = None, drop: Drop | None = None
+    ) -> Tensor:
         """x [B, S, dim] -> [B, S, dim].
 
         Args:
             qkv: self.qkv(x), where it is known already.
             positions: int64 [B, m], the positions to return, [B, m, dim]; what follows the attention is computed there
                 alone.
+            drop: dropout, of what goes into the last product of either half.
         """
-        return self.feed_forward_half(self.attention_half(x, qkv, positions))
+        return self.feed_forward_half(self.attention_half(x, qkv, positions, drop), drop)
 
 
 def take_positions(x: Tensor, positions: Tensor) -> Tensor:
@@ -113,22 +122,26 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(dim)
         self.project_out = nn.Linear(dim, in_dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self.embed(x))
+    def forward(self, x: Tensor, drop: Drop | None = None) -> Tensor:
+        x = self.embed(x)
+        return self.run(x if drop is None else drop(x), drop=drop)
 
     def embed(self, x: Tensor) -> Tensor:
         """x [B, S, in_dim] -> what the first block takes [B, S, dim]."""
         return apply_linear(self.project_in, x) + self.position * self.position_scale
 
-    def run(self, x: Tensor, qkv: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def run(
+        self, x: Tensor, qkv: Tensor | None = None, positions: Tensor | None = None, drop: Drop | None = None
+    ) -> Tensor:
         """The blocks and what follows them.
 
         Args:
             x: self.embed of the input [B, S, dim].
             qkv: of the first block [B, S, 3 H d], where it is known already.
             positions: int64 [B, m]: the positions to return [B, m, in_dim]; None returns all.
+            drop: dropout in every block.
         """
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = block(x, qkv if i == 0 else None, positions if i == last else None)
+            x = block(x, qkv if i == 0 else None, positions if i == last else None, drop)
         return apply_linear(self.project_out, x, self.norm)

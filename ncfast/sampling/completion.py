@@ -105,15 +105,17 @@ class Context:
             rows = np.arange(first, first + chunk_size) % len(x)
             tokens, *others = (vqvae.tokenize(torch.from_numpy(version[rows]).to(device)) for version in versions)
             agree = torch.stack([other == tokens for other in others]).all(0)
-            blocks.append(torch.where(agree, tokens, len(vqvae.vq.codebook)))
+            # A fine token is of the residual of the coarser ones: known only with them.
+            agree = agree.unflatten(1, (-1, *vqvae.grid)).int().cumprod(1).bool().flatten(1)
+            blocks.append(torch.where(agree, tokens, len(vqvae.codebook)))
         span = vqvae.samples_per_column
         seen = self.observed.mean(1)  # [m, L], share of the channels
         columns = [
             seen[:, w * span : None if w == vqvae.grid[1] - 1 else (w + 1) * span].mean(1) for w in range(vqvae.grid[1])
         ]
         enough = torch.from_numpy(np.stack(columns, 1) >= 0.5).to(device)  # [m, W']
-        known = torch.cat(blocks)[: len(x)].unflatten(1, vqvae.grid)
-        self.known = torch.where(enough[:, None], known, len(vqvae.vq.codebook)).flatten(1)  # [m, n]
+        known = torch.cat(blocks)[: len(x)].unflatten(1, (-1, *vqvae.grid))
+        self.known = torch.where(enough[:, None, None], known, len(vqvae.codebook)).flatten(1)  # [m, n]
 
     def known_tokens(self, sample: Tensor) -> Tensor:
         """Sample indices int64 [B] -> tokens int64 [B, n], K where none is determined."""

@@ -85,13 +85,18 @@ class Sampler:
         self.device = prior.token_embedding.device
         unguided = config.guidance_scale == 1 and self.savers.conditional_pass_only
         self.guided = prior.num_classes > 0 and not unguided
+        # Coarse tokens come before those of finer levels, whose codes they do not share.
+        self.level_size = prior.num_tokens // config.codebook_levels
+        level = torch.arange(prior.num_codes, device=self.device) // config.codebook_size
+        own = level == torch.arange(config.codebook_levels, device=self.device)[:, None]
+        self.level_bias = torch.zeros(own.shape, device=self.device).masked_fill_(~own, -torch.inf)  # [levels, K]
         self.table = self.first_logits = None
         with computing(precision, self.device):
             compile_ahead(self.prepare, self.device)
             self.table = self.first_logits = None
             self.prepare()
-        # Row u: the schedule of a series with u tokens to fill.
-        n, steps = prior.num_tokens, config.decoding_steps
+        # Row u: the schedule of a level with u tokens to fill.
+        n, steps = self.level_size, config.decoding_steps
         schedules = [mask_schedule(unknown, steps, config.unmasking) for unknown in range(n + 1)]
         self.schedules = torch.tensor(schedules, device=self.device)  # [n + 1, T]
         self.schedule = schedules[n]
@@ -103,7 +108,9 @@ class Sampler:
             if self.savers.first_step_by_class:
                 classes = torch.arange(self.prior.num_classes + 1, device=self.device)
                 masks = torch.full((len(classes), self.prior.num_tokens), self.prior.num_codes, device=self.device)
-                self.first_logits = self.logits(masks, classes)  # [C + 1, n, K]
+                first = torch.arange(self.level_size, device=self.device).expand(len(classes), -1)
+                first = None if self.config.codebook_levels == 1 else first
+                self.first_logits = self.logits(masks, classes, first)  # [C + 1, n, K] of the coarsest level
 
     @torch.no_grad()
     def decode(self, labels: Tensor, sample: Tensor, seed: int | Tensor, known: Tensor | None = None) -> Tensor:
@@ -117,18 +124,42 @@ class Sampler:
         Returns:
             tokens int64 [B, n] in 0..K-1.
         """
-        prior, config = self.prior, self.config
-        n, K, steps = prior.num_tokens, prior.num_codes, config.decoding_steps
-        tokens = torch.full((len(labels), n), K, device=self.device) if known is None else known
-        unknown = None if known is None else (known == K).sum(1)
-        positions = None
+        K = self.prior.num_codes
+        tokens = torch.full((len(labels), self.prior.num_tokens), K, device=self.device) if known is None else known
+        for level in range(self.config.codebook_levels):
+            unknown = None if known is None else (known[:, self.columns(level)] == K).sum(1)
+            tokens = self.fill(level, tokens, unknown, labels, sample, seed)
+        return tokens
+
+    def columns(self, level: int) -> slice:
+        """Where the tokens of a level are."""
+        return slice(level * self.level_size, (level + 1) * self.level_size)
+
+    def fill(
+        self,
+        level: int,
+        tokens: Tensor,  # [B, n]
+        unknown: Tensor | None,  # [B], tokens to fill where some were known from the start
+        labels: Tensor,
+        sample: Tensor,
+        seed: int | Tensor,
+    ) -> Tensor:
+        """Draws the masked tokens of one level, given those of coarser ones."""
+        prior, config, steps = self.prior, self.config, self.config.decoding_steps
+        n, K = self.level_size, prior.num_codes
+        several = config.codebook_levels > 1
+        every = None
+        if several:
+            columns = self.columns(level)
+            every = torch.arange(columns.start, columns.stop, device=self.device).expand(len(tokens), -1)
+        positions = every
         before = n
         for step in range(steps):
             # With known tokens every row has a schedule of its own, which the host does not look at.
             num_masked = self.schedule[step] if unknown is None else self.schedules[unknown, step]
             if unknown is None and num_masked == before and self.savers.drop_idle_steps:
                 continue
-            if step == 0 and known is None and self.first_logits is not None:
+            if step == level == 0 and unknown is None and self.first_logits is not None:
                 conditional = F.embedding(labels, self.first_logits.flatten(1)).unflatten(1, (n, K))
                 unconditional = self.first_logits[-1:].expand_as(conditional) if self.guided else None
             elif self.guided:
@@ -139,16 +170,19 @@ class Sampler:
                 ).chunk(2)
             else:
                 conditional, unconditional = self.logits(tokens, labels, positions), None
+            if several:
+                conditional = conditional + self.level_bias[level]
+                unconditional = None if unconditional is None else unconditional + self.level_bias[level]
             tokens, masked = unmask_step(
                 conditional,
                 tokens,
                 sample,
                 seed=seed,
-                step=step,
+                step=level * steps + step,
                 num_masked=num_masked,
                 choice_temperature=config.choice_temperature * (1 - (step + 1) / steps),
                 positions=positions,
-                width=None if unknown is None else n,
+                width=None if unknown is None else prior.num_tokens,
                 unconditional=unconditional,
                 guidance_scale=config.guidance_scale,
                 temperature=config.temperature,
@@ -157,7 +191,7 @@ class Sampler:
             )
             if unknown is None:
                 before = num_masked
-                positions = masked if self.savers.masked_positions_only else None
+                positions = masked if self.savers.masked_positions_only else every
         return tokens
 
     def logits(self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:

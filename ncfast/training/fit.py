@@ -39,6 +39,7 @@ from ncfast.training.stages import make_stage1, make_stage2, new_prior, new_vqva
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+MAX_CODES = 2**16 - 1  # tokens are uint16 in files
 # Training draws initial weights, and replaces dead codes, with torch's global generators, which it seeds and puts back:
 # trainings in threads of one process take turns.
 ONE_AT_A_TIME = threading.RLock()
@@ -142,6 +143,11 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
     columns = (1 + dataset.length // (config.n_fft // 4)) >> (config.halvings or 1)
     if columns < 1:
         raise UserError(f"--halvings {config.halvings} leaves nothing of length {dataset.length}; lower it")
+    if config.codebook_levels * config.codebook_size > MAX_CODES:
+        raise UserError(
+            f"the codebooks of all levels hold at most {MAX_CODES} codes; got --codebook-levels "
+            f"{config.codebook_levels} of --codebook-size {config.codebook_size}"
+        )
     Augment(config.augment)  # an unknown name is refused before anything is written
     epochs1 = config.stage1_epochs or math.ceil(config.stage1_steps / len(batch_ends(n, config.batch_size)))
     epochs2 = config.stage2_epochs or math.ceil(config.stage2_steps / len(batch_ends(n, config.stage2_batch_size)))
@@ -159,7 +165,7 @@ def check_memory(config: Config, dataset: Dataset, device: torch.device) -> None
     rows1, rows2 = min(n, config.batch_size), min(n, config.stage2_batch_size)
     # Float32: weights, gradients and the two moments of AdamW; then what the backward pass keeps.
     stage1 = 16 * size_of(vqvae, *ssl) + 8 * rows1 * dim * vqvae.stft.num_bins * (vqvae.stft.num_frames // 2)
-    stage2 = 4 * size_of(vqvae) + 16 * size_of(prior) + 8 * rows2 * vqvae.num_tokens * config.codebook_size
+    stage2 = 4 * size_of(vqvae) + 16 * size_of(prior) + 8 * rows2 * vqvae.num_tokens * prior.num_codes
     shared = current_processes().size
     check_fits(stage1 // shared, device, "stage 1", "lower --dim, --residual-blocks, --projector-dim or --batch-size")
     check_fits(

@@ -51,7 +51,7 @@ def stage1_losses(
     u = model.stft(joined(series))
     seen = joined(observed) if observed else None
     z, *z_view = model.encode(model.with_observed(u, seen), views).chunk(views)
-    z_q, _, commitment = model.vq(z)
+    z_q, commitment = model.quantize(z)
     u_hat = model.decode(joined((z_q, *z_view)), views)
     x_hat = model.stft.inverse(u_hat)
     if seen is not None:

@@ -11,18 +11,36 @@ from ncfast.models.vqvae import VQVAE
 
 
 class TokenDistribution:
-    """Categorical(softmax(-|z - e_k|²)) of every training token by the frozen encoder: computed once, drawn each step.
+    """Categorical(softmax(-|z - e_k|² / τ)) of every training token by the frozen encoder, drawn each step.
 
-    The encoder never runs in the training loop, and the tokens have the distribution they would have if it did.
+    The encoder never runs in the training loop, and the tokens have the distribution they would have if it did. z is
+    what the tokens drawn of coarser levels leave.
     """
 
     MAX_BYTES = 2**31
 
-    def __init__(self, model: VQVAE, x: Tensor, observed: Tensor | None = None, batch_size: int = 256) -> None:
-        """x [N, C, L], normalised; observed, bool like x, of series with gaps. `model` is in eval mode."""
-        self.codebook = model.vq.codebook.double()
-        # Probabilities are what each step needs; where they would take too much memory, the latents stand in for them.
-        self.stores_latents = 4 * len(x) * model.num_tokens * len(self.codebook) > self.MAX_BYTES
+    def __init__(
+        self,
+        model: VQVAE,
+        x: Tensor,
+        observed: Tensor | None = None,
+        temperature: float = 1.0,
+        batch_size: int = 256,
+    ) -> None:
+        """
+        Args:
+            model: in eval mode.
+            x: normalised [N, C, L].
+            observed: bool like x, of series with gaps.
+            temperature: τ; 0 takes the nearest codes.
+            batch_size: rows a forward pass of the encoder.
+        """
+        self.codebooks = [vq.codebook.double() for vq in model.levels]
+        self.temperature = temperature
+        # Probabilities are what each step needs; where they would take too much memory, or there are several levels,
+        # the latents stand in for them.
+        size = 4 * len(x) * model.num_tokens * len(self.codebooks[0])
+        self.stores_latents = len(self.codebooks) > 1 or size > self.MAX_BYTES
         blocks = []
         with torch.no_grad(), computing("fp32", x.device):
             for first in range(0, len(x), batch_size):
@@ -31,25 +49,46 @@ class TokenDistribution:
                 blocks.append(z if self.stores_latents else self.cumulative(z))
         self.stored = torch.cat(blocks)  # [N, n, K], or latents [N, n, D]
 
-    def cumulative(self, z: Tensor) -> Tensor:
+    def cumulative(self, z: Tensor, level: int = 0) -> Tensor:
         """Latents [B, n, D] -> cumulative probabilities float32 [B, n, K]."""
+        codebook = self.codebooks[level]
         # |z|² is the same for all codes, so it leaves the softmax unchanged.
-        scores = 2 * z.double() @ self.codebook.T - self.codebook.square().sum(-1)
+        scores = 2 * z.double() @ codebook.T - codebook.square().sum(-1)
+        if self.temperature != 1:
+            scores = scores / max(self.temperature, 1e-9)
         return scores.softmax(-1).cumsum(-1).float()
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """rows int64 [B] -> tokens [B, n]."""
-        cdf = self.cumulative(self.stored[rows]) if self.stores_latents else self.stored[rows]
-        u = torch.rand(cdf.shape[:-1], device=cdf.device, generator=generator)[..., None] * cdf[..., -1:]
-        return (cdf <= u).sum(-1).clamp_(max=cdf.shape[-1] - 1)
+        """rows int64 [B] -> tokens [B, levels * n]."""
+        if not self.stores_latents:
+            return drawn(self.stored[rows], generator)
+        residual, tokens = self.stored[rows], []
+        for level, codebook in enumerate(self.codebooks):
+            token = drawn(self.cumulative(residual, level), generator)
+            if level + 1 < len(self.codebooks):
+                residual = residual - F.embedding(token, codebook).to(residual)
+            tokens.append(token + level * len(codebook) if level else token)
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens, 1)
 
 
-def random_mask(shape: tuple[int, int], masking: str, generator: torch.Generator, device: torch.device) -> Tensor:
-    """bool [B, n] of shape (B, n): floor(n cos(π t / 2)) random positions of each row, masked or kept; t ~ U(0, 1) is
-    one for the batch."""
+def drawn(cdf: Tensor, generator: torch.Generator) -> Tensor:
+    """Cumulative probabilities [B, n, K] -> codes [B, n]."""
+    u = torch.rand(cdf.shape[:-1], device=cdf.device, generator=generator)[..., None] * cdf[..., -1:]
+    return (cdf <= u).sum(-1).clamp_(max=cdf.shape[-1] - 1)
+
+
+def random_mask(
+    shape: tuple[int, int], masking: str, generator: torch.Generator, device: torch.device, levels: int = 1
+) -> Tensor:
+    """bool [B, levels * n] of that shape: floor(levels n cos(π t / 2)) random positions of each row, masked or kept;
+    t ~ U(0, 1) is one for the batch. No token is masked before all of finer levels."""
     t = torch.rand((), device=device, generator=generator, dtype=torch.float64)
     drawn = torch.floor(shape[1] * torch.cos(0.5 * torch.pi * t))
-    rank = ranks(torch.rand(shape, device=device, generator=generator))
+    order = torch.rand(shape, device=device, generator=generator)
+    if levels > 1:
+        level = torch.arange(levels, device=device).repeat_interleave(shape[1] // levels)
+        order = order + (levels - 1 - level if masking == "masked" else level)
+    rank = ranks(order)
     return rank < drawn if masking == "masked" else rank >= drawn
 
 
@@ -61,6 +100,18 @@ def ranks(x: Tensor) -> Tensor:
     before = x[..., None, :] < x[..., None]
     equal = (x[..., None, :] == x[..., None]).tril(-1)
     return (before | equal).sum(-1)
+
+
+class Dropout:
+    """x / (1 - p) where a coin of probability 1 - p says so, else 0: x is of own rows, coins are drawn for all."""
+
+    def __init__(self, p: float, generator: torch.Generator, num_rows: int, local_slice: slice) -> None:
+        self.p, self.generator, self.num_rows, self.local_slice = p, generator, num_rows, local_slice
+
+    def __call__(self, x: Tensor) -> Tensor:
+        kept = torch.empty(self.num_rows, *x.shape[1:], dtype=x.dtype, device=x.device)
+        kept.bernoulli_(1 - self.p, generator=self.generator)
+        return x * kept[self.local_slice] * (1 / (1 - self.p))
 
 
 def stage2_losses(
@@ -81,7 +132,7 @@ def stage2_losses(
             Random numbers are drawn for all rows, so that they do not depend on the number of processes.
         loss_weight: of these rows.
     """
-    mask = random_mask(tokens.shape, config.masking, generator, tokens.device)
+    mask = random_mask(tokens.shape, config.masking, generator, tokens.device, config.codebook_levels)
     no_class = torch.full(tokens.shape[:1], prior.num_classes, device=tokens.device)
     if labels is None:
         labels = no_class
@@ -89,7 +140,10 @@ def stage2_losses(
         dropped = torch.rand(labels.shape, device=labels.device, generator=generator) < config.class_dropout
         labels = torch.where(dropped, no_class, labels)
     masked, tokens = torch.where(mask, prior.num_codes, tokens)[local_slice], tokens[local_slice]
-    logits = prior(masked, labels[local_slice])
+    drop = None
+    if config.prior_dropout > 0:
+        drop = Dropout(config.prior_dropout, generator, len(mask), local_slice)
+    logits = prior(masked, labels[local_slice], drop)
     each = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view_as(tokens)
     loss = each.mean() if each.numel() else each.sum()
     return {"loss": loss if loss_weight == 1 else loss_weight * loss, "masked_share": mask.float().mean()}

@@ -34,7 +34,7 @@ def new_self_supervision(config: Config) -> SelfSupervision | None:
 
 def new_prior(config: Config, vqvae: VQVAE, data: DataStats) -> Prior:
     with seeded(config.seed, 2):
-        return Prior(config, vqvae.vq.codebook.cpu(), vqvae.num_tokens, len(data.class_names))
+        return Prior(config, vqvae.codebook.cpu(), vqvae.num_tokens, len(data.class_names))
 
 
 def make_stage1(
@@ -101,7 +101,7 @@ def make_stage2(
     processes: Processes = ALONE,
     observed: Tensor | None = None,
 ) -> Stage:
-    distribution = TokenDistribution(vqvae, x, observed)
+    distribution = TokenDistribution(vqvae, x, observed, config.token_temperature)
     modules = nn.ModuleDict({"prior": prior}).to(device)
 
     def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

@@ -254,6 +254,23 @@ def test_operations_run_in_order():
     assert Augment([])(x) is x
 
 
+@pytest.mark.parametrize("name", list(OPERATIONS))
+def test_what_was_observed_moves_with_the_samples(name):
+    """A series of its own places, 0 where not observed: the view is observed where it shows observed places alone."""
+    x = torch.rand(64, 2, 50, generator=torch.Generator().manual_seed(1)) + 1
+    observed = torch.rand(64, 2, 50, generator=torch.Generator().manual_seed(2)) < 0.8
+    augment = Augment(name)
+    plain = augment(x, torch.Generator().manual_seed(0))
+    view, seen = augment.with_observed(x, observed, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(view, plain)
+    other, also = augment.with_observed(torch.where(observed, x, 77.0), observed, torch.Generator().manual_seed(0))
+    assert torch.equal(seen, also)
+    torch.testing.assert_close(view[seen], other[seen], rtol=1e-3, atol=1e-3)
+    assert 0.3 < seen.float().mean() <= 0.9
+    if name not in ("window_warp", "random_crop"):  # which put samples between samples
+        assert seen.sum() == observed.sum()
+
+
 def test_refusals():
     with pytest.raises(
         UserError, match=r"no augmentation 'window_wrap' \(did you mean 'window_warp'\?\).*gauss, slice"

@@ -161,8 +161,7 @@ def small_context(x):
 
 def small_vqvae(tokenize, columns, span):
     """One row of columns, two codes."""
-    vq = SimpleNamespace(codebook=torch.zeros(2, 1))
-    return SimpleNamespace(tokenize=tokenize, vq=vq, grid=(1, columns), samples_per_column=span)
+    return SimpleNamespace(tokenize=tokenize, codebook=torch.zeros(2, 1), grid=(1, columns), samples_per_column=span)
 
 
 def test_a_fill_is_bent_to_meet_what_was_observed():

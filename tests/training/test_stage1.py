@@ -95,6 +95,43 @@ def test_without_ssl_there_is_one_branch():
     torch.testing.assert_close(losses["loss"], total)
 
 
+def test_losses_count_what_was_observed():
+    """What stands in a gap changes the losses through the encoder alone: with that fixed, not at all."""
+    torch.manual_seed(0)
+    model = VQVAE(small_config(ssl="none"), 2, 60, has_gaps=True)
+    x, view = torch.randn(4, 2, 60), torch.randn(4, 2, 60)
+    seen, seen_view = torch.rand(4, 2, 60) < 0.7, torch.rand(4, 2, 60) < 0.7
+    z = torch.randn(8, model.num_tokens, 8)
+    model.encode = lambda u, views: z
+    codes = {name: value.clone() for name, value in model.vq.state_dict().items()}
+    found = []
+    for filling in (0.0, 9.0):
+        model.vq.load_state_dict(codes)
+        a, b = (torch.where(mask, part, filling) for mask, part in ((seen, x), (seen_view, view)))
+        found.append(stage1_losses(model, None, a, b, 0.1, observed=(seen, seen_view), observed_share=0.7))
+    for name, loss in found[0].items():
+        torch.testing.assert_close(loss, found[1][name], msg=name)
+    model.vq.load_state_dict(codes)
+    z_q = model.vq(z[:4])[0]
+    u_hat = model.decode(torch.cat([z_q, z[4:]]), 2)
+    x_hat = model.stft.inverse(u_hat)
+    error = torch.where(seen, x - x_hat[:4], 0)
+    torch.testing.assert_close(found[0]["reconstruction_time"], error.square().sum() / (0.7 * x.numel()))
+    # û against the spectrogram of the series with x̂ in its gaps: STFT is linear.
+    error = u_hat[:4] - model.stft(x_hat[:4] + error)
+    torch.testing.assert_close(found[0]["reconstruction_spectrum"], error.square().mean() / 0.7)
+
+
+def test_the_encoder_sees_the_share_of_each_frame_that_was_observed():
+    model = VQVAE(small_config(n_fft=4), 1, 12, has_gaps=True)
+    observed = torch.arange(12) < 6
+    u = model.spectrum(torch.zeros(1, 1, 12), observed[None, None])
+    # Frame w sees the samples w - 2 .. w + 1.
+    assert u.shape == (1, 3, 3, 13)
+    assert u[0, 2].tolist() == [[1.0, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0, 0]] * 3
+    assert (model.spectrum(torch.zeros(1, 1, 12))[:, 2] == 1).all()
+
+
 @pytest.mark.parametrize("ssl", ["barlow", "vicreg", "vibcreg"])
 def test_every_ssl_method_reaches_the_encoder_from_both_views(ssl):
     torch.manual_seed(0)
