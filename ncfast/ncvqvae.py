@@ -4,12 +4,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
 
 from ncfast import hub
+from ncfast.data.conditions import decode_conditions
 from ncfast.data.dataset import series, to_numpy
 from ncfast.engine.checkpoint import make_folder, reason, write_tensors
 from ncfast.engine.device import usable_device
@@ -17,7 +18,7 @@ from ncfast.engine.memory import check_fits, human
 from ncfast.engine.precision import autocast, computing
 from ncfast.errors import UserError
 from ncfast.models.trained import TrainedModel, build_models, load_weights, on_meta, read_config, size_of, write_config
-from ncfast.options import Labels, SamplingOptions
+from ncfast.options import Condition, Labels, SamplingOptions
 from ncfast.sampling.class_plan import TRAIN
 from ncfast.sampling.series import Batch, SeriesSampler, checked_index
 
@@ -35,6 +36,7 @@ class NCVQVAE(TrainedModel):
         precision: of products and convolutions (`engine.precision`).
     """
 
+    @overload
     def sample(
         self,
         n: int | None = None,
@@ -44,11 +46,42 @@ class NCVQVAE(TrainedModel):
         start: int = 0,
         context: np.ndarray | None = None,
         mask: np.ndarray | None = None,
+        condition: Condition | None = None,
+        return_conditions: Literal[False] = False,
         **sampling: "Unpack[SamplingOptions]",
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+    ) -> tuple[np.ndarray, np.ndarray | None]: ...
+
+    @overload
+    def sample(
+        self,
+        n: int | None = None,
+        labels: Labels = TRAIN,
+        seed: int = 0,
+        *,
+        start: int = 0,
+        context: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        condition: Condition | None = None,
+        return_conditions: Literal[True],
+        **sampling: "Unpack[SamplingOptions]",
+    ) -> tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray]]: ...
+
+    def sample(
+        self,
+        n: int | None = None,
+        labels: Labels = TRAIN,
+        seed: int = 0,
+        *,
+        start: int = 0,
+        context: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        condition: Condition | None = None,
+        return_conditions: bool = False,
+        **sampling: "Unpack[SamplingOptions]",
+    ) -> Any:
         """New series in data units.
 
-        Series i depends on the seed, its label, its context and i alone: on one machine, any split of a range of
+        Series i depends on the seed, its label, conditions and context and i alone: on one machine, any split of a range of
         indices gives the same series bit for bit.
 
         With `context`, series are completed: what is observed stays as it is, and the rest is drawn given the tokens
@@ -64,25 +97,37 @@ class NCVQVAE(TrainedModel):
             start: index of the first series.
             context: observed series in data units, [L], [m, L] or [m, C, L]; series i completes context i mod m.
             mask: bool, True where `context` is observed, of its shape or [L]; None takes NaN for missing.
+            condition: of a model with conditions (`fit(conditions=...)`), by name a value for all series, or several, of
+                which series i gets number i mod m. Those left out are drawn, as the training series of the class have
+                them, and do not depend on those given; with `context` they are not known.
+            return_conditions: return them too.
             sampling: options of the group "Sampling" of `ncfast.config.Config`, such as guidance_scale=2.0; the run's
                 own by default.
 
         Returns:
-            X float32 [n, C, L], and y, the class name of each series [n]; None for series without a class.
+            X float32 [n, C, L], and y, the class name of each series [n]; None for series without a class. With
+            `return_conditions` also each series' value of each condition {name: [n]}, numbers or texts, NaN or "" where
+            not known.
 
         Raises:
-            UserError: a label the model does not know, counts that do not sum to n, or a context that does not fit.
+            UserError: a label or condition the model does not know, counts that do not sum to n, or a context that does
+                not fit.
         """
-        sampler, n = self.sampler(n, labels, seed, context=context, mask=mask, **sampling)
+        sampler, n = self.sampler(n, labels, seed, context=context, mask=mask, condition=condition, **sampling)
         size = 4 * self.data.channels * self.data.length
         advice = "draw fewer, or take them in batches with `sample_batches`"
         check_fits(n * size, torch.device("cpu"), f"{n} series of {human(size)}", advice)
         batches = list(sampler.batches(n, start))
         x = np.concatenate([np.empty((0, self.data.channels, self.data.length), np.float32), *[b.x for b in batches]])
-        if batches and batches[0].y is None:
-            return x, None
-        y = np.concatenate([np.empty(0, np.int64), *[b.y for b in batches]])
-        return x, np.array(self.class_names)[y]
+        y = None
+        if not batches or batches[0].y is not None:
+            y = np.array(self.class_names)[np.concatenate([np.empty(0, np.int64), *[b.y for b in batches]])]
+        if not return_conditions:
+            return x, y
+        columns = self.data.conditions
+        unknown = np.full((len(x), len(columns)), np.nan)
+        known = [b.conditions for b in batches if b.conditions is not None]
+        return x, y, decode_conditions(columns, np.concatenate(known) if known else unknown)
 
     def sample_batches(
         self,
@@ -94,16 +139,19 @@ class NCVQVAE(TrainedModel):
         batch_size: int | None = None,
         context: np.ndarray | None = None,
         mask: np.ndarray | None = None,
+        condition: Condition | None = None,
         decode: bool = True,
         **sampling: "Unpack[SamplingOptions]",
     ) -> Iterator[Batch]:
-        """As `sample`, `batch_size` series at a time (None: as they come), with token grids and class indices.
+        """As `sample`, `batch_size` series at a time (None: as they come), with token grids, class indices and conditions.
 
         Args:
             batch_size: of the batches; the last may be smaller.
             decode: False leaves out the decoder: the batches have tokens and no series.
         """
-        sampler, n = self.sampler(n, labels, seed, context=context, mask=mask, decode=decode, **sampling)
+        sampler, n = self.sampler(
+            n, labels, seed, context=context, mask=mask, condition=condition, decode=decode, **sampling
+        )
         return sampler.batches(n, start, batch_size)
 
     def sampler(self, n: int | None, labels: Labels, seed: int, **options: Any) -> tuple[SeriesSampler, int]:
@@ -233,7 +281,7 @@ def load(run: str | Path, device: str | torch.device = "auto", precision: str | 
             raise UserError(f"{folder} has not finished stage {stage}; continue it with `ncfast.train ... --resume`")
     path = folder / "config.json"
     try:
-        numbers = size_of(*on_meta(config, data.channels, data.length, len(data.class_names)))
+        numbers = size_of(*on_meta(config, data))
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} describes no model that can be made ({reason(error)}); it is damaged") from error
     check_fits(4 * numbers, torch.device("cpu"), f"the model that {path} describes", "is that file damaged?")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ncfast.data.conditions import ConditionColumn
 from ncfast.data.dataset import FLOAT32_MAX, Dataset
 
 # Of a series, and number of its channels; no model of a longer one can be made in reasonable time.
@@ -28,6 +29,7 @@ class DataStats:
     mean: tuple[float, ...]  # of each channel over the train set
     std: tuple[float, ...]
     notes: tuple[str, ...] = ()
+    conditions: tuple[ConditionColumn, ...] = ()
 
     @classmethod
     def of(cls, dataset: Dataset) -> "DataStats":
@@ -46,6 +48,7 @@ class DataStats:
             # A channel that never changes is only shifted.
             std=tuple(np.where(std > 0, std, 1.0).tolist()),
             notes=tuple(dataset.notes),
+            conditions=tuple(dataset.condition_columns),
         )
 
     @classmethod
@@ -62,6 +65,8 @@ class DataStats:
         if not isinstance(values, dict) or set(values) != set(names):
             raise ValueError(f"facts of the data are {', '.join(names)}")
         stats = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        if isinstance(stats.conditions, tuple):
+            stats = dataclasses.replace(stats, conditions=tuple(map(ConditionColumn.from_json, stats.conditions)))
         classes, channels = len(stats.class_names), stats.channels
         for name, right in (
             ("name", isinstance(stats.name, str)),
@@ -74,6 +79,7 @@ class DataStats:
             ("mean", is_row(stats.mean, int | float, channels) and all(map(is_finite, stats.mean))),
             ("std", is_row(stats.std, int | float, channels) and all(is_finite(s) and s > 0 for s in stats.std)),
             ("notes", is_row(stats.notes, str, len(stats.notes))),
+            ("conditions", is_row(stats.conditions, ConditionColumn, len(stats.conditions))),
         ):
             if not right:
                 raise ValueError(f"{name} of the data cannot be {str(getattr(stats, name))[:40]}")
