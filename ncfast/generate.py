@@ -45,8 +45,8 @@ def make_parser() -> Parser:
         nargs="+",
         action="extend",
         metavar="NAME=VALUE",
-        help="of a run with conditions, such as age=63 sex=f; several values of one name are taken in turn [drawn as the "
-        "training series have them]",
+        help="of a run with conditions, such as age=63 sex=f; several values of one name are taken in turn [drawn as "
+        "the training series have them]",
     )
     parser.add_argument(
         "--condition-file",

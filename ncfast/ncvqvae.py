@@ -81,8 +81,8 @@ class NCVQVAE(TrainedModel):
     ) -> Any:
         """New series in data units.
 
-        Series i depends on the seed, its label, conditions and context and i alone: on one machine, any split of a range of
-        indices gives the same series bit for bit.
+        Series i depends on the seed, its label, its conditions, its context and i alone: on one machine, any split of a
+        range of indices gives the same series bit for bit.
 
         With `context`, series are completed: what is observed stays as it is, and the rest is drawn given the tokens
         that the observed samples determine (`sampling.completion`). Imputation, interpolation and forecasting differ
@@ -97,9 +97,9 @@ class NCVQVAE(TrainedModel):
             start: index of the first series.
             context: observed series in data units, [L], [m, L] or [m, C, L]; series i completes context i mod m.
             mask: bool, True where `context` is observed, of its shape or [L]; None takes NaN for missing.
-            condition: of a model with conditions (`fit(conditions=...)`), by name a value for all series, or several, of
-                which series i gets number i mod m. Those left out are drawn, as the training series of the class have
-                them, and do not depend on those given; with `context` they are not known.
+            condition: of a model with conditions (`fit(conditions=...)`): by name one value, or m, and series i gets
+                number i mod m. Those left out are drawn as the training series of the class have them, and do not
+                depend on those given; with `context` they are not known.
             return_conditions: return them too.
             sampling: options of the group "Sampling" of `ncfast.config.Config`, such as guidance_scale=2.0; the run's
                 own by default.
@@ -143,7 +143,8 @@ class NCVQVAE(TrainedModel):
         decode: bool = True,
         **sampling: "Unpack[SamplingOptions]",
     ) -> Iterator[Batch]:
-        """As `sample`, `batch_size` series at a time (None: as they come), with token grids, class indices and conditions.
+        """As `sample`, `batch_size` series at a time (None: as they come), with token grids, class indices and encoded
+        conditions (`ncfast.data.conditions`).
 
         Args:
             batch_size: of the batches; the last may be smaller.

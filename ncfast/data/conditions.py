@@ -246,9 +246,8 @@ def read_conditions(path: Path) -> dict[str, Any]:
         if path.suffix.lower() == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(content, list) and content and all(isinstance(row, dict) for row in content):
-                content = {
-                    name: [row.get(name) for row in content] for name in dict.fromkeys(k for r in content for k in r)
-                }
+                names = dict.fromkeys(name for row in content for name in row)
+                content = {name: [row.get(name) for row in content] for name in names}
             if not isinstance(content, dict):
                 raise UserError(f"{path} holds an object of names and values, or a list of such; got something else")
             return content

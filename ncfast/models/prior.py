@@ -112,9 +112,7 @@ class ConditionEmbedding(nn.Module):
     def forward(self, shape: torch.Size, conditions: Tensor | None) -> Tensor:
         """conditions float64 [B, k], NaN where not known; None for none known of `shape` [B] -> [B, D]."""
         if conditions is None:
-            conditions = torch.full(
-                (*shape, len(self.columns)), torch.nan, dtype=torch.float64, device=self.rows.device
-            )
+            conditions = self.rows.new_full((*shape, len(self.columns)), torch.nan)
         # Float32 under any autocast: a number is to be told from one that is near it.
         with torch.autocast(conditions.device.type, enabled=False):
             return torch.stack([embed(conditions[..., i]) for i, embed in enumerate(self.embeddings)]).sum(0)

@@ -71,9 +71,7 @@ class SeriesSampler:
         self.conditions = None
         embedding = model.prior.condition_embedding
         if embedding is None and condition is not None:
-            raise UserError(
-                "this model was trained without conditions; train one with --condition-columns (conditions)"
-            )
+            raise UserError("this model was trained without conditions; fit(conditions=...) makes one that has some")
         # Of what is completed, conditions drawn at random could contradict what is observed.
         if embedding is not None and (context is None or condition is not None):
             self.conditions = ConditionPlan(embedding, condition, len(model.class_names), draw=context is None)

@@ -93,10 +93,9 @@ def stage2_losses(
         labels = no_class if labels is None else labels
         dropped = torch.rand(labels.shape, device=labels.device, generator=generator) < config.class_dropout
         if conditions is not None:
-            some, *each = torch.rand(
-                (2 + conditions.shape[1], *labels.shape), device=labels.device, generator=generator
-            )
-            lost = dropped | ((some < config.class_dropout) & (torch.stack(each) < 0.5))  # [1 + k, B]
+            shape = 2 + conditions.shape[1], len(labels)
+            u = torch.rand(shape, device=labels.device, generator=generator)
+            lost = dropped | ((u[0] < config.class_dropout) & (u[1:] < 0.5))  # [1 + k, B]
             dropped, conditions = lost[0], conditions.masked_fill(lost[1:].T, torch.nan)[local_slice]
         labels = torch.where(dropped, no_class, labels)
     masked, tokens = torch.where(mask, prior.num_codes, tokens)[local_slice], tokens[local_slice]

@@ -82,9 +82,9 @@ def count_rows(monkeypatch, sampler):
     shapes = []
     compute = sampler.logits
 
-    def logits(tokens, labels, positions=None):
+    def logits(tokens, labels, positions=None, conditions=None):
         shapes.append((len(tokens), n if positions is None else positions.shape[1]))
-        return compute(tokens, labels, positions)
+        return compute(tokens, labels, positions, conditions)
 
     monkeypatch.setattr(sampler, "logits", logits)
     return shapes
