@@ -65,8 +65,9 @@ class DataStats:
         if not isinstance(values, dict) or set(values) != set(names):
             raise ValueError(f"facts of the data are {', '.join(names)}")
         stats = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-        if isinstance(stats.conditions, tuple):
-            stats = dataclasses.replace(stats, conditions=tuple(map(ConditionColumn.from_json, stats.conditions)))
+        if not isinstance(stats.conditions, tuple):
+            raise ValueError(f"conditions of the data are a list; got {str(stats.conditions)[:40]}")
+        stats = dataclasses.replace(stats, conditions=tuple(map(ConditionColumn.from_json, stats.conditions)))
         classes, channels = len(stats.class_names), stats.channels
         for name, right in (
             ("name", isinstance(stats.name, str)),
@@ -79,7 +80,6 @@ class DataStats:
             ("mean", is_row(stats.mean, int | float, channels) and all(map(is_finite, stats.mean))),
             ("std", is_row(stats.std, int | float, channels) and all(is_finite(s) and s > 0 for s in stats.std)),
             ("notes", is_row(stats.notes, str, len(stats.notes))),
-            ("conditions", is_row(stats.conditions, ConditionColumn, len(stats.conditions))),
         ):
             if not right:
                 raise ValueError(f"{name} of the data cannot be {str(getattr(stats, name))[:40]}")
