@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ class NCVQVAE(TrainedModel):
         precision: of products and convolutions (`engine.precision`).
     """
 
-    @overload
     def sample(
         self,
         n: int | None = None,
@@ -47,38 +46,8 @@ class NCVQVAE(TrainedModel):
         context: np.ndarray | None = None,
         mask: np.ndarray | None = None,
         condition: Condition | None = None,
-        return_conditions: Literal[False] = False,
         **sampling: "Unpack[SamplingOptions]",
-    ) -> tuple[np.ndarray, np.ndarray | None]: ...
-
-    @overload
-    def sample(
-        self,
-        n: int | None = None,
-        labels: Labels = TRAIN,
-        seed: int = 0,
-        *,
-        start: int = 0,
-        context: np.ndarray | None = None,
-        mask: np.ndarray | None = None,
-        condition: Condition | None = None,
-        return_conditions: Literal[True],
-        **sampling: "Unpack[SamplingOptions]",
-    ) -> tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray]]: ...
-
-    def sample(
-        self,
-        n: int | None = None,
-        labels: Labels = TRAIN,
-        seed: int = 0,
-        *,
-        start: int = 0,
-        context: np.ndarray | None = None,
-        mask: np.ndarray | None = None,
-        condition: Condition | None = None,
-        return_conditions: bool = False,
-        **sampling: "Unpack[SamplingOptions]",
-    ) -> Any:
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """New series in data units.
 
         Series i depends on the seed, its label, its conditions, its context and i alone: on one machine, any split of a
@@ -99,15 +68,12 @@ class NCVQVAE(TrainedModel):
             mask: bool, True where `context` is observed, of its shape or [L]; None takes NaN for missing.
             condition: of a model with conditions (`fit(conditions=...)`): by name one value, or m, and series i gets
                 number i mod m. Those left out are drawn as the training series of the class have them, and do not
-                depend on those given; with `context` they are not known.
-            return_conditions: return them too.
+                depend on those given (`sample_conditions` says what they are); with `context` they are not known.
             sampling: options of the group "Sampling" of `ncfast.config.Config`, such as guidance_scale=2.0; the run's
                 own by default.
 
         Returns:
-            X float32 [n, C, L], and y, the class name of each series [n]; None for series without a class. With
-            `return_conditions` also each series' value of each condition {name: [n]}, numbers or texts, NaN or "" where
-            not known.
+            X float32 [n, C, L], and y, the class name of each series [n]; None for series without a class.
 
         Raises:
             UserError: a label or condition the model does not know, counts that do not sum to n, or a context that does
@@ -119,15 +85,31 @@ class NCVQVAE(TrainedModel):
         check_fits(n * size, torch.device("cpu"), f"{n} series of {human(size)}", advice)
         batches = list(sampler.batches(n, start))
         x = np.concatenate([np.empty((0, self.data.channels, self.data.length), np.float32), *[b.x for b in batches]])
-        y = None
-        if not batches or batches[0].y is not None:
-            y = np.array(self.class_names)[np.concatenate([np.empty(0, np.int64), *[b.y for b in batches]])]
-        if not return_conditions:
-            return x, y
-        columns = self.data.conditions
-        unknown = np.full((len(x), len(columns)), np.nan)
-        known = [b.conditions for b in batches if b.conditions is not None]
-        return x, y, decode_conditions(columns, np.concatenate(known) if known else unknown)
+        if batches and batches[0].y is None:
+            return x, None
+        y = np.concatenate([np.empty(0, np.int64), *[b.y for b in batches]])
+        return x, np.array(self.class_names)[y]
+
+    def sample_conditions(
+        self,
+        n: int | None = None,
+        labels: Labels = TRAIN,
+        seed: int = 0,
+        *,
+        start: int = 0,
+        condition: Condition | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The conditions of the series that `sample` draws with the same arguments, without drawing these.
+
+        Returns:
+            The values of each condition by its name, float64 or text [n]; {} for a model without conditions.
+        """
+        sampler, n = self.sampler(n, labels, seed, condition=condition)
+        if sampler.conditions is None:
+            return {}
+        index = torch.arange(n, device=self.device) + checked_index("start", start)
+        rows = sampler.conditions(index, sampler.plan(index, sampler.seed), sampler.seed)
+        return decode_conditions(self.data.conditions, rows.cpu().numpy())
 
     def sample_batches(
         self,

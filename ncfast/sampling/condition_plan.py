@@ -18,6 +18,10 @@ class ConditionPlan:
 
     Each sample draws one training series of its class, any where it has none. Together the conditions drawn, and with
     the class, are distributed as in the training set; they do not depend on those given.
+
+    Attributes:
+        given: values float64 [m] of the conditions that were given, by the place of their column.
+        known: places of the columns of which every series gets a value.
     """
 
     def __init__(self, embedding: ConditionEmbedding, given: Any, num_classes: int, *, draw: bool = True) -> None:
@@ -34,6 +38,7 @@ class ConditionPlan:
         self.columns = embedding.columns
         self.given = encode_given(self.columns, given)
         self.draw = draw
+        self.known = [i for i in range(len(self.columns)) if draw or i in self.given]
         device = embedding.rows.device
         classes = embedding.classes
         order = torch.argsort(classes, stable=True)

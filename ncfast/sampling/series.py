@@ -165,6 +165,8 @@ class SeriesSampler:
         index = np.arange(chunk.first + chunk.rows.start, chunk.first + chunk.rows.stop)
         self.check(index, "token", tokens, self.model.prior.num_codes)
         self.check(index, "class", labels, self.plan.no_class + 1)
+        if self.conditions is not None:
+            self.check(index, "condition", np.isnan(conditions[:, self.conditions.known]).astype(np.int64), 1)
         if x is not None and self.context is not None:
             x = self.context.keep_observed(x, index)
         return Batch(index, x, labels if self.plan.names_classes else None, tokens.astype(np.uint16), conditions)

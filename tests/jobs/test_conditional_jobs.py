@@ -38,7 +38,8 @@ def written(run, tmp_path):
 
 def test_a_file_holds_what_sample_returns(run, written):
     model = ncfast.load(run, device="cpu")
-    x, y, values = model.sample(150, seed=2, return_conditions=True)
+    x, y = model.sample(150, seed=2)
+    values = model.sample_conditions(150, seed=2)
     for more in ([], ["--num-shards", 3, "--overwrite"]):
         data = written("x.h5", *more)
         assert data.conditions.shape == (150, 2) and [c.name for c in data.condition_columns] == ["age", "sex"]

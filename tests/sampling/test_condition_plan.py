@@ -108,27 +108,34 @@ def test_tokens_are_the_same_whatever_is_left_out(options, classes):
 
 
 def test_conditions_are_drawn_jointly_and_with_the_class(model):
-    _, y, values = model.sample(2000, seed=1, return_conditions=True)
+    values = model.sample_conditions(2000, seed=1)
+    y = np.concatenate([b.y for b in model.sample_batches(2000, seed=1, decode=False)]) if model.class_names else None
+    y = None if y is None else np.array(model.class_names)[y]
     pairs = {*zip(values["age"].tolist(), values["sex"].tolist(), strict=True)}
     assert pairs <= {*zip(AGE.tolist(), SEX.tolist(), strict=True)} and len(pairs) > 5
     for name in model.class_names or [None]:
         real, drawn = (SEX, values["sex"]) if name is None else (SEX[name == Y], values["sex"][y == name])
         p, n = (real == "f").mean(), len(drawn)
         assert abs((drawn == "f").mean() - p) < 4 * (p * (1 - p) / n) ** 0.5
-    every = model.sample(2000, "none", seed=1, return_conditions=True)[2]
+    every = model.sample_conditions(2000, "none", seed=1)
     assert abs((every["sex"] == "f").mean() - (SEX == "f").mean()) < 0.05
 
 
 def test_a_series_depends_on_its_conditions_and_index_alone(model):
     ages = [20.0, 40.0, 61.0]
     given = {"age": ages, "sex": "f"}
-    x, _, values = model.sample(150, seed=3, condition=given, return_conditions=True)
+    x, _ = model.sample(150, seed=3, condition=given)
+    values = model.sample_conditions(150, seed=3, condition=given)
     assert values["age"].tolist() == [ages[i % 3] for i in range(150)] and {*values["sex"]} == {"f"}
     parts = list(model.sample_batches(70, seed=3, start=50, batch_size=11, condition=given))
     assert np.array_equal(np.concatenate([part.x for part in parts]), x[50:120])
     assert np.concatenate([part.conditions for part in parts])[:, 0].tolist() == values["age"][50:120].tolist()
     # What is drawn, given to another call, makes the same series.
-    drawn, _, values = model.sample(70, seed=3, return_conditions=True)
+    drawn, _ = model.sample(70, seed=3)
+    values = model.sample_conditions(70, seed=3)
+    rows = np.concatenate([batch.conditions for batch in model.sample_batches(70, seed=3, decode=False)])
+    assert rows[:, 0].tolist() == values["age"].tolist()
+    assert model.sample_conditions(20, seed=3, start=50)["sex"].tolist() == values["sex"][50:].tolist()
     assert np.array_equal(model.sample(70, seed=3, condition=values)[0], drawn)
     assert not np.array_equal(model.sample(70, seed=3, condition={"age": 90})[0], drawn)
 
@@ -137,18 +144,18 @@ def test_a_model_reads_what_it_wrote(model, tmp_path):
     model.save(tmp_path)
     again = ncfast.load(tmp_path, device="cpu")
     assert again.data.conditions == model.data.conditions
-    for name, value in again.sample(20, return_conditions=True)[2].items():
-        assert value.tolist() == model.sample(20, return_conditions=True)[2][name].tolist()
+    for name, value in again.sample_conditions(20).items():
+        assert value.tolist() == model.sample_conditions(20)[name].tolist()
     assert np.array_equal(again.sample(20)[0], model.sample(20)[0])
 
 
 def test_completion(model):
     gaps = X[:3].copy()
     gaps[..., 10:25] = np.nan
-    x, _, values = model.sample(6, context=gaps, return_conditions=True)
-    assert np.isnan(values["age"]).all() and {*values["sex"]} == {""}
-    x, _, values = model.sample(6, context=gaps, condition={"sex": ["f", "m"]}, return_conditions=True)
-    assert values["sex"].tolist() == ["f", "m"] * 3 and np.isnan(values["age"]).all()
+    assert next(model.sample_batches(6, context=gaps)).conditions is None
+    batch = next(model.sample_batches(6, context=gaps, condition={"sex": ["f", "m"]}))
+    assert batch.conditions[:, 1].tolist() == [0, 1] * 3 and np.isnan(batch.conditions[:, 0]).all()
+    x, _ = model.sample(6, context=gaps, condition={"sex": ["f", "m"]})
     assert np.array_equal(x[..., :10], gaps[[0, 1, 2, 0, 1, 2], :, :10])
 
 
@@ -172,7 +179,7 @@ def test_a_run_without_conditions(tmp_path):
     model = ncfast.load(run, device="cpu")
     with pytest.raises(UserError, match="was trained without conditions"):
         model.sample(3, condition={"age": 3})
-    assert next(model.sample_batches(3)).conditions is None and model.sample(3, return_conditions=True)[2] == {}
+    assert next(model.sample_batches(3)).conditions is None and model.sample_conditions(3) == {}
     # As a version without conditions wrote it, and as it called the run in its states.
     config, data = read_config(run)
     known = run_sha256(config, data)
@@ -224,7 +231,7 @@ def test_series_follow_their_conditions():
         return np.corrcoef(x.mean(1), level)[0, 1], ((sex == "f") == is_sine).mean()
 
     expected = followed(real, level, sex)
-    x, _, values = model.sample(512, seed=1, return_conditions=True)
+    x, values = model.sample(512, seed=1)[0], model.sample_conditions(512, seed=1)
     np.testing.assert_allclose(followed(x, values["level"], values["sex"]), expected, atol=0.05)
     asked = np.linspace(6, 14, 256)
     x, _ = model.sample(256, condition={"level": asked, "sex": "f"})
