@@ -291,8 +291,8 @@ def check_names(table: Table, free: list[int], label: int | None) -> None:
         first = f"--label-column {odd[0]} (label_column), " if label is None else ""
         raise UserError(
             f"{table.where}: there are columns besides the samples {largest[0]} to {largest[-1]}: give {first}"
-            f"--index-column {','.join(odd)} (index_column) to leave out, or --layout table (layout='table') for more "
-            "samples"
+            f"--index-column {','.join(odd)} (index_column) to leave out, --condition-columns {','.join(odd)} "
+            "(condition_columns) to learn what depends on them, or --layout table (layout='table') for more samples"
         )
     raise UserError(
         f"{table.where}: the columns ({list_some(names, 5)}) are not samples numbered in order, so rows may be series "
