@@ -48,8 +48,8 @@ class SeriesGenerator(BaseEstimator):
         self.device = device
         self.random_state = random_state
 
-    def fit(self, X: Any, y: Any = None) -> "SeriesGenerator":
-        """Trains both stages. X [n, L] or [n, C, L], finite; y [n] labels, or None.
+    def fit(self, X: Any, y: Any = None, *, conditions: Any = None) -> "SeriesGenerator":
+        """Trains both stages. X [n, L] or [n, C, L], finite; y [n] labels, or None; conditions as of `ncfast.fit`.
 
         Raises:
             ValueError: data or parameters that cannot be used, with the reason.
@@ -76,6 +76,7 @@ class SeriesGenerator(BaseEstimator):
                 labels,
                 layout=layout,
                 label_column="none",
+                conditions=conditions,
                 preset=self.preset,
                 device=self.device,
                 quiet=True,
@@ -86,17 +87,20 @@ class SeriesGenerator(BaseEstimator):
         self.flat_ = X.ndim == 2
         return self
 
-    def sample(self, n_samples: int = 1, labels: Any = "train") -> tuple[np.ndarray, np.ndarray | None]:
+    def sample(
+        self, n_samples: int = 1, labels: Any = "train", condition: Any = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """New series, as X was [n_samples, L] or [n_samples, C, L], and their labels, None after `fit` without y.
 
         labels: "train", "balanced", "none"; labels of y to take in turn; or {label: count}.
+        condition: as of `NCVQVAE.sample`, after `fit` with conditions.
         """
         check_is_fitted(self)
         if not isinstance(labels, str):
             names = [self._class_name(label) for label in labels]
             labels = dict(zip(names, labels.values(), strict=True)) if isinstance(labels, dict) else names
         try:
-            X, y = self.model_.sample(n_samples, labels, self._seed())
+            X, y = self.model_.sample(n_samples, labels, self._seed(), condition=condition)
         except UserError as error:
             raise ValueError(str(error)) from error
         X = X[:, 0] if self.flat_ else X

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ncfast.cli.flags import add_data_arguments, reading_options
 from ncfast.cli.parser import Parser, run, words
@@ -123,10 +123,11 @@ def require_pictures() -> None:
             raise UserError(f"the report needs {package}: pip install 'ncfast[eval]', or add --no-report") from None
 
 
-def find_dataset(trained: "DataStats", asked: str | None, data_dir: str | None, **reading: str | None) -> "Dataset":
+def find_dataset(trained: "DataStats", asked: str | None, data_dir: str | None, **reading: Any) -> "Dataset":
     """The data asked for, or what the run was trained on: where it was then, else by its name."""
     from ncfast.data.sources import load_dataset
 
+    reading["condition_columns"] = reading["condition_columns"] or [column.name for column in trained.conditions]
     if asked is not None:
         return load_dataset(asked, data_dir, **reading)
     if trained.source == "arrays":

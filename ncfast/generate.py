@@ -40,6 +40,20 @@ def make_parser() -> Parser:
         help="train: in the train set's proportions; balanced: all classes in turn; none: without a class; "
         '"a,b": these in turn; "a:1000,b:500": so many of each; or JSON, for any names: ["a,b"], {"none": 9} [train]',
     )
+    parser.add_argument(
+        "--condition",
+        nargs="+",
+        action="extend",
+        metavar="NAME=VALUE",
+        help="of a run with conditions, such as age=63 sex=f; several values of one name are taken in turn [drawn as "
+        "the training series have them]",
+    )
+    parser.add_argument(
+        "--condition-file",
+        type=Path,
+        metavar="FILE",
+        help="the same from a table (.csv .tsv .txt .parquet) or .json: columns called as the conditions, rows in turn",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument(

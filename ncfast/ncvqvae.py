@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ncfast import hub
+from ncfast.data.conditions import decode_conditions
 from ncfast.data.dataset import series, to_numpy
 from ncfast.engine.checkpoint import make_folder, reason, write_tensors
 from ncfast.engine.device import usable_device
@@ -17,7 +18,7 @@ from ncfast.engine.memory import check_fits, human
 from ncfast.engine.precision import autocast, computing
 from ncfast.errors import UserError
 from ncfast.models.trained import TrainedModel, build_models, load_weights, on_meta, read_config, size_of, write_config
-from ncfast.options import Labels, SamplingOptions
+from ncfast.options import Condition, Labels, SamplingOptions
 from ncfast.sampling.class_plan import TRAIN
 from ncfast.sampling.series import Batch, SeriesSampler, checked_index
 
@@ -44,12 +45,13 @@ class NCVQVAE(TrainedModel):
         start: int = 0,
         context: np.ndarray | None = None,
         mask: np.ndarray | None = None,
+        condition: Condition | None = None,
         **sampling: "Unpack[SamplingOptions]",
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """New series in data units.
 
-        Series i depends on the seed, its label, its context and i alone: on one machine, any split of a range of
-        indices gives the same series bit for bit.
+        Series i depends on the seed, its label, its conditions, its context and i alone: on one machine, any split of a
+        range of indices gives the same series bit for bit.
 
         With `context`, series are completed: what is observed stays as it is, and the rest is drawn given the tokens
         that the observed samples determine (`sampling.completion`). Imputation, interpolation and forecasting differ
@@ -64,6 +66,9 @@ class NCVQVAE(TrainedModel):
             start: index of the first series.
             context: observed series in data units, [L], [m, L] or [m, C, L]; series i completes context i mod m.
             mask: bool, True where `context` is observed, of its shape or [L]; None takes NaN for missing.
+            condition: of a model with conditions (`fit(conditions=...)`): by name one value, or m, and series i gets
+                number i mod m. Those left out are drawn as the training series of the class have them, and do not
+                depend on those given (`sample_conditions` says what they are); with `context` they are not known.
             sampling: options of the group "Sampling" of `ncfast.config.Config`, such as guidance_scale=2.0; the run's
                 own by default.
 
@@ -71,9 +76,10 @@ class NCVQVAE(TrainedModel):
             X float32 [n, C, L], and y, the class name of each series [n]; None for series without a class.
 
         Raises:
-            UserError: a label the model does not know, counts that do not sum to n, or a context that does not fit.
+            UserError: a label or condition the model does not know, counts that do not sum to n, or a context that does
+                not fit.
         """
-        sampler, n = self.sampler(n, labels, seed, context=context, mask=mask, **sampling)
+        sampler, n = self.sampler(n, labels, seed, context=context, mask=mask, condition=condition, **sampling)
         size = 4 * self.data.channels * self.data.length
         advice = "draw fewer, or take them in batches with `sample_batches`"
         check_fits(n * size, torch.device("cpu"), f"{n} series of {human(size)}", advice)
@@ -83,6 +89,27 @@ class NCVQVAE(TrainedModel):
             return x, None
         y = np.concatenate([np.empty(0, np.int64), *[b.y for b in batches]])
         return x, np.array(self.class_names)[y]
+
+    def sample_conditions(
+        self,
+        n: int | None = None,
+        labels: Labels = TRAIN,
+        seed: int = 0,
+        *,
+        start: int = 0,
+        condition: Condition | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The conditions of the series that `sample` draws with the same arguments, without drawing these.
+
+        Returns:
+            The values of each condition by its name, float64 or text [n]; {} for a model without conditions.
+        """
+        sampler, n = self.sampler(n, labels, seed, condition=condition)
+        if sampler.conditions is None:
+            return {}
+        index = torch.arange(n, device=self.device) + checked_index("start", start)
+        rows = sampler.conditions(index, sampler.plan(index, sampler.seed), sampler.seed)
+        return decode_conditions(self.data.conditions, rows.cpu().numpy())
 
     def sample_batches(
         self,
@@ -94,16 +121,20 @@ class NCVQVAE(TrainedModel):
         batch_size: int | None = None,
         context: np.ndarray | None = None,
         mask: np.ndarray | None = None,
+        condition: Condition | None = None,
         decode: bool = True,
         **sampling: "Unpack[SamplingOptions]",
     ) -> Iterator[Batch]:
-        """As `sample`, `batch_size` series at a time (None: as they come), with token grids and class indices.
+        """As `sample`, `batch_size` series at a time (None: as they come), with token grids, class indices and encoded
+        conditions (`ncfast.data.conditions`).
 
         Args:
             batch_size: of the batches; the last may be smaller.
             decode: False leaves out the decoder: the batches have tokens and no series.
         """
-        sampler, n = self.sampler(n, labels, seed, context=context, mask=mask, decode=decode, **sampling)
+        sampler, n = self.sampler(
+            n, labels, seed, context=context, mask=mask, condition=condition, decode=decode, **sampling
+        )
         return sampler.batches(n, start, batch_size)
 
     def sampler(self, n: int | None, labels: Labels, seed: int, **options: Any) -> tuple[SeriesSampler, int]:
@@ -239,7 +270,7 @@ def load(run: str | Path, device: str | torch.device = "auto", precision: str | 
             raise UserError(f"{folder} has not finished stage {stage}; continue it with `ncfast.train ... --resume`")
     path = folder / "config.json"
     try:
-        numbers = size_of(*on_meta(config, data.channels, data.length, len(data.class_names)))
+        numbers = size_of(*on_meta(config, data))
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} describes no model that can be made ({reason(error)}); it is damaged") from error
     check_fits(4 * numbers, torch.device("cpu"), f"the model that {path} describes", "is that file damaged?")

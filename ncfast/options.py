@@ -1,9 +1,10 @@
 """Types of the options of `fit` and `sample`, for type checkers: the fields of `Config`, to which a test holds them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 Labels = str | Sequence[str] | Mapping[str, int]  # which classes are drawn
+Condition = Mapping[str, Any]  # by name a value, or several
 
 
 class SamplingOptions(TypedDict, total=False):

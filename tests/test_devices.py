@@ -66,6 +66,7 @@ def test_series_that_never_came_are_refused(tmp_path, request):
         OnSecondGpu(64, dtype=torch.int64),
         OnSecondGpu(64, n, dtype=torch.int64),
         OnSecondGpu(64, 1, 21),
+        None,
     )
     with pytest.raises(ncfast.UserError, match="series 64 has a token that does not exist .*has not computed it"):
         drawn.arrived(chunk)

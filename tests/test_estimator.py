@@ -58,3 +58,12 @@ def test_the_random_state_decides():
     assert not np.array_equal(first.sample(3)[0], other.sample(3)[0])
     with pytest.raises(ValueError, match="ssl is one of|--ssl is one of"):
         generator(ssl="nothing").fit(X)
+
+
+def test_conditions():
+    X = np.random.default_rng(0).normal(size=(12, 20)).cumsum(1)
+    fitted = generator().fit(X, conditions={"age": np.arange(12)})
+    first, other = (fitted.sample(50, condition={"age": age})[0] for age in (0, 99))
+    assert first.shape == (50, 20) and not np.array_equal(first, other)
+    with pytest.raises(ValueError, match="no condition 'size'"):
+        fitted.sample(3, condition={"size": 1})

@@ -85,6 +85,25 @@ def test_chosen_measures_of_other_data(folder, evaluated, tmp_path, capsys):
     assert "not those that the run was trained on" in capsys.readouterr().out
 
 
+def test_a_run_with_conditions(folder, evaluated, tmp_path, capsys):
+    """Its condition columns are taken out of its data without a word."""
+    rng = np.random.default_rng(1)
+    pandas = pytest.importorskip("pandas")
+    for split, n in (("TRAIN", 20), ("TEST", 15)):
+        samples = {f"t{i}": column for i, column in enumerate(rng.normal(size=(30, n)))}
+        pandas.DataFrame({"label": ["a", "b", "a"] * 5 + ["b"] * (n - 15), "age": np.arange(n), **samples}).to_csv(
+            tmp_path / f"People_{split}.csv", index=False
+        )
+    dataset = load_dataset(tmp_path / "People_TRAIN.csv", condition_columns="age")
+    config = make_config(ssl="none", stage1_epochs=1, stage2_epochs=1, **SMALL)
+    device = torch.device("cpu")
+    train(resolve_config(config, dataset, device), dataset, out=tmp_path / "run", device=device, quiet=True)
+    evaluated("--run", tmp_path / "run", "--measures=mdd", "--no-report", "--repeats=1")
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert result["dataset"]["length"] == 30 and result["measures"][0]["value"] is not None
+    assert "not those that the run was trained on" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

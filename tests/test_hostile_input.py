@@ -292,6 +292,7 @@ DAMAGED_CONFIG = {
             ("data", "class_names"): ("ab", ["a"], [1, 2], 5),
             ("data", "class_counts"): ([1], ["a", "b"], [0, 0], [-5, 1], [HUGE, 1]),
             ("data", "num_series"): ("x", -1),
+            ("data", "conditions"): (5, "ab", [5], [{}], [{"name": "age"}]),
         }.items()
         for value in values
     },
@@ -431,6 +432,11 @@ def test_open_generated_refuses(damage, run, tmp_path):
         (["--temperature", "nan"], "--temperature"),
         (["--labels", "other"], "no class 'other'"),
         (["--labels", "fast:" + "9" * 30], "2**62"),
+        (["--condition", "age"], "NAME=VALUE"),
+        (["--condition", "age=63"], "trained without conditions"),
+        (["--condition-file", "nowhere.csv"], "nowhere.csv cannot be read"),
+        (["--condition-file", "/proc/self/mem.json"], "cannot be read"),
+        (["--condition-file", "kept"], "--condition-file is"),
         (["--device", "tpu"], "--device tpu"),
         (["--run", "a" * 5000], "no config.json|too long"),
         (["--run", "nowhere"], "not the folder of a run"),
@@ -470,6 +476,7 @@ def test_generating_refuses(flags, message, run, capsys):
         (["--out", "a" * 300], "too long"),
         (["--data-dir", "nowhere", "--dataset", "Name"], "nowhere"),
         (["--dataset", ""], "empty"),
+        (["--condition-columns", "age"], "age is none of"),
         (["--dataset", "b" * 5000 + "/x"], "too long"),
     ],
     ids=str,

@@ -30,6 +30,8 @@ series, labels = model.sample(10, labels={"a": 4, "b": 6}, guidance_scale=2.0)
 mean: float = float(series.mean())
 if labels is not None:
     print(labels.tolist())
+old, _ = model.sample(3, condition={"age": 63, "sex": "f"})
+known: dict[str, np.ndarray] = model.sample_conditions(3)
 for batch in model.sample_batches(10, labels="balanced", batch_size=5):
     print(batch.index.shape, batch.tokens.dtype)
 again: ncfast.NCVQVAE = ncfast.load("runs/x", device="cpu")

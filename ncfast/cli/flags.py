@@ -65,6 +65,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|INDEX|none",
         help="a column of a table to leave out, or several with commas between; none: leave none out",
     )
+    reading.add_argument(
+        "--condition-columns",
+        metavar="NAME,NAME",
+        help="what is known of each series besides its class, numbers or categories: columns of a table or arrays of a "
+        "file; of windows, the value in the first row",
+    )
 
     windows = parser.add_argument_group("Windows", "The file is a long recording: rows in order of time.")
     windows.add_argument("--window", type=int, metavar="N", help="rows of a series, which each column is a channel of")
@@ -76,7 +82,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-READING = ("label_column", "layout", "header", "index_column")
+READING = ("label_column", "layout", "header", "index_column", "condition_columns")
 WINDOWS = ("window", "stride", "time_column", "group_column", "test_share")
 
 

@@ -1,9 +1,9 @@
 """The data set every program works on, and the checks that any series pass on their way into it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from ncfast.data.layout import (
 )
 from ncfast.errors import UserError
 
+if TYPE_CHECKING:
+    from ncfast.data.conditions import ConditionColumn
+
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -32,7 +35,9 @@ class Dataset:
     is NaN from there on), or None where all have one length. X_test, y_test and lengths_test are the same or None.
     Class c was called `class_names[c]` in the source ("1", "-1",
     "Walking"); classes are those of the training labels, sorted (by value where all are numbers). `notes` are lines the
-    user should read, such as what an incomplete file lacks. `source` is where the series came from.
+    user should read, such as what an incomplete file lacks. `source` is where the series came from. conditions_train
+    and conditions_test are float64 [n_cases, k], a column for each of `condition_columns` (`ncfast.data.conditions`),
+    or None.
     """
 
     name: str
@@ -45,6 +50,9 @@ class Dataset:
     source: str
     lengths_train: np.ndarray | None = None
     lengths_test: np.ndarray | None = None
+    conditions_train: np.ndarray | None = None
+    conditions_test: np.ndarray | None = None
+    condition_columns: tuple["ConditionColumn", ...] = ()
 
     @property
     def n_channels(self) -> int:
@@ -70,10 +78,19 @@ class Split:
     settled: bool = False  # whether the source itself says what its axes and columns are
     hint: str = ""  # what else there is, where values are missing or lengths unequal
     ends: bool | None = None  # whether NaN at the end of a series is its end; None where that is to be found out
+    conditions: Mapping[str, Any] | None = None  # array-like [n] of each name
 
 
 def from_arrays(
-    X: Any, y: Any = None, X_test: Any = None, y_test: Any = None, name: str = "arrays", reading: Reading = GUESS
+    X: Any,
+    y: Any = None,
+    X_test: Any = None,
+    y_test: Any = None,
+    name: str = "arrays",
+    reading: Reading = GUESS,
+    *,
+    conditions: Any = None,
+    conditions_test: Any = None,
 ) -> Dataset:
     """A data set from arrays in memory.
 
@@ -86,6 +103,9 @@ def from_arrays(
         X_test, y_test: the same for the test split, or None.
         name: the data set's name.
         reading: what the columns and axes are, where the arrays do not tell.
+        conditions: what is known of each series besides its class: a table, a dict of arrays [n] by name, or an array
+            [n, k]; numbers, texts or truth values (`ncfast.data.conditions`).
+        conditions_test: the same for the test split.
 
     Raises:
         UserError: see `make_dataset`.
@@ -96,6 +116,16 @@ def from_arrays(
     notes: list[str] = []
     train, roles = split_of(X, y, "X", reading, notes)
     test = None if X_test is None else split_of(X_test, y_test, "X_test", reading, notes, roles)[0]
+    if conditions is not None:
+        from ncfast.data.conditions import named_columns
+
+        if reading.condition_columns:
+            raise UserError("give conditions or condition_columns, not both")
+        train = dataclasses.replace(train, conditions=named_columns(conditions))
+        if test is not None and conditions_test is not None:
+            test = dataclasses.replace(test, conditions=named_columns(conditions_test, "conditions_test"))
+    elif roles is None:
+        reading.refuse_conditions("X", "an array has none: give conditions={name: values}")
     return make_dataset(train, test, name=name, source="arrays", notes=notes, reading=reading)
 
 
@@ -126,6 +156,8 @@ def make_dataset(
             missing or are not classes; a test split of another shape. Test series of classes that the training labels
             lack are left out, with a note.
     """
+    from ncfast.data.conditions import conditions_of_splits
+
     notes = list(notes)
     train, test = arrange(train, test, reading, notes)
     splits = [split for split in (train, test) if split is not None]
@@ -145,6 +177,9 @@ def make_dataset(
     if constant:
         notes.append(f"{train.where}: channel {', '.join(map(str, constant))} is constant over all training series")
 
+    condition_columns, conditions_train, conditions_test = conditions_of_splits(
+        train, test, len(X_train), 0 if X_test is None else len(X_test), notes
+    )
     y_train, y_test, class_names = None, None, ()
     if train.labels is not None:
         names = label_names(train.labels, len(X_train), train.where, notes)
@@ -164,11 +199,23 @@ def make_dataset(
             X_test, names = X_test[known], names[known]
             lengths_test = None if lengths_test is None else lengths_test[known]
         y_test = encode(names, class_names)
+        conditions_test = None if conditions_test is None else conditions_test[known]
         if not known.any():
-            X_test = y_test = lengths_test = None
-    notes = list(dict.fromkeys(notes))
+            X_test = y_test = lengths_test = conditions_test = None
     return Dataset(
-        name, X_train, y_train, X_test, y_test, class_names, tuple(notes), source, lengths_train, lengths_test
+        name,
+        X_train,
+        y_train,
+        X_test,
+        y_test,
+        class_names,
+        tuple(dict.fromkeys(notes)),
+        source,
+        lengths_train,
+        lengths_test,
+        conditions_train,
+        conditions_test,
+        condition_columns,
     )
 
 

@@ -4,6 +4,7 @@ A text file or .npy holds one split, and its sibling the other: NAME_TRAIN.ts an
 file holds both. Every parser raises UserError for what it cannot read, with the file and, in text, the line.
 """
 
+import dataclasses
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from ncfast.data import tables
+from ncfast.data.conditions import take_columns
 from ncfast.data.dataset import Split
 from ncfast.data.layout import GUESS, NONE, Reading, is_whole, refuse_label_column
 from ncfast.data.tables import LABEL_WORDS, is_number, says, whole
@@ -78,10 +80,12 @@ def read_split(path: Path, reading: Reading, notes: list[str], roles: Any = None
     suffix = path.suffix.lower()
     if suffix == ".ts":
         reading.refuse(str(path), "label_column", "index_column", "layout")
+        reading.refuse_conditions(str(path), ".ts has none; save the series with them as .npz or .csv")
         split = read_ts(path, notes)
         return without(split) if reading.label_column == NONE else split, None
     labels = labels_beside(path, reading, notes)
     if suffix == ".npy":
+        reading.refuse_conditions(str(path), ".npy has one array without a name; save the series with them as .npz")
         return Split(load_numpy(path), labels, str(path)), None
     if suffix == ".parquet":
         table = tables.read_parquet(path)
@@ -95,7 +99,7 @@ def read_split(path: Path, reading: Reading, notes: list[str], roles: Any = None
 
 
 def without(split: Split) -> Split:
-    return Split(split.X, None, split.where, split.settled, split.hint)
+    return dataclasses.replace(split, labels=None)
 
 
 def is_split(path: Path) -> bool:
@@ -318,7 +322,7 @@ def named(split: Split, names: np.ndarray) -> Split:
     if labels.dtype.kind not in "iu" or ((labels < 0) | (labels > last)).any():
         what = f"{labels.min()} .. {labels.max()}" if labels.dtype.kind in "iu" else str(labels.dtype)
         raise UserError(f"{split.where}: the file names {len(names)} classes, so labels are 0 .. {last}; got {what}")
-    return Split(split.X, names[labels], split.where)
+    return dataclasses.replace(split, labels=names[labels])
 
 
 def both_splits(
@@ -326,14 +330,19 @@ def both_splits(
 ) -> tuple[Split, Split | None]:
     """Both splits from X_train, y_train, X_test, y_test, or one from X, y, in any case; only the first is needed.
 
-    Labels may also be called labels, target or the like, or as `label_column` says. What is left unread is noted.
+    Labels may also be called labels, target or the like, or as `label_column` says. Conditions are NAME_train and
+    NAME_test, or NAME. What is left unread is noted.
     """
     keys: dict[str, str] = {}
     for key in arrays:
-        keys.setdefault(re.sub(r"[\W_]", "", key).lower(), key)
+        keys.setdefault(plain(key), key)
 
     def find(*names: str) -> str | None:
         return next((keys[name] for name in names if name in keys), None)
+
+    def condition_key(name: str, split: str) -> str | None:
+        word = plain(name)
+        return find(f"{word}{split}", f"{split}{word}", *([word] if split == "train" else []))
 
     def read(key: str) -> np.ndarray:
         array = arrays[key]
@@ -357,22 +366,34 @@ def both_splits(
     test = find(*SERIES_KEYS["test"])
     X = read(train)
     asked = None if reading.label_column is None else str(reading.label_column)
-    is_key = asked is not None and find(re.sub(r"[\W_]", "", asked).lower())
+    is_key = asked is not None and find(plain(asked))
     labels = is_key or None
     if asked is None:
         labels = find(*LABEL_KEYS["train"]) or find("y") or labels_called(arrays, test, notes)
     test_labels = find(*LABEL_KEYS["test"]) if test and asked != NONE else None
-    rest = [key for key in arrays if key not in (train, labels, test, test_labels)]
+    conditions = {name: key for name in reading.condition_columns if (key := condition_key(name, "train"))}
+    test_conditions = {name: key for name in conditions if (key := condition_key(name, "test"))}
+    take_columns([name for name in reading.condition_columns if name not in conditions], [*arrays], str(path))
+    taken = {train, labels, test, test_labels, *conditions.values(), *test_conditions.values()}
+    rest = [key for key in arrays if key not in taken]
     if labels is None and asked is None:
         for key in rest:
             if could_be_labels(arrays[key], len(X)):
                 refuse_label_column(f"the array {key} may hold labels", key, str(path))
     if rest:
         notes.append(f"{path}: left unread: {', '.join(map(str, rest))}")
-    train_split = Split(X, None if labels is None else read(labels), f"{path}: {train}")
-    if test is None:
-        return train_split, None
-    return train_split, Split(read(test), None if test_labels is None else read(test_labels), f"{path}: {test}")
+
+    def split(X: np.ndarray, key: str, labels: str | None, conditions: dict[str, str]) -> Split:
+        values = {name: read(key) for name, key in conditions.items()}
+        return Split(X, None if labels is None else read(labels), f"{path}: {key}", conditions=values)
+
+    train_split = split(X, train, labels, conditions)
+    return train_split, None if test is None else split(read(test), test, test_labels, test_conditions)
+
+
+def plain(key: str) -> str:
+    """Without what lies between its words."""
+    return re.sub(r"[\W_]", "", key).lower()
 
 
 def labels_called(arrays: Mapping[str, Any], test: str | None, notes: list[str]) -> str | None:

@@ -1,5 +1,6 @@
 """Which axis of an array is time, which column of a matrix holds labels: what the numbers can tell, and what not."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, NoReturn
 
@@ -23,17 +24,31 @@ class Reading:
         layout: "nctd" [series, channels, time], "ntd" [series, time, channels], "table": each row is a series.
         header: "yes" or "no": whether the first line of a text table has the columns' names.
         index_column: of a table, one to leave out, or several with commas between; "none" leaves none out.
+        condition_columns: names of what is known of each series besides its class (`ncfast.data.conditions`): columns
+            of a table, or arrays of a file of arrays; a text has commas between.
     """
 
     label_column: str | int | None = None
     layout: str | None = None
     header: str | None = None
     index_column: str | int | None = None
+    condition_columns: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        names = self.condition_columns
+        names = names.split(",") if isinstance(names, str) else names or ()
+        object.__setattr__(self, "condition_columns", tuple(dict.fromkeys(str(name).strip() for name in names)))
         for name, words in (("layout", LAYOUTS), ("header", ("yes", "no"))):
             if getattr(self, name) not in (None, *words):
                 raise UserError(f"--{name} is {' or '.join(words)}; got {getattr(self, name)!r}")
+
+    def refuse_conditions(self, where: str, why: str) -> None:
+        """Raises UserError for condition columns, where what is read has no columns of names."""
+        if self.condition_columns:
+            raise UserError(
+                f"{where}: --condition-columns {','.join(self.condition_columns)} are columns of a table or arrays of "
+                f"a file, and {why}"
+            )
 
     def refuse(self, where: str, *names: str) -> None:
         """Raises UserError for options that mean nothing for what is read."""

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ncfast.data.dataset import Dataset, from_arrays, list_some, make_dataset
@@ -31,6 +31,7 @@ def load_dataset(
     layout: str | None = None,
     header: str | None = None,
     index_column: str | int | None = None,
+    condition_columns: str | Sequence[str] | None = None,
     window: int | None = None,
     stride: int = 1,
     time_column: str | None = None,
@@ -60,13 +61,15 @@ def load_dataset(
         layout: "nctd" [series, channels, time], "ntd" [series, time, channels], or "table": each row is a series.
         header: "yes" or "no": whether the first line of a text table names its columns.
         index_column: of a table, a column to leave out, or several with commas between; "none" keeps all.
+        condition_columns: what is known of each series besides its class (`ncfast.data.conditions`): columns of a
+            table, or arrays NAME or NAME_train and NAME_test of a file of arrays; names, or a text with commas between.
         window: the file is a long recording, and windows of so many rows are its series; this and what follows is that
             of `ncfast.data.windows.windows_of`.
 
     Raises:
         UserError: one line: not found (and where it was looked for), unreadable, ambiguous or unfit (`make_dataset`).
     """
-    reading = Reading(label_column, layout, header, index_column)
+    reading = Reading(label_column, layout, header, index_column, condition_columns)
     text = os.fspath(name_or_path)
     if not text.strip():
         raise UserError("the name of the data set is empty: give a name such as FordA, a file or a folder")

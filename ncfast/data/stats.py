@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ncfast.data.conditions import ConditionColumn
 from ncfast.data.dataset import FLOAT32_MAX, Dataset
 from ncfast.data.gaps import interpolated
 
@@ -35,6 +36,7 @@ class DataStats:
     notes: tuple[str, ...] = ()
     missing: float = 0.0
     shortest: int = 0
+    conditions: tuple[ConditionColumn, ...] = ()
 
     @property
     def has_gaps(self) -> bool:
@@ -64,6 +66,7 @@ class DataStats:
             notes=tuple(dataset.notes),
             missing=float(gaps.sum() - (X.size - within)) / within,
             shortest=0 if lengths is None else int(min(lengths.min(), X.shape[2] - 1)),
+            conditions=tuple(dataset.condition_columns),
         )
 
     @classmethod
@@ -80,6 +83,9 @@ class DataStats:
         if not isinstance(values, dict) or set(values) != set(names):
             raise ValueError(f"facts of the data are {', '.join(names)}")
         stats = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        if not isinstance(stats.conditions, tuple):
+            raise ValueError(f"conditions of the data are a list; got {str(stats.conditions)[:40]}")
+        stats = dataclasses.replace(stats, conditions=tuple(map(ConditionColumn.from_json, stats.conditions)))
         classes, channels = len(stats.class_names), stats.channels
         for name, right in (
             ("name", isinstance(stats.name, str)),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ncfast.data.conditions import take_columns
 from ncfast.data.dataset import Split, list_some
 from ncfast.data.layout import LEAST_LAST, NONE, Reading, label_ends, place_of, refuse_label_column, refuse_long_table
 from ncfast.errors import UserError
@@ -67,6 +68,7 @@ class Roles(NamedTuple):
     label: int | None
     left_out: tuple[int, ...]
     names: list[str] | None
+    conditions: tuple[int, ...] = ()  # of those left out
 
     @property
     def header(self) -> bool:
@@ -103,10 +105,11 @@ def split_of(
     if roles.label is not None:
         labels = [whole(str(label)) for label in table.columns[roles.label].tolist()]
     names = [table.names[i] for i in rest] if table.names else []
+    conditions = {table.names[i]: table.columns[i] for i in roles.conditions}
     named = bool(names) and numbered(names) == "named"
     if not is_test and ((labels is None and not named) or X.shape[1] < LEAST_LAST):
         refuse_long_table(X, reading.layout, table.where)
-    return Split(X, labels, table.where, settled=True, hint=table.hint), roles
+    return Split(X, labels, table.where, settled=True, hint=table.hint, conditions=conditions), roles
 
 
 def adapted(roles: Roles, table: Table) -> Roles:
@@ -114,7 +117,8 @@ def adapted(roles: Roles, table: Table) -> Roles:
     width, names = len(table.columns), roles.names
     if roles.label is not None and width == roles.width - 1:
         names = names and names[: roles.label] + names[roles.label + 1 :]
-        roles = roles._replace(label=None, left_out=tuple(i - (i > roles.label) for i in roles.left_out))
+        left_out, conditions = (tuple(i - (i > roles.label) for i in at) for at in (roles.left_out, roles.conditions))
+        roles = roles._replace(label=None, left_out=left_out, conditions=conditions)
     if names and table.names and names != table.names and len(names) == width:
         odd = next(i for i in range(width) if names[i] != table.names[i])
         raise UserError(
@@ -147,6 +151,12 @@ def roles_of(table: Table, reading: Reading, notes: list[str], *, labelled: bool
     if reading.layout in ("ntd", "nctd"):
         raise UserError(f"{where}: --layout {reading.layout} is for arrays of three axes, and this is a table")
     label = None
+    if reading.condition_columns and names is None:
+        raise UserError(
+            f"{where}: --condition-columns (condition_columns) are names, and its columns have none; write them into "
+            "the first line, or give --header yes"
+        )
+    conditions = take_columns(reading.condition_columns, names or [], where)
     left_out: list[int] = []
     if reading.label_column is not None and str(reading.label_column) != NONE:
         label = place_of(reading.label_column, names, width, "--label-column (label_column)", where)
@@ -156,6 +166,9 @@ def roles_of(table: Table, reading: Reading, notes: list[str], *, labelled: bool
         left_out = [place_of(column, names, width, "--index-column (index_column)", where) for column in several]
         if label in left_out:
             raise UserError(f"{where}: --label-column and --index-column name the same column; name two")
+    if {label, *left_out} & {*conditions}:
+        raise UserError(f"{where}: --condition-columns names a column that another option names too; name it once")
+    left_out += conditions
     if width < 2:
         return Roles(width, label, tuple(left_out), names)
     if str(reading.index_column) != NONE:
@@ -182,7 +195,7 @@ def roles_of(table: Table, reading: Reading, notes: list[str], *, labelled: bool
         free = [i for i in free if i != label]
     if names is not None and reading.layout is None:
         check_names(table, free, label)
-    return Roles(width, label, tuple(left_out), names)
+    return Roles(width, label, tuple(left_out), names, tuple(conditions))
 
 
 def index_columns(table: Table, others: Sequence[int | None], notes: list[str]) -> list[int]:
@@ -278,8 +291,8 @@ def check_names(table: Table, free: list[int], label: int | None) -> None:
         first = f"--label-column {odd[0]} (label_column), " if label is None else ""
         raise UserError(
             f"{table.where}: there are columns besides the samples {largest[0]} to {largest[-1]}: give {first}"
-            f"--index-column {','.join(odd)} (index_column) to leave out, or --layout table (layout='table') for more "
-            "samples"
+            f"--index-column {','.join(odd)} (index_column) to leave out, --condition-columns {','.join(odd)} "
+            "(condition_columns) to learn what depends on them, or --layout table (layout='table') for more samples"
         )
     raise UserError(
         f"{table.where}: the columns ({list_some(names, 5)}) are not samples numbered in order, so rows may be series "

@@ -1,13 +1,14 @@
 """Windows cut from long recordings: one table or array whose rows follow each other in time."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ncfast.data import tables
+from ncfast.data.conditions import column_values, take_columns
 from ncfast.data.dataset import Dataset, Split, make_dataset, to_numpy
 from ncfast.data.layout import GUESS, Reading
 from ncfast.errors import UserError
@@ -28,6 +29,7 @@ def windows_of(
     *,
     time_column: str | None = None,
     group_column: str | None = None,
+    condition_columns: Sequence[str] = (),
     test_share: float = TEST_SHARE,
     name: str = "table",
     source: str = "table",
@@ -44,6 +46,8 @@ def windows_of(
         time_column: orders the rows, and is no channel; None takes a column of times, or one of that name, if there is
             just one.
         group_column: rows of one value are one recording, and it is no channel.
+        condition_columns: of a DataFrame: their values in a window's first row are its conditions, and they are no
+            channels.
         test_share: 0 makes no test split.
 
     Raises:
@@ -56,9 +60,11 @@ def windows_of(
         )
     notes: list[str] = []
     if hasattr(table, "columns"):
-        values, recordings, channels = from_frame(table, time_column, group_column, source, notes)
+        values, recordings, channels, known = from_frame(
+            table, time_column, group_column, condition_columns, source, notes
+        )
     else:
-        if time_column is not None or group_column is not None:
+        if time_column is not None or group_column is not None or condition_columns:
             raise UserError(f"{source}: an array has no columns with names; give a DataFrame or leave the name out")
         values = to_numpy(table, source)
         values = values[:, None] if values.ndim == 1 else values
@@ -66,18 +72,21 @@ def windows_of(
             raise UserError(
                 f"{source}: a recording is [T] or [T, C] of numbers; got {values.dtype} {list(values.shape)}"
             )
-        recordings, channels = [np.arange(len(values))], None
+        recordings, channels, known = [np.arange(len(values))], None, {}
     parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    starts: tuple[list[int], list[int]] = ([], [])  # the first row of each
     dropped = short = 0
     lowest = LEAST_OBSERVED * window * values.shape[1]
     for rows in recordings:
         border = len(rows) - int(test_share * len(rows))
-        cut = [list(windows(values[part], window, stride)) for part in (rows[:border], rows[border:])]
+        splits = rows[:border], rows[border:]
+        cut = [list(windows(values[part], window, stride)) for part in splits]
         short += not cut[0]
-        for kept, made in zip(parts, cut, strict=True):
-            seen = [each for each in made if np.isfinite(each).sum() >= lowest]
+        for kept, firsts, part, made in zip(parts, starts, splits, cut, strict=True):
+            seen = [i for i, each in enumerate(made) if np.isfinite(each).sum() >= lowest]
             dropped += len(made) - len(seen)
-            kept += seen
+            kept += [made[i] for i in seen]
+            firsts += [part[stride * i] for i in seen]
     if not parts[0]:
         longest = max(map(len, recordings), default=0)
         raise UserError(
@@ -91,8 +100,14 @@ def windows_of(
     counts = f"{len(parts[0])} train" + (f" and {len(parts[1])} test" if test_share else "")
     named = "" if channels is None else f" of {', '.join(channels)}"
     notes.insert(0, f"windows of {window} rows, one every {stride}: {counts}{named}")
-    X, X_test = (np.stack(part) if part else None for part in parts)
-    train, test = (None if part is None else Split(part, None, source, ends=False) for part in (X, X_test))
+    if known:
+        notes.append(f"conditions ({', '.join(known)}) are those of a window's first row")
+    train, test = (
+        Split(np.stack(part), None, source, ends=False, conditions={k: column[firsts] for k, column in known.items()})
+        if part
+        else None
+        for part, firsts in zip(parts, starts, strict=True)
+    )
     return make_dataset(train, test, name=name, source=source, notes=notes)
 
 
@@ -115,6 +130,7 @@ def load_windows(path: Path, window: int, stride: int = 1, *, reading: Reading =
         raise UserError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:  # ParserError is a ValueError
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    options["condition_columns"] = reading.condition_columns
     made = windows_of(table, window, stride, name=path.stem, source=str(path), **options)
     return dataclasses.replace(made, notes=(*notes, *made.notes))
 
@@ -146,15 +162,23 @@ def windows(values: np.ndarray, window: int, stride: int) -> Iterator[np.ndarray
 
 
 def from_frame(
-    frame: "pandas.DataFrame", time_column: str | None, group_column: str | None, source: str, notes: list[str]
-) -> tuple[np.ndarray, list[np.ndarray], list[str]]:
-    """Values float64 [T, C], the rows of each recording in order of time, and the channels' names."""
+    frame: "pandas.DataFrame",
+    time_column: str | None,
+    group_column: str | None,
+    condition_columns: Sequence[str],
+    source: str,
+    notes: list[str],
+) -> tuple[np.ndarray, list[np.ndarray], list[str], dict[str, np.ndarray]]:
+    """Values float64 [T, C], the rows of each recording in order of time, the channels' names, and conditions [T]."""
     pandas = tables.pandas()
     frame = frame.reset_index(drop=True)
     frame.columns = [str(column) for column in frame.columns]
     for option, column in (("--time-column", time_column), ("--group-column", group_column)):
         if column is not None and column not in frame:
             raise UserError(f"{source}: {option} {column} is none of its columns ({', '.join(frame.columns)})")
+    take_columns(condition_columns, list(frame), source)
+    conditions = {name: column_values(frame[name], name) for name in condition_columns}
+    frame = frame.drop(columns=[name for name in condition_columns if name not in (time_column, group_column)])
     times = None
     if time_column is None:
         found = [column for column in frame if column != group_column and is_time(frame[column], column)]
@@ -191,7 +215,7 @@ def from_frame(
         notes.append(f"{int(groups.isna().sum())} rows without a {group_column} were left out")
     if times is not None:
         recordings = [in_order(rows, times, time_column, notes) for rows in recordings]
-    return frame.to_numpy(np.float64, na_value=np.nan), recordings, list(frame.columns)
+    return frame.to_numpy(np.float64, na_value=np.nan), recordings, list(frame.columns), conditions
 
 
 def is_time(column: "pandas.Series", name: str) -> bool:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ncfast.engine.precision import autocast, computing
 from ncfast.ncvqvae import NCVQVAE
 from ncfast.sampling.class_plan import LabelPlan
+from ncfast.sampling.condition_plan import ConditionPlan
 from ncfast.sampling.maskgit import Sampler, SamplerOptimizations
 
 
@@ -30,9 +31,9 @@ class WatchedSampler(Sampler):
         )
         self.seen: list[Tensor] = []
 
-    def logits(self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, *more: Tensor | None) -> Tensor:
         self.seen.append(tokens)
-        return super().logits(tokens, labels, positions)
+        return super().logits(tokens, *more)
 
 
 @torch.no_grad()
@@ -42,9 +43,13 @@ def trace_decoding(model: NCVQVAE, labels: str = "none", seed: int = 0) -> Trace
     # In a whole chunk, as `sample` draws it: a product may round differently for another number of rows.
     sample = torch.arange(model.chunk_size, device=model.device)
     classes = LabelPlan(labels, model.class_names, model.data.class_counts)(sample, seed)
+    embedding = model.prior.condition_embedding
+    conditions = None
+    if embedding is not None:
+        conditions = ConditionPlan(embedding, None, len(model.class_names))(sample, classes, seed)
     vqvae = model.vqvae
     with computing(model.precision, model.device), autocast(model.precision, model.device):
-        finished = sampler.decode(classes, sample, seed)
+        finished = sampler.decode(classes, sample, seed, conditions=conditions)
         tokens = torch.stack([state[0] for state in [*sampler.seen, finished]])
         # In the place of a masked token its level's mean code.
         K = model.prior.num_codes

@@ -2,7 +2,7 @@
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -39,7 +39,7 @@ def format_of(path: Path, asked: str | None = None) -> str:
     return asked
 
 
-def check_export(kind: str, channels: int, labelled: bool) -> None:
+def check_export(kind: str, channels: int, labelled: bool, conditional: bool = False) -> None:
     """What can be told before anything is drawn.
 
     Raises:
@@ -49,6 +49,8 @@ def check_export(kind: str, channels: int, labelled: bool) -> None:
         raise UserError(f"tsv has one channel, and these series have {channels}; choose csv, npz or parquet")
     if kind == "tsv" and not labelled:
         raise UserError("a line of tsv begins with a label, and these series have none; choose csv, npz or parquet")
+    if kind == "tsv" and conditional:
+        raise UserError("tsv has no names of columns, and these series have conditions; choose csv, npz or parquet")
     for package in {"csv": ("pandas",), "tsv": ("pandas",), "parquet": ("pandas", "pyarrow")}.get(kind, ()):
         needed(package)
 
@@ -58,7 +60,8 @@ def export(data: Generated, path: Path, kind: str) -> None:
 
     csv and parquet have a row a series (label, t0, t1, ...), or with several channels a row a time point (series,
     label, time, c0, c1, ...); without classes no label. tsv is that of the UCR archive, without a header: label first,
-    one channel. npz has X [n, C, L] and, with classes, y, their names.
+    one channel. npz has X [n, C, L] and, with classes, y, their names. A condition is a column, or an array [n], of its
+    name, after "condition_" where another one has that name.
 
     Raises:
         UserError: what the disk refuses.
@@ -71,6 +74,13 @@ def export(data: Generated, path: Path, kind: str) -> None:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
         ) from error
+
+
+def conditions_of(data: Generated, rows: slice, taken: Iterable[str]) -> dict[str, np.ndarray]:
+    """Values of each condition [B] by the name of its column."""
+    taken = {*taken}
+    values = data.condition_values(rows)
+    return {f"condition_{name}" if name in taken else name: column for name, column in values.items()}
 
 
 def blocks(data: Generated) -> Iterator[tuple[slice, np.ndarray, np.ndarray | None]]:
@@ -89,12 +99,16 @@ def frames(data: Generated) -> Iterator["pandas.DataFrame"]:
     for rows, x, labels in blocks(data):
         if channels == 1:
             frame = library.DataFrame(x[:, 0], columns=[f"t{t}" for t in range(length)])
+            known = conditions_of(data, rows, ["label", *frame.columns])
+            frame = library.concat([library.DataFrame(known), frame], axis=1) if known else frame
             if labels is not None:
                 frame.insert(0, "label", labels)
         else:
             columns = {"series": np.repeat(np.arange(rows.start, rows.stop), length)}
             if labels is not None:
                 columns["label"] = np.repeat(labels, length)
+            names = ["series", "label", "time", *(f"c{c}" for c in range(channels))]
+            columns |= {name: np.repeat(v, length) for name, v in conditions_of(data, rows, names).items()}
             columns["time"] = np.tile(np.arange(length), len(x))
             columns |= {f"c{c}": x[:, c].ravel() for c in range(channels)}
             frame = library.DataFrame(columns)
@@ -113,6 +127,7 @@ def write_npz(data: Generated, path: Path, kind: str) -> None:
     arrays = {"X": data.x[:]}
     if data.y is not None:
         arrays["y"] = np.array(data.class_names)[data.y[:]]
+    arrays |= conditions_of(data, slice(None), ["X", "y"])
     with open(path, "wb") as file:
         np.savez(file, **arrays)
 

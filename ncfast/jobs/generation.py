@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import torch
 from ncfast.cli.startup import choose_device
 from ncfast.cli.torchrun import local_rank
 from ncfast.config import sampling_values
+from ncfast.data.conditions import parse_conditions, read_conditions
 from ncfast.engine.background import Background
 from ncfast.engine.device import kind
 from ncfast.engine.logging import progress_bar
@@ -30,6 +32,7 @@ from ncfast.jobs.writer import ShardWriter, claim, filters, finish, refuse_anoth
 from ncfast.models.trained import weights_sha256
 from ncfast.ncvqvae import NCVQVAE, load
 from ncfast.sampling.class_plan import parse_labels
+from ncfast.sampling.condition_plan import ConditionPlan
 from ncfast.sampling.series import SeriesSampler
 from ncfast.version import __version__
 
@@ -62,10 +65,15 @@ def generate(arguments: argparse.Namespace) -> None:
     labels = parse_labels(arguments.labels, model.class_names)
     if isinstance(labels, str) and labels in model.class_names:
         print(f"warning: {labels!r} is a class too; --labels '{json.dumps([labels])}' draws it", flush=True)
-    sampler = SeriesSampler(model, labels, arguments.seed, decode=not arguments.tokens_only, **given)
+    condition = given_conditions(arguments)
+    sampler = SeriesSampler(
+        model, labels, arguments.seed, condition=condition, decode=not arguments.tokens_only, **given
+    )
     job = make_job(arguments, sampler, labels, parts)
     if file_format != "h5":
-        check_export(file_format, model.data.channels, labelled="y" in job.columns)
+        check_export(
+            file_format, model.data.channels, labelled="y" in job.columns, conditional="conditions" in job.columns
+        )
     leads = part == 0 or arguments.shard is not None  # the others of torchrun leave the terminal to the first
     if leads:
         print_job(job, f"{device} ({device_reason}); {model.precision}", part, parts)
@@ -97,6 +105,13 @@ def generate(arguments: argparse.Namespace) -> None:
         if file_format != "h5":
             export(open_generated(job.out), exported, file_format)
             print(f"wrote {exported}")
+
+
+def given_conditions(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Those of --condition-file and --condition; None without either."""
+    given = {} if arguments.condition_file is None else read_conditions(arguments.condition_file)
+    given |= parse_conditions(arguments.condition or [])
+    return given or None
 
 
 def choose_share(arguments: argparse.Namespace) -> tuple[int, int]:
@@ -145,6 +160,8 @@ def make_job(arguments: argparse.Namespace, sampler: SeriesSampler, labels: Any,
         "index": ((), "i8"),
         "y": ((), "i8"),
     }
+    if sampler.conditions is not None:
+        columns["conditions"] = ((len(model.data.conditions),), "f8")
     columns = {k: v for k, v in columns.items() if (k != "x" or sampler.decode) and (k != "y" or with_classes)}
     made_from = {
         "weights_sha256": weights_sha256(arguments.run),
@@ -157,6 +174,8 @@ def make_job(arguments: argparse.Namespace, sampler: SeriesSampler, labels: Any,
         "compression": arguments.compression,
         "config": dataclasses.asdict(sampler.config),
     }
+    if sampler.conditions is not None:
+        made_from["condition"] = described(sampler.conditions)
     job = Job(
         out=arguments.out,
         rows=n,
@@ -172,11 +191,25 @@ def make_job(arguments: argparse.Namespace, sampler: SeriesSampler, labels: Any,
     return dataclasses.replace(job, shards=shards)
 
 
+def described(conditions: ConditionPlan) -> dict[str, Any]:
+    """The conditions given, as they are encoded: the value, several in a list, or the sha256 of many."""
+    shown: dict[str, Any] = {}
+    for i, values in conditions.given.items():
+        few = values.tolist() if len(values) > 1 else float(values[0])
+        shown[conditions.columns[i].name] = few if len(values) <= 100 else hashlib.sha256(values).hexdigest()
+    return shown
+
+
 def provenance(
     model: NCVQVAE, run: Path, sampler: SeriesSampler, labels: Any, job: Job, made_from: dict
 ) -> dict[str, Any]:
     """What a lone file needs to explain itself."""
+    conditions: dict[str, str] = {}
+    if sampler.conditions is not None:
+        columns = [dataclasses.asdict(column) for column in model.data.conditions]
+        conditions = {"condition_columns": json.dumps(columns), "condition": json.dumps(made_from["condition"])}
     return {
+        **conditions,
         "format": FORMAT,
         "ncfast": __version__,
         "torch": str(torch.__version__),

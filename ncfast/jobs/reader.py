@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import torch
 
+from ncfast.data.conditions import ConditionColumn, decode_conditions
 from ncfast.engine.checkpoint import reason
 from ncfast.engine.device import kind
 from ncfast.errors import UserError
@@ -53,7 +54,9 @@ class Generated(torch.utils.data.Dataset):
         y: class index int64 [n]; None for series without a class.
         tokens: uint16 [n, T].
         index: int64 [n], the number that the series is drawn from, with the seed.
+        conditions: float64 [n, k], None for series without; `condition_values` gives them by name.
         class_names: of the model.
+        condition_columns: k of `ncfast.data.conditions.ConditionColumn`, in the order of `conditions`.
         attributes: what else the file says of itself: dataset, seed, config, weights_sha256, ...
     """
 
@@ -76,6 +79,12 @@ class Generated(torch.utils.data.Dataset):
         self.attributes = attributes
         self.x, self.y = columns.get("x"), columns.get("y")
         self.tokens, self.index = columns["tokens"], columns["index"]
+        self.conditions = columns.get("conditions")
+        try:
+            described = json.loads(attributes.pop("condition_columns", "[]"))
+            self.condition_columns = tuple(map(ConditionColumn.from_json, described))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path} does not say what its conditions are ({error}); it is damaged") from error
         self.columns = tuple(columns)
         self.shards = [self.path.with_name(str(name)) for name in attributes.get("shards", ())]
         self.check_shards(contents=False)
@@ -158,8 +167,19 @@ class Generated(torch.utils.data.Dataset):
         labels = json.loads(labels) if labels[:1] in ("[", "{") else labels
         config = make_config(**json.loads(attributes["config"]))
         return SeriesSampler(
-            model, labels, int(attributes["seed"]), decode=self.x is not None, **sampling_values(config)
+            model,
+            labels,
+            int(attributes["seed"]),
+            condition=self.given_conditions(),
+            decode=self.x is not None,
+            **sampling_values(config),
         )
+
+    def given_conditions(self) -> dict[str, np.ndarray] | None:
+        """What was given when the series were drawn: of these conditions each series' own value, where its turn is."""
+        given = json.loads(str(self.attributes.get("condition", "{}")))
+        turn = np.argsort(self.index[:] % max(1, len(self)))  # the indices follow each other
+        return {name: values[turn] for name, values in self.condition_values().items() if name in given} or None
 
     def file(self) -> h5py.File:
         """Of this process: HDF5 handles do not survive a fork, and cannot be pickled."""
@@ -210,6 +230,12 @@ class Generated(torch.utils.data.Dataset):
     def labels(self, index: Any = slice(None)) -> np.ndarray | None:
         """Class names of the series `index`; None for series without a class."""
         return None if self.y is None else np.array(self.class_names)[self.y[index]]
+
+    def condition_values(self, index: Any = slice(None)) -> dict[str, np.ndarray]:
+        """Conditions of the series `index`, by name: numbers, or names of categories; {} for series without."""
+        if self.conditions is None:
+            return {}
+        return decode_conditions(self.condition_columns, np.atleast_2d(self.conditions[index]))
 
     def to_ntd(self, index: Any = slice(None)) -> np.ndarray:
         """Series with time first, float32 [n, L, C], as many other packages take them."""

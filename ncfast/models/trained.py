@@ -55,14 +55,20 @@ class TrainedModel:
 
 def build_models(config: Config, data: DataStats) -> tuple[VQVAE, Prior]:
     vqvae = VQVAE(config, data.channels, data.length, data.has_gaps)
-    return vqvae, Prior(config, vqvae.codebook, vqvae.num_tokens, len(data.class_names))
+    return vqvae, build_prior(config, data, vqvae)
 
 
-def on_meta(config: Config, channels: int, length: int, num_classes: int) -> tuple[VQVAE, Prior]:
+def build_prior(config: Config, data: DataStats, vqvae: VQVAE) -> Prior:
+    """On the CPU, but for that of a model without memory."""
+    codebook = vqvae.codebook
+    codebook = codebook if codebook.is_meta else codebook.cpu()
+    return Prior(config, codebook, vqvae.num_tokens, len(data.class_names), data.conditions, data.num_series)
+
+
+def on_meta(config: Config, data: DataStats) -> tuple[VQVAE, Prior]:
     """The models' shapes, without memory for them."""
     with without_memory():
-        vqvae = VQVAE(config, channels, length)
-        return vqvae, Prior(config, vqvae.codebook, vqvae.num_tokens, num_classes)
+        return build_models(config, data)
 
 
 def size_of(*modules: torch.nn.Module) -> int:

@@ -12,7 +12,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 # Streams: independent numbers for different uses at one address.
-TOKENS, CONFIDENCE, LABELS = 0, 1, 2
+TOKENS, CONFIDENCE, LABELS, CONDITIONS = 0, 1, 2, 3
 
 
 def philox4x32(
@@ -38,7 +38,7 @@ def uniform(seed: int | Tensor, sample: Tensor, position: Tensor, *, step: int, 
         sample: global sample index, int64, broadcast against `position`.
         position: token position below 2¹⁶, int64.
         step: decoding step below 2¹⁶.
-        stream: TOKENS, CONFIDENCE or LABELS.
+        stream: TOKENS, CONFIDENCE, LABELS or CONDITIONS.
     """
     sample, position = torch.broadcast_tensors(sample, position)
     counter = (sample & WORD, (sample >> 32) & WORD, position | (step << 16), torch.full_like(position, stream << 24))

@@ -2,7 +2,9 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ class SamplerOptimizations:
 
     Attributes:
         first_step_by_class: before the first step all series of a class are the same masks, so their logits are too:
-            computed once a class.
+            computed once a class. Of a prior with conditions they are not.
         conditional_pass_only: at guidance 1 the logits without the class have no weight.
         masked_positions_only: nothing is drawn where a token is known: after the last attention, only masked positions
             go on. (Keys and values need all of them, and no other layer can leave one out: attention looks both ways.)
@@ -84,7 +86,7 @@ class Sampler:
         self.precision = precision
         self.device = prior.token_embedding.device
         unguided = config.guidance_scale == 1 and self.savers.conditional_pass_only
-        self.guided = prior.num_classes > 0 and not unguided
+        self.guided = (prior.num_classes > 0 or prior.condition_embedding is not None) and not unguided
         # Coarse tokens come before those of finer levels, whose codes they do not share.
         self.level_size = prior.num_tokens // config.codebook_levels
         level = torch.arange(prior.num_codes, device=self.device) // config.codebook_size
@@ -105,7 +107,7 @@ class Sampler:
         with autocast(self.precision, self.device):
             if self.savers.first_layer_table:
                 self.table = self.first_layer_table()
-            if self.savers.first_step_by_class:
+            if self.savers.first_step_by_class and self.prior.condition_embedding is None:
                 classes = torch.arange(self.prior.num_classes + 1, device=self.device)
                 masks = torch.full((len(classes), self.prior.num_tokens), self.prior.num_codes, device=self.device)
                 first = torch.arange(self.level_size, device=self.device).expand(len(classes), -1)
@@ -113,13 +115,21 @@ class Sampler:
                 self.first_logits = self.logits(masks, classes, first)  # [C + 1, n, K] of the coarsest level
 
     @torch.no_grad()
-    def decode(self, labels: Tensor, sample: Tensor, seed: int | Tensor, known: Tensor | None = None) -> Tensor:
+    def decode(
+        self,
+        labels: Tensor,
+        sample: Tensor,
+        seed: int | Tensor,
+        known: Tensor | None = None,
+        conditions: Tensor | None = None,
+    ) -> Tensor:
         """
         Args:
             labels: class of each row, int64 [B] in 0..C; C is "no class".
             sample: global index of each row, int64 [B]; with the seed it decides the row's random numbers.
             seed: 64 bits; an int64 tensor without dimensions on the prior's device can change between graph replays.
             known: int64 [B, n]: tokens that stay as they are, and K where one is wanted; None wants all.
+            conditions: of each row, float64 [B, k], NaN where not known; None where none is.
 
         Returns:
             tokens int64 [B, n] in 0..K-1.
@@ -128,7 +138,7 @@ class Sampler:
         tokens = torch.full((len(labels), self.prior.num_tokens), K, device=self.device) if known is None else known
         for level in range(self.config.codebook_levels):
             unknown = None if known is None else (known[:, self.columns(level)] == K).sum(1)
-            tokens = self.fill(level, tokens, unknown, labels, sample, seed)
+            tokens = self.fill(level, tokens, unknown, labels, sample, seed, conditions)
         return tokens
 
     def columns(self, level: int) -> slice:
@@ -143,6 +153,7 @@ class Sampler:
         labels: Tensor,
         sample: Tensor,
         seed: int | Tensor,
+        conditions: Tensor | None,
     ) -> Tensor:
         """Draws the masked tokens of one level, given those of coarser ones."""
         prior, config, steps = self.prior, self.config, self.config.decoding_steps
@@ -153,6 +164,9 @@ class Sampler:
             columns = self.columns(level)
             every = torch.arange(columns.start, columns.stop, device=self.device).expand(len(tokens), -1)
         positions = every
+        both = None
+        if self.guided and conditions is not None:
+            both = torch.cat([conditions, torch.full_like(conditions, torch.nan)])
         before = n
         for step in range(steps):
             # With known tokens every row has a schedule of its own, which the host does not look at.
@@ -167,9 +181,10 @@ class Sampler:
                     tokens.repeat(2, 1),
                     torch.cat([labels, torch.full_like(labels, prior.num_classes)]),
                     None if positions is None else positions.repeat(2, 1),
+                    both,
                 ).chunk(2)
             else:
-                conditional, unconditional = self.logits(tokens, labels, positions), None
+                conditional, unconditional = self.logits(tokens, labels, positions, conditions), None
             if several:
                 conditional = conditional + self.level_bias[level]
                 unconditional = None if unconditional is None else unconditional + self.level_bias[level]
@@ -194,27 +209,39 @@ class Sampler:
                 positions = masked if self.savers.masked_positions_only else every
         return tokens
 
-    def logits(self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
-        """tokens [B, n] in 0..K, labels [B] in 0..C -> logits at `positions` (all, when None): [B, m, K].
+    def logits(
+        self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None, conditions: Tensor | None = None
+    ) -> Tensor:
+        """tokens [B, n] in 0..K, labels [B] in 0..C, conditions [B, k] -> logits at `positions` (all, when None):
+        [B, m, K].
 
         An entry n of `positions` stands for none; its logits mean nothing.
         """
         prior = self.prior
-        x, qkv = self.first_layer(tokens, labels)
+        x, qkv = self.first_layer(tokens, labels, conditions)
         if positions is None:
             return prior.predict(prior.transformer.run(x, qkv)[:, 1:])
         # The class token comes first.
         shifted = positions.clamp(max=prior.num_tokens - 1) + 1
         return prior.predict(prior.transformer.run(x, qkv, shifted))
 
-    def first_layer(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    def first_layer(
+        self, tokens: Tensor, labels: Tensor, conditions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """What the first block takes, x [B, 1 + n, dim], and its queries, keys and values, if they are in a table."""
         prior = self.prior
         if self.table is None:
-            x = torch.cat([prior.embed_classes(labels)[:, None], prior.embed_tokens(tokens)], dim=1)
+            x = torch.cat([prior.embed_classes(labels, conditions)[:, None], prior.embed_tokens(tokens)], dim=1)
             return prior.transformer.embed(x), None
         n = prior.num_tokens
         position = torch.arange(n, device=self.device)
+        if prior.condition_embedding is not None:
+            rows = tokens * n + position  # [B, n]
+            first = self.first_token(prior.embed_classes(labels, conditions)[:, None])  # [B, 1, dim]
+            qkv = prior.transformer.blocks[0].qkv(first)
+            parts = zip((first, qkv), self.table, strict=True)
+            x, qkv = (torch.cat([own, F.embedding(rows, table)], dim=1) for own, table in parts)
+            return x, qkv
         rows = torch.cat([(prior.num_codes + 1) * n + labels[:, None], tokens * n + position], dim=1)  # [B, 1 + n]
         return F.embedding(rows, self.table[0]), F.embedding(rows, self.table[1])
 
@@ -234,9 +261,13 @@ class Sampler:
         embedded = transformer.embed(
             torch.cat([classes[:1, None].expand(K + 1, -1, -1), prior.embed_tokens(tokens)], 1)
         )
-        classes = transformer.project_in(classes) + transformer.position[0] * transformer.position_scale
-        x = torch.cat([embedded[:, 1:].flatten(0, 1), classes])
+        x = torch.cat([embedded[:, 1:].flatten(0, 1), self.first_token(classes)])
         return x, transformer.blocks[0].qkv(x)
+
+    def first_token(self, classes: Tensor) -> Tensor:
+        """Embedded classes and conditions [..., D] -> what the first block takes of them [..., dim]."""
+        transformer = self.prior.transformer
+        return transformer.project_in(classes) + transformer.position[0] * transformer.position_scale
 
 
 class ChunkDecoder:
@@ -257,27 +288,38 @@ class ChunkDecoder:
 
     @torch.no_grad()
     def __call__(
-        self, labels: Tensor, sample: Tensor, seed: int, known: Tensor | None = None
+        self,
+        labels: Tensor,
+        sample: Tensor,
+        seed: int,
+        known: Tensor | None = None,
+        conditions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """labels, sample int64 [B], known int64 [B, n] or None -> tokens int64 [B, n], x [B, C, L] normalised.
+        """labels, sample int64 [B], known int64 [B, n] and conditions float64 [B, k], or None -> tokens int64 [B, n], x
+        [B, C, L] normalised.
 
-        The next call may overwrite both.
+        The next call may overwrite both. All calls give the same of known and conditions.
         """
         # Filled on the device: a copy from the host would wait for the chunk before.
         inputs = [labels, sample, torch.full((), seed, dtype=torch.int64, device=self.sampler.device)]
-        if known is not None:
-            inputs.append(known)
+        given = {"known": known, "conditions": conditions}
+        given = {name: value for name, value in given.items() if value is not None}
+        inputs += given.values()
+
+        def decode(labels: Tensor, sample: Tensor, seed: Tensor, *more: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self.decode(labels, sample, seed, **dict(zip(given, more, strict=True)))
+
         with computing(self.sampler.precision, self.sampler.device):
             if not self.compiled:
-                compile_ahead(lambda: self.decode(*inputs), self.sampler.device)
+                compile_ahead(lambda: decode(*inputs), self.sampler.device)
                 self.compiled = True
             if self.wants_graph and self.graph is None:
-                self.capture(inputs)
-            return self.decode(*inputs) if self.graph is None else self.graph(*inputs)
+                self.capture(decode, inputs)
+            return decode(*inputs) if self.graph is None else self.graph(*inputs)
 
-    def capture(self, inputs: list[Tensor]) -> None:
+    def capture(self, decode: Callable[..., Any], inputs: list[Tensor]) -> None:
         try:
-            self.graph = CudaGraph(self.decode, *inputs, warm_ups=1)
+            self.graph = CudaGraph(decode, *inputs, warm_ups=1)
         except RuntimeError as error:
             self.wants_graph = False
             warnings.warn(
@@ -285,8 +327,13 @@ class ChunkDecoder:
             )
 
     def decode(
-        self, labels: Tensor, sample: Tensor, seed: Tensor, known: Tensor | None = None
+        self,
+        labels: Tensor,
+        sample: Tensor,
+        seed: Tensor,
+        known: Tensor | None = None,
+        conditions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         with autocast(self.sampler.precision, self.sampler.device):
-            tokens = self.sampler.decode(labels, sample, seed, known)
+            tokens = self.sampler.decode(labels, sample, seed, known, conditions)
             return tokens, self.vqvae.detokenize(tokens) if self.with_series else None

@@ -15,6 +15,7 @@ from ncfast.errors import UserError
 from ncfast.models.trained import TrainedModel
 from ncfast.sampling.class_plan import NONE, TRAIN, LabelPlan
 from ncfast.sampling.completion import Context
+from ncfast.sampling.condition_plan import ConditionPlan
 from ncfast.sampling.maskgit import ChunkDecoder, Sampler
 
 WORTH_A_GRAPH = 5  # chunks; on an H200, 4 took as long either way and 8 took 0.7 s launched, 0.4 s captured
@@ -29,6 +30,8 @@ class Batch(NamedTuple):
     x: np.ndarray | None  # float32 [B, C, L], in data units; None where only tokens were asked for
     y: np.ndarray | None  # int64 [B] class index, None for series without a class
     tokens: np.ndarray  # uint16 [B, n]
+    # float64 [B, k] of the model's k conditions, as `ncfast.data.conditions` encodes them; None where none is known
+    conditions: np.ndarray | None = None
 
 
 class SeriesSampler:
@@ -48,13 +51,14 @@ class SeriesSampler:
         *,
         context: np.ndarray | None = None,
         mask: np.ndarray | None = None,
+        condition: Any = None,
         decode: bool = True,
         **sampling: Any,
     ) -> None:
         """The arguments are those of `NCVQVAE.sample_batches`.
 
         Raises:
-            UserError: a label the model does not know, a context that does not fit, or a bad option.
+            UserError: a label or condition the model does not know, a context that does not fit, or a bad option.
         """
         self.config: Config = sampling_config(model.config, sampling)
         self.context = None if context is None else Context(context, mask, model.data)
@@ -64,6 +68,13 @@ class SeriesSampler:
             raise UserError("mask says what of a context was observed; give the context too")
         seed = checked_index("seed", seed, bits=63)
         self.plan = LabelPlan(labels, model.class_names, model.data.class_counts)
+        self.conditions = None
+        embedding = model.prior.condition_embedding
+        if embedding is None and condition is not None:
+            raise UserError("this model was trained without conditions; fit(conditions=...) makes one that has some")
+        # Of what is completed, conditions drawn at random could contradict what is observed.
+        if embedding is not None and (context is None or condition is not None):
+            self.conditions = ConditionPlan(embedding, condition, len(model.class_names), draw=context is None)
         self.model = model
         self.seed = seed
         self.decode = decode
@@ -128,28 +139,37 @@ class SeriesSampler:
             fillers = torch.arange(self.size, device=model.device) + LARGEST_INDEX
             unlabelled = torch.full_like(fillers, model.prior.num_classes)
             nothing = torch.full((self.size, model.prior.num_tokens), model.prior.num_codes, device=model.device)
-            fills = self.decoder(unlabelled, fillers, self.seed, nothing)[1]
+            unknown = None if self.conditions is None else self.unknown()
+            fills = self.decoder(unlabelled, fillers, self.seed, nothing, unknown)[1]
             with computing("fp32", model.device):
                 self.context.find_known_tokens(model.vqvae, fills[: Context.NUM_FILLS], self.size)
+
+    def unknown(self) -> Tensor:
+        """Conditions of a chunk of which none is known, float64 [B, k]."""
+        shape = self.size, len(self.conditions.columns)
+        return torch.full(shape, torch.nan, dtype=torch.float64, device=self.model.device)
 
     def launch(self, first: int, rows: slice) -> "Chunk":
         with current(self.model.device):
             sample = torch.arange(first, first + self.size, device=self.model.device)
             labels = self.plan(sample, self.seed)
             known = None if self.context is None else self.context.known_tokens(sample)
-            tokens, x = self.decoder(labels, sample, self.seed, known)
+            conditions = None if self.conditions is None else self.conditions(sample, labels, self.seed)
+            tokens, x = self.decoder(labels, sample, self.seed, known, conditions)
             if x is not None:
                 x = (x.double() * self.std + self.mean).float()
-            return Chunk(first, rows, labels, tokens, x)
+            return Chunk(first, rows, labels, tokens, x, conditions)
 
     def arrived(self, chunk: "Chunk") -> Batch:
-        labels, tokens, x = chunk.arrays()
+        labels, tokens, x, conditions = chunk.arrays()
         index = np.arange(chunk.first + chunk.rows.start, chunk.first + chunk.rows.stop)
         self.check(index, "token", tokens, self.model.prior.num_codes)
         self.check(index, "class", labels, self.plan.no_class + 1)
+        if self.conditions is not None:
+            self.check(index, "condition", np.isnan(conditions[:, self.conditions.known]).astype(np.int64), 1)
         if x is not None and self.context is not None:
             x = self.context.keep_observed(x, index)
-        return Batch(index, x, labels if self.plan.names_classes else None, tokens.astype(np.uint16))
+        return Batch(index, x, labels if self.plan.names_classes else None, tokens.astype(np.uint16), conditions)
 
     def check(self, index: np.ndarray, what: str, values: np.ndarray, end: int) -> None:
         """That all values [B] or [B, n] are below `end`: the host's copy of what was not computed has none of these."""

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,6 +59,8 @@ def fit(
     label_column: str | int | None = None,
     layout: Literal["nctd", "ntd", "table"] | None = None,
     index_column: str | int | None = None,
+    conditions: Any = None,
+    condition_columns: str | Sequence[str] | None = None,
     window: int | None = None,
     stride: int = 1,
     time_column: str | None = None,
@@ -84,6 +87,9 @@ def fit(
         label_column: of a table or a matrix [n, L + 1], the labels, by name or place from 0; "none": it has none.
         layout: of X, where it does not tell: "nctd" [n, channels, time], "ntd" [n, time, channels], "table" [n, time].
         index_column: of a table, a column to leave out, or several with commas between; "none" keeps all.
+        conditions: what is known of each series besides its class, numbers and categories: a table, a dict of arrays
+            [n] by name, or an array [n, k]; `sample(condition=...)` then takes them (`ncfast.data.conditions`).
+        condition_columns: the same as columns of a table X, by name.
         window: X is a long recording, a DataFrame or [T, channels] in order of time, and windows of so many rows are
             the series, one every `stride` rows; see `ncfast.data.windows.windows_of`, of the two columns too.
         options: fields of `ncfast.config.Config`, such as ssl="vicreg", stage1_epochs=100.
@@ -96,15 +102,18 @@ def fit(
     Raises:
         UserError: data or options that cannot be used or are ambiguous, with the reason.
     """
-    reading = Reading(label_column, layout, index_column=index_column)
+    reading = Reading(label_column, layout, index_column=index_column, condition_columns=condition_columns)
     if window is None:
         refuse_without_window(stride, time_column, group_column)
-        dataset = from_arrays(X, y, reading=reading)
+        dataset = from_arrays(X, y, reading=reading, conditions=conditions)
     else:
         reading.refuse("X", "label_column", "layout", "index_column")
         if y is not None:
             raise UserError("windows of a recording have no labels of their own; leave out y, or cut them yourself")
+        if conditions is not None:
+            raise UserError("conditions of windows are columns of the recording: give condition_columns")
         columns = {"time_column": time_column, "group_column": group_column}
+        columns["condition_columns"] = reading.condition_columns
         dataset = windows_of(X, window, stride, test_share=0, name="arrays", source="X", **columns)
     for note in dataset.notes:
         warnings.warn(note, stacklevel=2)
@@ -158,7 +167,7 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
 
 def check_memory(config: Config, dataset: Dataset, device: torch.device) -> None:
     """Refuses what cannot fit, by what it takes at least: each counts only its largest tensors."""
-    vqvae, prior = on_meta(config, dataset.n_channels, dataset.length, dataset.n_classes)
+    vqvae, prior = on_meta(config, DataStats.of(dataset))
     with without_memory():
         ssl = [] if config.ssl in WITHOUT_LOSS else [SelfSupervision(config)]
     n, dim = len(dataset.X_train), config.dim
@@ -225,6 +234,8 @@ def train_stages(
     run = run_sha256(config, data)
     x, observed = data.normalise_observed(dataset.X_train, device)  # [N, C, L]
     labels = None if dataset.y_train is None else torch.from_numpy(dataset.y_train).to(device)
+    rows = dataset.conditions_train
+    conditions = None if rows is None else torch.from_numpy(rows).to(device)
     state = None if out is None else processes.on_every_rank(lambda: saved_state(out, device, run))
     processes.check_alike(f"states in {out}", None if state is None else (state["stage"], state["epoch"]))
     loop = {
@@ -253,7 +264,7 @@ def train_stages(
                 record_metrics(folder, "stage1", {**stage_metrics(result), **reconstruction(vqvae, data, dataset)})
 
         prior = new_prior(config, vqvae, data)
-        second = make_stage2(config, vqvae, prior, x, labels, device, processes, observed)
+        second = make_stage2(config, vqvae, prior, x, labels, device, processes, observed, conditions)
         result = train_stage(second, log=log, state=state, **loop)
         if folder is not None:
             write_tensors(folder / "stage2.safetensors", prior.state_dict())

@@ -85,7 +85,10 @@ def run_sha256(config: Config, data: DataStats) -> str:
 
 
 def sha256_of(options: dict[str, Any], data: DataStats) -> str:
-    facts = [options, dataclasses.asdict(data.identity)]
+    known = dataclasses.asdict(data.identity)
+    if not known["conditions"]:
+        del known["conditions"]  # as of versions that had none
+    facts = [options, known]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

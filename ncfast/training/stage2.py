@@ -122,8 +122,12 @@ def stage2_losses(
     generator: torch.Generator,
     local_slice: slice = slice(None),
     loss_weight: float = 1.0,
+    conditions: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Cross-entropy over all positions of one batch.
+
+    A share `class_dropout` of the series is learned without class and conditions. Of the others with conditions a share
+    as large lacks some: each of them, and the class, with probability 1/2; so that each may be left out later.
 
     Args:
         tokens: [B, n].
@@ -131,19 +135,26 @@ def stage2_losses(
         local_slice: the rows that this process computes, where a batch is spread over several (`engine.processes`).
             Random numbers are drawn for all rows, so that they do not depend on the number of processes.
         loss_weight: of these rows.
+        conditions: float64 [B, k], or None.
     """
     mask = random_mask(tokens.shape, config.masking, generator, tokens.device, config.codebook_levels)
     no_class = torch.full(tokens.shape[:1], prior.num_classes, device=tokens.device)
-    if labels is None:
+    if labels is None and conditions is None:
         labels = no_class
     else:
+        labels = no_class if labels is None else labels
         dropped = torch.rand(labels.shape, device=labels.device, generator=generator) < config.class_dropout
+        if conditions is not None:
+            shape = 2 + conditions.shape[1], len(labels)
+            u = torch.rand(shape, device=labels.device, generator=generator)
+            lost = dropped | ((u[0] < config.class_dropout) & (u[1:] < 0.5))  # [1 + k, B]
+            dropped, conditions = lost[0], conditions.masked_fill(lost[1:].T, torch.nan)[local_slice]
         labels = torch.where(dropped, no_class, labels)
     masked, tokens = torch.where(mask, prior.num_codes, tokens)[local_slice], tokens[local_slice]
     drop = None
     if config.prior_dropout > 0:
         drop = Dropout(config.prior_dropout, generator, len(mask), local_slice)
-    logits = prior(masked, labels[local_slice], drop)
+    logits = prior(masked, labels[local_slice], conditions, drop)
     each = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view_as(tokens)
     loss = each.mean() if each.numel() else each.sum()
     return {"loss": loss if loss_weight == 1 else loss_weight * loss, "masked_share": mask.float().mean()}

@@ -15,7 +15,7 @@ from ncfast.engine.loop import Stage, derived_seed
 from ncfast.engine.processes import ALONE, Processes
 from ncfast.engine.step import Losses
 from ncfast.models.prior import Prior
-from ncfast.models.trained import build_models
+from ncfast.models.trained import build_models, build_prior
 from ncfast.models.vqvae import VQVAE
 from ncfast.training.self_supervision import WITHOUT_LOSS, SelfSupervision
 from ncfast.training.stage1 import stage1_losses
@@ -34,7 +34,7 @@ def new_self_supervision(config: Config) -> SelfSupervision | None:
 
 def new_prior(config: Config, vqvae: VQVAE, data: DataStats) -> Prior:
     with seeded(config.seed, 2):
-        return Prior(config, vqvae.codebook.cpu(), vqvae.num_tokens, len(data.class_names))
+        return build_prior(config, data, vqvae)
 
 
 def make_stage1(
@@ -100,7 +100,11 @@ def make_stage2(
     device: torch.device,
     processes: Processes = ALONE,
     observed: Tensor | None = None,
+    conditions: Tensor | None = None,
 ) -> Stage:
+    """conditions: of a prior that has some, float64 [N, k] on the device; they become part of it."""
+    if conditions is not None:
+        prior.condition_embedding.remember(conditions, labels)
     distribution = TokenDistribution(vqvae, x, observed, config.token_temperature)
     modules = nn.ModuleDict({"prior": prior}).to(device)
 
@@ -108,7 +112,14 @@ def make_stage2(
         tokens = distribution.draw(rows, generator)
         own, loss_weight = processes.local_slice(len(rows)), processes.loss_weight(len(rows))
         return stage2_losses(
-            prior, tokens, None if labels is None else labels[rows], config, generator, own, loss_weight
+            prior,
+            tokens,
+            None if labels is None else labels[rows],
+            config,
+            generator,
+            own,
+            loss_weight,
+            None if conditions is None else conditions[rows],
         )
 
     return make_stage(2, config, modules, losses, len(x))

@@ -8,12 +8,14 @@ from ncfast.sampling.maskgit import mask_schedule
 SMALL = {"dim": 8, "residual_blocks": 1, "codebook_size": 8, "prior_dim": 32, "prior_layers": 1, "prior_head_dim": 16}
 
 
-@pytest.mark.parametrize("guidance, steps", [(1.0, 6), (2.0, 6), (1.0, 40)])
-def test_the_trace_ends_with_the_series_that_is_sampled(guidance, steps):
+@pytest.mark.parametrize(
+    "guidance, steps, conditions", [(1.0, 6, None), (2.0, 6, None), (1.0, 40, None), (2.0, 6, {"age": np.arange(20)})]
+)
+def test_the_trace_ends_with_the_series_that_is_sampled(guidance, steps, conditions):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(20, 1, 30)).cumsum(-1).astype(np.float32), np.arange(20) % 2
     options = {"stage1_epochs": 2, "stage2_epochs": 2, "guidance_scale": guidance, "decoding_steps": steps}
-    model = ncfast.fit(x, y, ssl="none", quiet=True, **SMALL, **options)
+    model = ncfast.fit(x, y, conditions=conditions, ssl="none", quiet=True, **SMALL, **options)
     K, n = 8, model.vqvae.num_tokens
     for labels in ("none", "train"):
         trace = trace_decoding(model, labels, seed=3)

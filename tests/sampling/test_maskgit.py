@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ncfast.config import make_config
+from ncfast.data.conditions import ConditionColumn
 from ncfast.models.prior import Prior
 from ncfast.models.vqvae import VQVAE
 from ncfast.sampling.maskgit import ChunkDecoder, Sampler, SamplerOptimizations, mask_schedule
@@ -82,9 +83,9 @@ def count_rows(monkeypatch, sampler):
     shapes = []
     compute = sampler.logits
 
-    def logits(tokens, labels, positions=None):
+    def logits(tokens, labels, positions=None, conditions=None):
         shapes.append((len(tokens), n if positions is None else positions.shape[1]))
-        return compute(tokens, labels, positions)
+        return compute(tokens, labels, positions, conditions)
 
     monkeypatch.setattr(sampler, "logits", logits)
     return shapes
@@ -248,11 +249,14 @@ def test_mask_schedule(count, steps):
     assert all(masked == 0 if count == 0 else masked >= 1 for masked in google[:-1])
 
 
-def make_decoder(graph, device="cpu"):
+CONDITIONS = (ConditionColumn("age", "number", 50.0, 10.0), ConditionColumn("sex", "category", categories=("f", "m")))
+
+
+def make_decoder(graph, device="cpu", conditions=()):
     torch.manual_seed(1)
     config = make_config(**SMALL)
     vqvae = VQVAE(config, 1, 96).eval().to(device)
-    prior = Prior(config, vqvae.vq.codebook, vqvae.num_tokens, C).eval().to(device)
+    prior = Prior(config, vqvae.vq.codebook.cpu(), vqvae.num_tokens, C, conditions, 5).eval().to(device)
     return ChunkDecoder(vqvae, Sampler(prior, config), graph=graph)
 
 
@@ -272,12 +276,35 @@ def test_a_graph_that_cannot_be_captured_is_said_and_done_without(monkeypatch):
     decoder(labels, sample, 0)  # and not tried again
 
 
+def test_all_that_changes_enters_a_graph_as_a_tensor(monkeypatch):
+    class Replayed:
+        def __init__(self, function, *inputs, warm_ups):
+            self.function, self.inputs = function, [value.clone() for value in inputs]
+
+        def __call__(self, *inputs):
+            for own, value in zip(self.inputs, inputs, strict=True):
+                own.copy_(value)
+            return self.function(*self.inputs)
+
+    monkeypatch.setattr("ncfast.sampling.maskgit.CudaGraph", Replayed)
+    graphed, plain = make_decoder(True, conditions=CONDITIONS), make_decoder(False, conditions=CONDITIONS)
+    graphed.wants_graph = True
+    labels, sample = torch.arange(6) % C, torch.arange(6)
+    for seed in (3, 4):
+        rows = torch.stack([50 + seed * sample, sample % 2], 1).double()
+        expected = plain(labels, sample, seed, conditions=rows)[0]
+        assert torch.equal(graphed(labels, sample, seed, conditions=rows)[0], expected)
+    assert graphed.graph is not None
+
+
 @pytest.mark.gpu
-def test_a_cuda_graph_gives_the_same_bits_for_any_seed():
-    graphed, eager = make_decoder(True, "cuda"), make_decoder(False, "cuda")
+@pytest.mark.parametrize("conditions", [(), CONDITIONS], ids=["class", "conditions"])
+def test_a_cuda_graph_gives_the_same_bits_for_any_seed(conditions):
+    graphed, eager = (make_decoder(graph, "cuda", conditions) for graph in (True, False))
     for first, seed in ((0, 3), (64, 3), (0, 2**62)):
         sample = torch.arange(first, first + 64, device="cuda")
-        tokens, x = graphed(sample % (C + 1), sample, seed)
-        expected_tokens, expected = eager(sample % (C + 1), sample, seed)
+        rows = torch.stack([sample, sample % 2], 1).double() if conditions else None
+        tokens, x = graphed(sample % (C + 1), sample, seed, conditions=rows)
+        expected_tokens, expected = eager(sample % (C + 1), sample, seed, conditions=rows)
         assert torch.equal(tokens, expected_tokens) and torch.equal(x, expected)
     assert graphed.graph is not None
