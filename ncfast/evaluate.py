@@ -66,8 +66,8 @@ def main() -> None:
     from ncfast.engine.checkpoint import write_json
     from ncfast.evaluation import table
     from ncfast.evaluation.fcn import Recipe
-    from ncfast.evaluation.fcn_cache import default_folder
     from ncfast.evaluation.material import Material
+    from ncfast.evaluation.network_cache import default_folder
     from ncfast.evaluation.protocol import chosen, measure
     from ncfast.models.trained import weights_sha256
     from ncfast.ncvqvae import load
