@@ -166,15 +166,16 @@ def measured(cell: Cell, device: torch.device, *, data: Path, runs: Path, cache:
 
 def facts(model: NCVQVAE, x: np.ndarray) -> Row:
     """Of the codes: how many tokens a window is, how many codes are used, what is lost."""
-    x = model.data.normalise(x[np.random.default_rng(0).permutation(len(x))[:CODED]], model.device)
+    coded = model.data.normalise(x[np.random.default_rng(0).permutation(len(x))[:CODED]], model.device)
+    blocks = coded.split(model.chunk_size)
     with torch.no_grad():
-        tokens = torch.cat([model.vqvae.tokenize(block) for block in x.split(model.chunk_size)])
-        rebuilt = torch.cat([model.vqvae.reconstruct(block) for block in x.split(model.chunk_size)])
+        tokens = torch.cat([model.vqvae.tokenize(block) for block in blocks])
+        rebuilt = torch.cat([model.vqvae.reconstruct(block) for block in blocks])
     return {
         "tokens": tokens.shape[1],
         "codes": model.config.codebook_size,
         "codes_used": len(tokens.unique()),
-        "reconstruction_mse": float((rebuilt - x).square().mean()),
+        "reconstruction_mse": float((rebuilt - coded).square().mean()),
         "precision": model.precision,
     }
 

@@ -53,10 +53,10 @@ def discriminative_scores(
 
     def loss() -> Tensor:
         drawn, targets = [], []
-        for x, order, cut, target in zip(series, orders, cuts, (1.0, 0.0), strict=True):
+        for x, order, cut, is_real in zip(series, orders, cuts, (1.0, 0.0), strict=True):
             rows = order.gather(1, random_rows(repeats, cut, min(BATCH_SIZE, cut), generator))  # [R, B]
             drawn.append(x[rows])
-            targets.append(x.new_full((rows.shape[1],), target))
+            targets.append(x.new_full((rows.shape[1],), is_real))
         target = torch.cat(targets)
         weight = torch.cat([torch.full_like(one, 1 / len(one)) for one in targets])  # both kinds count alike
         logits = model(torch.cat(drawn, 1))[:, :, 0]  # [R, B of real + B of generated]

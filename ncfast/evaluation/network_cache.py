@@ -99,7 +99,7 @@ def fingerprint(record: dict[str, Any], *arrays: np.ndarray) -> str:
     """A hash of what a network is made from: numbers and words, and arrays in their own bytes."""
     digest = hashlib.sha256(json.dumps({"format": FORMAT, **record}).encode())
     for array in arrays:
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
@@ -107,5 +107,5 @@ def weights_sha256(key: str, model: nn.Module) -> str:
     digest = hashlib.sha256(key.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensor.cpu().numpy()))
+        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
     return digest.hexdigest()

@@ -142,10 +142,10 @@ def train_ts2vec(
                 order = random.permutation(N)
             rows, order = order[:B], order[B:]
             # The views are [first, right) and [left, last), and the overlap [left, right).
-            overlap = random.integers(2, L + 1)
-            left = random.integers(0, L - overlap + 1)
+            overlap = int(random.integers(2, L + 1))
+            left = int(random.integers(0, L - overlap + 1))
             right = left + overlap
-            first, last = random.integers(0, left + 1), random.integers(right, L + 1)
+            first, last = int(random.integers(0, left + 1)), int(random.integers(right, L + 1))
             shifts = random.integers(-first, L - last + 1, B)
 
             def cut(begin: int, end: int, rows: np.ndarray = rows, shifts: np.ndarray = shifts) -> Tensor:
@@ -159,7 +159,8 @@ def train_ts2vec(
             optimizer.step()
             average.update_parameters(model)
             bar.update()
-    return average.module.eval()
+    model.load_state_dict(average.module.state_dict())
+    return model.eval()
 
 
 def cached_ts2vec(
