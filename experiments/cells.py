@@ -277,7 +277,8 @@ def stop(workers: Sequence[Worker], seconds: float = 10) -> None:
 def serve(work: Callable[[Cell, torch.device], Row], device: str, threads: int, connection: Connection) -> None:
     """What a process of `run` does. After a failure it ends, since a GPU may not be usable any more."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is open is closed
-    torch.set_num_threads(threads)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
     leave_compiler_out()
     where = choose_device(device)[0]
     with contextlib.suppress(EOFError, KeyboardInterrupt):
