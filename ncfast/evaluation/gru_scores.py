@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncfast.engine.cuda_graph import CudaGraph, capture_stream, on_stream
+from ncfast.engine.device import usable_device
 from ncfast.engine.loop import derived_seed
 from ncfast.engine.precision import computing
 
@@ -43,7 +44,7 @@ def discriminative_scores(
     Returns:
         One score a repeat.
     """
-    device = torch.device(device)
+    device = usable_device(device)
     generator = torch.Generator(device).manual_seed(derived_seed(seed, 0))
     series = [time_major(x, device) for x in (real, generated)]
     # Every repeat divides the series in its own way.
@@ -90,7 +91,7 @@ def predictive_scores(
     Returns:
         One score a repeat.
     """
-    device = torch.device(device)
+    device = usable_device(device)
     generator = torch.Generator(device).manual_seed(derived_seed(seed, 0))
     seen, made = time_major(real, device), time_major(generated, device)
     channels = real.shape[1]

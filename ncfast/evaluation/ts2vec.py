@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ncfast.engine.device import usable_device
 from ncfast.engine.logging import progress_bar
 from ncfast.engine.loop import derived_seed
 from ncfast.engine.precision import computing
@@ -122,7 +123,7 @@ def train_ts2vec(
         x: float32 [N, C, L], L at least 2.
         title: of the progress bar; without one there is none.
     """
-    device = torch.device(device)
+    device = usable_device(device)
     generator = torch.Generator(device).manual_seed(derived_seed(seed, 0))
     random = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
