@@ -28,7 +28,7 @@ from ncfast.engine.logging import RunLog
 from ncfast.engine.loop import Stage, train_stage
 from ncfast.engine.precision import computing
 from ncfast.evaluation import evaluate
-from ncfast.evaluation.fcn_cache import default_folder
+from ncfast.evaluation.network_cache import default_folder
 from ncfast.jobs.reproduction import hold_out, shortened
 from ncfast.models.vqvae import VQVAE
 from ncfast.ncvqvae import NCVQVAE

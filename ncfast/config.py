@@ -33,7 +33,15 @@ MEASURES = (
     "acd",
     "mdd",
     "nnd",
+    "precision",
+    "recall",
+    "nndr",
+    "mia",
+    "discriminative",
+    "predictive",
+    "context_fid",
 )
+SLOW_MEASURES = ("discriminative", "predictive", "context_fid")  # taken only where they are asked for
 
 
 def option(default: Any, help: str, group: str, **more: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ncfast.cli.flags import add_data_arguments, reading_options
 from ncfast.cli.parser import Parser, run, words
 from ncfast.cli.startup import choose_device, start_driver
-from ncfast.config import MEASURES
+from ncfast.config import MEASURES, SLOW_MEASURES
 from ncfast.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,11 @@ def make_parser() -> Parser:
     parser.add_argument("--dataset", help="name or path, as ncfast.train takes it [what the run was trained on]")
     add_data_arguments(parser)
     parser.add_argument(
-        "--measures", type=words, metavar="A,B,...", help=f"which, out of {', '.join(MEASURES)} [all of them]"
+        "--measures",
+        type=words,
+        metavar="A,B,...",
+        help=f"which, out of {', '.join(MEASURES)}; or all of them: all [all but {', '.join(SLOW_MEASURES)}, which "
+        "train networks for minutes]",
     )
     parser.add_argument(
         "--num-samples", type=positive, metavar="N", help="series generated for each comparison [as in the test set]"
@@ -66,8 +70,8 @@ def main() -> None:
     from ncfast.engine.checkpoint import write_json
     from ncfast.evaluation import table
     from ncfast.evaluation.fcn import Recipe
-    from ncfast.evaluation.fcn_cache import default_folder
     from ncfast.evaluation.material import Material
+    from ncfast.evaluation.network_cache import default_folder
     from ncfast.evaluation.protocol import chosen, measure
     from ncfast.models.trained import weights_sha256
     from ncfast.ncvqvae import load

@@ -12,7 +12,7 @@ from pathlib import Path
 from ncfast.cli.flags import add_config_arguments, add_data_arguments
 from ncfast.cli.parser import Parser, run, words
 from ncfast.cli.startup import start_driver
-from ncfast.config import MEASURES, METHODS, PRESETS
+from ncfast.config import MEASURES, METHODS, PRESETS, SLOW_MEASURES
 
 PAPER = (
     *("ElectricDevices", "FordB", "FordA", "Wafer", "TwoPatterns", "StarLightCurves", "UWaveGestureLibraryAll"),
@@ -56,7 +56,12 @@ def make_parser() -> Parser:
         metavar="X",
         help="measure on this share of the train split, and leave the test split alone",
     )
-    parser.add_argument("--measures", type=words, metavar="A,B,...", help=f"out of {', '.join(MEASURES)} [all]")
+    parser.add_argument(
+        "--measures",
+        type=words,
+        metavar="A,B,...",
+        help=f"out of {', '.join(MEASURES)}, or all [all but {', '.join(SLOW_MEASURES)}]",
+    )
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="draws of series a run [1, as the authors]")
     parser.add_argument("--fcn-epochs", type=int, metavar="N", help="epochs of each classifier [20, or 600 steps]")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="folder of trained evaluators")

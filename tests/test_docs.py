@@ -29,7 +29,9 @@ PROGRAMS = {
     name: importlib.import_module(f"ncfast.{name}").make_parser()
     for name in ("train", "generate", "evaluate", "reproduce", "info")
 }
-OTHER_FLAGS = {"--help", "--part"}  # the second is of experiments/
+EXPERIMENTS = [
+    importlib.import_module(f"experiments.{name}").make_parser() for name in ("compare_variants", "held_out", "tsg")
+]
 TINY = {
     "dim": 8,
     "residual_blocks": 1,
@@ -140,7 +142,7 @@ def test_programs_take_the_commands(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_flags_in_the_text_are_of_some_program(page):
-    known = OTHER_FLAGS.union(*map(options_of, PROGRAMS.values()))
+    known = {"--help"}.union(*map(options_of, [*PROGRAMS.values(), *EXPERIMENTS]))
     for code in code_in_sentences(page.read_text()):
         if code.startswith("--"):
             check_flags(code, known, page)

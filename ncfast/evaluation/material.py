@@ -16,6 +16,9 @@ from ncfast.engine.precision import computing
 from ncfast.errors import UserError
 from ncfast.evaluation.fcn import Recipe
 from ncfast.evaluation.fcn_cache import Evaluator, cached_fcn
+from ncfast.evaluation.measures import nearest_distance
+from ncfast.evaluation.published import ScoreRecipe, to_unit_range
+from ncfast.evaluation.ts2vec import TS2Vec, cached_ts2vec
 from ncfast.ncvqvae import NCVQVAE
 from ncfast.sampling.class_plan import NONE
 
@@ -59,6 +62,7 @@ class Material:
         recipe: Recipe | None = None,
         fcn_seed: int = 0,
         cache: Path | None = None,
+        scores: ScoreRecipe | None = None,
         quiet: bool = False,
     ) -> None:
         """
@@ -68,7 +72,8 @@ class Material:
             num_samples: None for as many as there are test series.
             recipe: of the classifiers.
             fcn_seed: of the evaluator.
-            cache: folder of trained evaluators (`fcn_cache`); None keeps nothing.
+            cache: folder of trained networks (`network_cache`); None keeps nothing.
+            scores: of the networks of the discriminative, predictive and Context-FID scores.
             quiet: no progress bars.
 
         Raises:
@@ -86,6 +91,7 @@ class Material:
         self.recipe = Recipe() if recipe is None else recipe
         self.fcn_seed = fcn_seed
         self.cache = cache
+        self.scores = ScoreRecipe() if scores is None else scores
         self.quiet = quiet
         self.made: dict[tuple[str, int], Any] = {}  # by seed
         # Of the data and not of the model, so that all models on a data set share one evaluator.
@@ -127,6 +133,42 @@ class Material:
 
     def generated_described(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         return self.once(("described", seed), lambda: self.evaluator.model.describe(self.generated(seed).x))
+
+    def encoder(self, seed: int) -> TS2Vec:
+        """TS2Vec of the train split."""
+        return cached_ts2vec(
+            self.unit_range(self.train),
+            seed,
+            self.model.device,
+            self.cache,
+            name=self.dataset.name,
+            steps=self.scores.encoder_steps,
+            quiet=self.quiet,
+        )
+
+    def unit_range(self, x: Tensor) -> np.ndarray:
+        """Normalised series [N, C, L], in units in which the train series fill 0..1."""
+        return to_unit_range(x.numpy(), self.train.numpy())
+
+    def points(self, x: Tensor) -> np.ndarray:
+        """What precision and recall compare: features of the evaluator [N, 128], or without one the series themselves
+        [N, C·L]."""
+        return self.evaluator.model.describe(x)[0] if self.has_evaluator else x.numpy().reshape(len(x), -1)
+
+    @property
+    def has_evaluator(self) -> bool:
+        """Whether the train series have the labels that a classifier needs."""
+        return self.dataset.y_train is not None and self.dataset.n_classes >= 2
+
+    @functools.cached_property
+    def test_nearest(self) -> float:
+        """How far the median test series is from the train series nearest to it."""
+        return nearest_distance(self.test.numpy(), self.train.numpy())
+
+    def generated_nearest(self, seed: int) -> float:
+        return self.once(
+            ("nearest", seed), lambda: nearest_distance(self.generated(seed).x.numpy(), self.train.numpy())
+        )
 
     def generated(self, seed: int) -> GeneratedSet:
         """`num_samples` series without a class, which the authors of NC-VQVAE compare with the test set."""

@@ -132,20 +132,36 @@ def marginal_difference(x: np.ndarray, y: np.ndarray, bins: int | None = None) -
     return float(np.abs(frequencies(x) - frequencies(y)).sum(1).mean() / 2)
 
 
-def nearest_distance(x: np.ndarray, train: np.ndarray, rows: int = 256) -> float:
-    """Distance of the median series of x to the train series nearest to it: root of the mean square over channels and
-    times. A generator that copies is near 0; one that does not is about as far as real series that it never saw.
+def nearest_distances(x: np.ndarray, others: np.ndarray, rows: int = 256) -> np.ndarray:
+    """Distance of each series of x to the one of `others` nearest to it: root of the mean square over channels and
+    times.
+
+    Args:
+        x, others: series [N, C, L] and [M, C, L].
+        rows: of x at a time; N x M distances at once would not fit.
+
+    Returns:
+        float64 [N].
+    """
+    check_series(x, others)
+    x, others = (np.asarray(z, dtype=np.float64).reshape(len(z), -1) for z in (x, others))
+    squares = np.square(others).sum(1)
+    nearest = []
+    for block in (x[i : i + rows] for i in range(0, len(x), rows)):
+        # |x - t|² without |x|², which is the same for all t.
+        closest = others[(squares - 2 * block @ others.T).argmin(1)]
+        nearest.append(np.sqrt(np.square(block - closest).mean(1)))
+    return np.concatenate(nearest)
+
+
+def nearest_distance(x: np.ndarray, train: np.ndarray) -> float:
+    """Distance of the median series of x to the train series nearest to it (`nearest_distances`). A generator that
+    copies is near 0; one that does not is about as far as real series that it never saw.
 
     Args:
         x, train: series [N, C, L] and [M, C, L].
-        rows: of x at a time; N x M distances at once would not fit.
     """
-    check_series(x, train)
-    x, train = (np.asarray(z, dtype=np.float64).reshape(len(z), -1) for z in (x, train))
-    squares = np.square(train).sum(1)
-    # |x - t|² without |x|², which is the same for all t.
-    nearest = np.concatenate([(squares - 2 * x[i : i + rows] @ train.T).argmin(1) for i in range(0, len(x), rows)])
-    return float(np.median(np.sqrt(np.square(x - train[nearest]).mean(1))))
+    return float(np.median(nearest_distances(x, train)))
 
 
 def check_series(x: np.ndarray, y: np.ndarray) -> None:

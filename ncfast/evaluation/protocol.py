@@ -8,9 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ncfast.config import SLOW_MEASURES
 from ncfast.data.dataset import Dataset
 from ncfast.errors import UserError
 from ncfast.evaluation.fcn import Recipe, classification_accuracy_score
+from ncfast.evaluation.gru_scores import discriminative_scores, predictive_scores
+from ncfast.evaluation.manifold import NEIGHBOURS as MANIFOLD_NEIGHBOURS
+from ncfast.evaluation.manifold import share_covered
 from ncfast.evaluation.material import Material
 from ncfast.evaluation.measures import (
     NEIGHBOURS,
@@ -22,11 +26,13 @@ from ncfast.evaluation.measures import (
     knn_accuracy,
     marginal_difference,
     mean_abs_off_diagonal,
-    nearest_distance,
     perplexity,
     require_sklearn,
     svm_accuracy,
 )
+from ncfast.evaluation.privacy import membership_inference_auc, ratio
+from ncfast.evaluation.published import Interval, ScoreRecipe
+from ncfast.evaluation.ts2vec import context_fid
 from ncfast.ncvqvae import NCVQVAE
 from ncfast.version import __version__
 
@@ -75,6 +81,7 @@ def evaluate(
     recipe: Recipe | None = None,
     fcn_seed: int = 0,
     cache: Path | None = None,
+    scores: ScoreRecipe | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """How good a trained model is.
@@ -82,12 +89,14 @@ def evaluate(
     Args:
         model: trained; `ncfast.load` reads one from its run.
         dataset: the data it was trained on, with a test split.
-        measures: names out of `MEASURES`; None takes all.
+        measures: names out of `MEASURES`; None takes all but `SLOW_MEASURES`, which train networks for minutes, and
+            ["all"] these too.
         num_samples: series that are generated for each comparison; None for the size of the test set.
         seeds: of the generated series; each figure of them is a mean and a standard deviation over these.
         recipe: of the classifiers; None for `Recipe()`.
         fcn_seed: of the evaluator, the classifier whose features FID compares: one for all seeds.
-        cache: folder where trained evaluators are kept (`fcn_cache.default_folder()`); None keeps nothing.
+        cache: folder where trained evaluators are kept (`network_cache.default_folder()`); None keeps nothing.
+        scores: of the networks of `SLOW_MEASURES`; None for `ScoreRecipe()`, the published protocol.
         quiet: no progress bars.
 
     Returns:
@@ -98,7 +107,14 @@ def evaluate(
     """
     names = chosen(measures)
     material = Material(
-        model, dataset, num_samples=num_samples, recipe=recipe, fcn_seed=fcn_seed, cache=cache, quiet=quiet
+        model,
+        dataset,
+        num_samples=num_samples,
+        recipe=recipe,
+        fcn_seed=fcn_seed,
+        cache=cache,
+        scores=scores,
+        quiet=quiet,
     )
     return measure(material, names, seeds)
 
@@ -113,7 +129,7 @@ def measure(material: Material, names: Sequence[str], seeds: Sequence[int]) -> d
     seconds = {}
     for name in names:
         begin = time.perf_counter()
-        reason = why_not(name, dataset)
+        reason = why_not(name, material)
         if reason is None:
             figures += MEASURES[name].take(material, seeds)
         else:
@@ -174,7 +190,10 @@ def chosen(names: Sequence[str] | None) -> list[str]:
     Raises:
         UserError: an unknown one, or one whose package is not installed.
     """
-    wanted = list(MEASURES if names is None else names)
+    if names is None:
+        wanted = [name for name in MEASURES if name not in SLOW_MEASURES]
+    else:
+        wanted = list(MEASURES if "all" in names else names)
     unknown = [name for name in wanted if name not in MEASURES]
     if unknown or not wanted:
         raise UserError(f"no measure {', '.join(map(repr, unknown)) or 'is named'}; there are {', '.join(MEASURES)}")
@@ -189,8 +208,12 @@ def chosen(names: Sequence[str] | None) -> list[str]:
     return [name for name in MEASURES if name in wanted]
 
 
-def why_not(name: str, dataset: Dataset) -> str | None:
+def why_not(name: str, material: Material) -> str | None:
     """Why a measure cannot be taken on this data, or None."""
+    dataset = material.dataset
+    if name in ("precision", "recall"):
+        least = min(material.num_samples, len(dataset.X_train), len(dataset.X_test))
+        return None if least > MANIFOLD_NEIGHBOURS else f"there are only {least} series of a kind"
     labels = MEASURES[name].labels
     if not labels:
         return None
@@ -314,13 +337,79 @@ def two_sample(
 
 
 def nearest(material: Material, seeds: list[int]) -> Iterator[Figure]:
-    train = material.train.numpy()
-    values = [nearest_distance(material.generated(seed).x.numpy(), train) for seed in seeds]
-    figure = over_seeds("NND", values, material, seeds)
-    figure.n = f"{material.num_samples} generated, {len(train)} train"
+    figure = over_seeds("NND", [material.generated_nearest(seed) for seed in seeds], material, seeds)
+    figure.n = f"{material.num_samples} generated, {len(material.train)} train"
     yield figure
-    real = nearest_distance(material.test.numpy(), train)
-    yield Figure("NND_test", "data", real, n=f"{len(material.test)} test, {len(train)} train")
+    n = f"{len(material.test)} test, {len(material.train)} train"
+    yield Figure("NND_test", "data", material.test_nearest, n=n)
+
+
+def nearest_ratio(material: Material, seeds: list[int]) -> Iterator[Figure]:
+    if material.test_nearest == 0:
+        yield Figure("NNDR", "stage2", reason="the median test series is itself a train series")
+        return
+    values = [ratio(material.generated_nearest(seed), material.test_nearest) for seed in seeds]
+    yield of_all_splits(over_seeds("NNDR", values, material, seeds), material)
+
+
+def membership(material: Material, seeds: list[int]) -> Iterator[Figure]:
+    train, test = material.train.numpy(), material.test.numpy()
+    values = [membership_inference_auc(material.generated(seed).x.numpy(), train, test) for seed in seeds]
+    yield of_all_splits(over_seeds("MIA", values, material, seeds), material)
+
+
+def of_all_splits(figure: Figure, material: Material) -> Figure:
+    figure.n = f"{material.num_samples} generated, {len(material.train)} train, {len(material.test)} test"
+    return figure
+
+
+def covered(
+    metric: str, share: Callable[[np.ndarray, np.ndarray], float]
+) -> Callable[[Material, list[int]], Iterator[Figure]]:
+    def figures(material: Material, seeds: list[int]) -> Iterator[Figure]:
+        real = material.points(material.test)
+        values = [share(material.points(material.generated(seed).x), real) for seed in seeds]
+        accuracy = material.evaluator_accuracy if material.has_evaluator else None
+        yield over_seeds(metric, values, material, seeds, accuracy)
+        yield floor(metric, share(material.points(material.train), real), material, material.has_evaluator)
+
+    return figures
+
+
+def trained_after(
+    metric: str, scores: Callable[[Material, np.ndarray, np.ndarray], list[float]]
+) -> Callable[[Material, list[int]], Iterator[Figure]]:
+    """A score of networks that are trained on the series of the first seed. scores: of material, real, generated."""
+
+    def figures(material: Material, seeds: list[int]) -> Iterator[Figure]:
+        real, made = (material.unit_range(x) for x in (material.train, material.generated(seeds[0]).x))
+        values = scores(material, real, made)
+        n = f"{len(made)} generated, {len(real)} train"
+        yield Figure(metric, "stage2", *Interval.of(values), over_repeats(values), n, seeds[:1])
+
+    return figures
+
+
+def over_repeats(values: list[float]) -> str | None:
+    return f"{len(values)} repeats (95 % interval)" if len(values) > 1 else None
+
+
+def discriminative(material: Material, real: np.ndarray, made: np.ndarray) -> list[float]:
+    recipe = material.scores
+    return discriminative_scores(
+        real, made, repeats=recipe.repeats, steps=recipe.discriminative_steps, device=material.model.device
+    )
+
+
+def predictive(material: Material, real: np.ndarray, made: np.ndarray) -> list[float]:
+    recipe = material.scores
+    return predictive_scores(
+        real, made, repeats=recipe.repeats, steps=recipe.predictive_steps, device=material.model.device
+    )
+
+
+def context(material: Material, real: np.ndarray, made: np.ndarray) -> list[float]:
+    return [context_fid(material.encoder(seed), real, made) for seed in range(material.scores.repeats)]
 
 
 def over_seeds(
@@ -368,4 +457,11 @@ MEASURES: dict[str, Measure] = {
     "acd": Measure(two_sample("ACD", autocorrelation_difference), "stage2"),
     "mdd": Measure(two_sample("MDD", marginal_difference), "stage2"),
     "nnd": Measure(nearest, "stage2"),
+    "precision": Measure(covered("precision", share_covered), "stage2"),
+    "recall": Measure(covered("recall", lambda made, real: share_covered(real, made)), "stage2"),
+    "nndr": Measure(nearest_ratio, "stage2"),
+    "mia": Measure(membership, "stage2"),
+    "discriminative": Measure(trained_after("discriminative", discriminative), "stage2"),
+    "predictive": Measure(trained_after("predictive", predictive), "stage2"),
+    "context_fid": Measure(trained_after("context_FID", context), "stage2"),
 }

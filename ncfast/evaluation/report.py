@@ -30,9 +30,13 @@ NOTES = """
 FID: Fréchet distance of the evaluator's features; FID_reconstructed is of test series through the codebook. IS:
 inception score, 1 to the number of classes. CAS: test accuracy of a classifier trained on generated series only; beside
 it that of the evaluator, trained on real ones. ACD and MDD: differences of autocorrelation and of the values at each
-time. NND: median distance to the nearest train series; far below NND_test, the generator copies. FID_train,
-ACD_train, MDD_train, NND_test and IS_test are of real series only: what generated ones can be expected to reach.
-Reconstruction and NND are in normalised units.
+time. NND: median distance to the nearest train series; NNDR divides it by NND_test, and below 0.7 the generator
+memorises. MIA: how well distances to generated series tell train from test series; 0.5 where nothing leaks. Precision
+and recall: share of generated series among the real ones and of real among the generated ones, by the evaluator's
+features or, without labels, by the series. FID_train, ACD_train, MDD_train, precision_train, recall_train, NND_test and
+IS_test are of real series only: what generated ones can be expected to reach. Discriminative and predictive score,
+context_FID: as TimeGAN and Diffusion-TS take them, against the train series. Reconstruction and NND are in normalised
+units.
 """.strip()
 
 

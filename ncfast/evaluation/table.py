@@ -16,7 +16,10 @@ def row(figure: dict[str, Any]) -> tuple[str, ...]:
     over = figure["std_over"] or ""
     if figure["seeds"]:
         seeds = ", ".join(map(str, figure["seeds"]))
-        over = f"sampling seeds {seeds}" if len(figure["seeds"]) > 1 else f"sampling seed {seeds}"
+        if len(figure["seeds"]) > 1:
+            over = f"sampling seeds {seeds}"
+        else:  # its spread, if any, is over something else
+            over = f"{over}, sampling seed {seeds}" if over else f"sampling seed {seeds}"
     accuracy = figure["evaluator_accuracy"]
     evaluator = "" if accuracy is None else f"accuracy {accuracy:.3f}"
     return figure["metric"], value(figure), over, figure["n"], evaluator

@@ -29,7 +29,7 @@ from ncfast.engine.checkpoint import atomic_path, read_json, write_json
 from ncfast.errors import UserError
 from ncfast.evaluation.comparison import COLUMNS, as_markdown
 from ncfast.evaluation.fcn import Recipe
-from ncfast.evaluation.fcn_cache import default_folder
+from ncfast.evaluation.network_cache import default_folder
 from ncfast.evaluation.protocol import chosen, csv_rows, evaluate
 from ncfast.models.trained import read_config
 from ncfast.training.fit import resolve_config, train

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from ncfast.errors import UserError
 from ncfast.evaluation import fcn_cache
 from ncfast.evaluation.fcn import FCN, Recipe, train_fcn
-from ncfast.evaluation.fcn_cache import cached_fcn, default_folder
+from ncfast.evaluation.fcn_cache import cached_fcn
+from ncfast.evaluation.network_cache import default_folder
 
 CPU = torch.device("cpu")
 QUICK = Recipe(epochs=2, batch_size=16)

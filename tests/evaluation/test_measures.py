@@ -126,8 +126,9 @@ def test_nearest_distance_is_that_of_loops(rows):
     rng = np.random.default_rng(0)
     x, train = (rng.normal(size=(n, 2, 9)).astype(np.float32) + 100 for n in (11, 17))
     distances = [min(np.sqrt(((a - b).astype(np.float64) ** 2).mean()) for b in train) for a in x]
-    assert measures.nearest_distance(x, train, rows) == pytest.approx(sorted(distances)[5], rel=1e-6)
-    assert measures.nearest_distance(train[3:9], train, rows) == 0
+    np.testing.assert_allclose(measures.nearest_distances(x, train, rows), distances, rtol=1e-6)
+    assert measures.nearest_distance(x, train) == pytest.approx(sorted(distances)[5], rel=1e-6)
+    assert (measures.nearest_distances(train[3:9], train, rows) == 0).all()
 
 
 @pytest.mark.parametrize("measure", [measures.autocorrelation_difference, measures.marginal_difference])

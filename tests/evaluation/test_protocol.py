@@ -10,12 +10,17 @@ import pytest
 import torch
 
 import ncfast
+from ncfast.config import SLOW_MEASURES
 from ncfast.data.dataset import from_arrays
 from ncfast.errors import UserError
 from ncfast.evaluation import csv_rows, evaluate, measures
 from ncfast.evaluation.fcn import Recipe
+from ncfast.evaluation.gru_scores import discriminative_scores, predictive_scores
 from ncfast.evaluation.material import GeneratedSet, Material
 from ncfast.evaluation.protocol import MEASURES, measure
+from ncfast.evaluation.published import Interval, ScoreRecipe, to_unit_range
+from ncfast.evaluation.table import row
+from ncfast.evaluation.ts2vec import context_fid, train_ts2vec
 
 SMALL = {
     "dim": 8,
@@ -33,7 +38,7 @@ SMALL = {
 QUICK = Recipe(epochs=10, batch_size=16)  # of real series; there are 17 times as many generated ones
 QUICKER = Recipe(epochs=2, batch_size=64)
 NEED_SKLEARN = ("knn", "svm")
-OTHERS = [name for name in MEASURES if name not in NEED_SKLEARN]
+OTHERS = [name for name in MEASURES if name not in (*NEED_SKLEARN, *SLOW_MEASURES)]
 
 
 def waves(n, seed, length=40):
@@ -213,7 +218,9 @@ def test_without_labels_the_table_says_why(model):
     taken = evaluate(model, unlabelled, measures=OTHERS, seeds=[0], quiet=True)
     reasons = {figure["metric"]: figure["reason"] for figure in taken["measures"] if figure["value"] is None}
     assert reasons == dict.fromkeys(("fid", "is", "cas"), "the data has no labels")
-    assert {"test_reconstruction_mse", "test_perplexity", "ACD", "MDD"} <= set(values(taken))
+    assert {"test_reconstruction_mse", "test_perplexity", "ACD", "MDD", "precision", "NNDR", "MIA"} <= set(
+        values(taken)
+    )
     assert taken["evaluator"] is None
     assert all(row["value"] is not None for row in csv_rows(taken, "m", "r"))
 
@@ -259,3 +266,42 @@ def test_only_the_probes_need_sklearn(model, dataset, monkeypatch):
         evaluate(model, dataset, quiet=True)
     taken = evaluate(model, dataset, measures=["acd"], num_samples=5, seeds=[0], quiet=True)
     assert values(taken)["ACD"] > 0
+
+
+def test_slow_measures_are_taken_where_they_are_asked_for(model, dataset, tmp_path):
+    scores = ScoreRecipe(repeats=2, discriminative_steps=3, predictive_steps=3, encoder_steps=2)
+    taken = evaluate(
+        model, dataset, measures=["all"], recipe=QUICKER, seeds=[7, 8], scores=scores, cache=tmp_path, quiet=True
+    )
+    assert set(taken["seconds"]) == set(MEASURES)
+    material = Material(model, dataset, quiet=True)
+    made = material.unit_range(material.generated(7).x)
+    real = to_unit_range(dataset.X_train, dataset.X_train)
+    np.testing.assert_allclose(material.unit_range(material.train), real, atol=1e-6)
+    for metric, expected in (
+        ("discriminative", discriminative_scores(real, made, repeats=2, steps=3)),
+        ("predictive", predictive_scores(real, made, repeats=2, steps=3)),
+        ("context_FID", [context_fid(train_ts2vec(real, 2, seed), real, made) for seed in range(2)]),
+    ):
+        own = figure_of(taken, metric)
+        assert (own["value"], own["std"]) == pytest.approx(Interval.of(expected), rel=1e-3, abs=1e-6)
+        assert own["seeds"] == [7] and own["n"] == "45 generated, 60 train"
+        assert row(own)[2] == "2 repeats (95 % interval), sampling seed 7"
+    assert len(list(tmp_path.glob("ts2vec-waves-*.safetensors"))) == 2
+
+
+def test_privacy_and_coverage_of_a_copier_and_of_new_series(model, dataset):
+    names = ["precision", "recall", "nndr", "mia"]
+    train, test = normalised(dataset.X_train, dataset), normalised(dataset.X_test, dataset)
+
+    def taken(x):
+        material = Playback(model, dataset, recipe=QUICK, quiet=True).play(x, None)
+        return values(measure(material, names, [0]))
+
+    copier, perfect = taken(train), taken(test)
+    assert copier["NNDR"] == 0 and copier["MIA"] == 1 and copier["precision"] == copier["precision_train"]
+    assert perfect["NNDR"] == 1 and perfect["precision"] == perfect["recall"] == 1
+    assert taken(test[:1].repeat(45, 1, 1))["recall"] < 0.2  # a collapsed generator
+    twins = dataclasses.replace(dataset, X_test=dataset.X_train, y_test=dataset.y_train)
+    material = Playback(model, twins, quiet=True).play(test, None)
+    assert figure_of(measure(material, ["nndr"], [0]), "NNDR")["reason"].startswith("the median test series is")

@@ -1,0 +1,298 @@
+"""Cells of an experiment (a data set, a variant, a seed), shared among processes and GPUs under a limit of time.
+
+A finished cell is a line of a JSON lines file, so that the same command goes on where the last one was stopped; a
+training that was stopped goes on from its last checkpoint.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ncfast
+from ncfast.cli.startup import choose_device, leave_compiler_out
+from ncfast.config import PRESETS, Config, make_config
+from ncfast.data.dataset import Dataset
+from ncfast.engine.checkpoint import read_json
+from ncfast.errors import UserError
+from ncfast.evaluation.network_cache import default_folder
+from ncfast.jobs.reproduction import is_trained, shortened
+from ncfast.ncvqvae import NCVQVAE
+from ncfast.training.fit import resolve_config, train
+
+Cell = dict[str, Any]  # "set", "variant", "options", "seed", "budget" and what an experiment adds
+Row = dict[str, Any]  # "cell", "seconds" and what an experiment measures
+LONG = {"stage1_steps": 6000, "stage2_steps": 8000}
+REVIVED = {"codebook_size": 512, "codebook_init": "kmeans", "dead_code_threshold": 1.0}
+VARIANTS: dict[str, dict[str, Any]] = {  # options of `ncfast.fit`
+    "default": {},
+    "paper": {"preset": "paper"},
+    "none": {"ssl": "none"},
+    "long": LONG,
+    "none-long": {"ssl": "none", **LONG},
+    "none-512": {"ssl": "none", **REVIVED, **LONG},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the data sets")
+    parser.add_argument(
+        "--variants", nargs="+", default=None, metavar="NAME", help=f"out of {', '.join(VARIANTS)} and of --variant"
+    )
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME:KEY=VALUE,KEY=VALUE",
+        help="one more: options of ncfast.fit, and preset; a list has + between its words. Repeatable",
+    )
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of every variant. Repeatable"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of training and sampling [0]")
+    parser.add_argument("--budget", type=float, default=1.0, metavar="X", help="share of each variant's epochs [1]")
+    parser.add_argument("--devices", nargs="+", default=["auto"], help="cpu, or GPUs such as cuda:0 cuda:1 [auto]")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes on each device [1]")
+    parser.add_argument("--minutes", type=float, default=8.0, metavar="M", help="what is not finished is stopped [8]")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines, added to")
+    parser.add_argument("--cache", type=Path, default=default_folder(), metavar="DIR", help="trained evaluators")
+
+
+def chosen_variants(arguments: argparse.Namespace, more: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Options of each variant, in the order asked for; those of --variant are asked for by being there.
+
+    Args:
+        more: names that are no variants of training; they have no options.
+
+    Raises:
+        UserError: an unknown variant or option, or a value that it cannot have.
+    """
+    known = dict(VARIANTS)
+    own = []
+    for text in arguments.variant:
+        name, _, options = text.partition(":")
+        known[name] = dict(map(key_and_value, filter(None, options.split(","))))
+        own.append(name)
+    for_all = dict(map(key_and_value, arguments.option))
+    asked = [*(arguments.variants if arguments.variants is not None else [] if own else ["default"]), *own]
+    chosen: dict[str, dict[str, Any]] = {}
+    for name in asked:
+        if name in more:
+            chosen[name] = {}
+        elif name in known:
+            chosen[name] = {**known[name], **for_all}
+            configured(chosen[name], seed=0)
+        else:
+            raise UserError(f"no variant {name!r}; there are {', '.join([*known, *more])}, or make one with --variant")
+    return chosen
+
+
+def key_and_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"an option is KEY=VALUE; got {text!r}")
+    key = key.strip().replace("-", "_")
+    hints = {f.name: f.type for f in dataclasses.fields(Config)}
+    if hints.get(key) == tuple[str, ...]:
+        return key, value.split("+")
+    with contextlib.suppress(json.JSONDecodeError):
+        return key, json.loads(value)
+    return key, value
+
+
+def configured(options: dict[str, Any], seed: int) -> Config:
+    options = dict(options)
+    preset = options.pop("preset", "default")
+    if preset not in PRESETS:
+        raise UserError(f"preset is one of {', '.join(PRESETS)}; got {preset!r}")
+    return make_config(preset, **options, seed=seed)
+
+
+def trained(cell: Cell, dataset: Dataset, device: torch.device, runs: Path) -> tuple[NCVQVAE, float]:
+    """The model of a cell and the seconds that its training took; goes on with one that was stopped."""
+    options = cell["options"]
+    if device.type == "cuda":
+        options = {"precision": "bf16", **options}
+    config = shortened(resolve_config(configured(options, cell["seed"]), dataset, device), cell["budget"])
+    folder = run_folder(cell, runs)
+    if is_trained(folder, config, dataset):
+        model = ncfast.load(folder, device)
+    else:
+        model = train(config, dataset, out=folder, device=device, resume=True, quiet=True)
+    return model, sum(values["seconds"] for values in read_json(folder / "metrics.json").values())
+
+
+def run_folder(cell: Cell, runs: Path) -> Path:
+    return runs / hashlib.sha256(identity(cell).encode()).hexdigest()[:16]
+
+
+def identity(cell: Cell) -> str:
+    return json.dumps(cell, sort_keys=True)
+
+
+def rows_of(out: Path) -> list[Row]:
+    """What is finished. A line that was cut short is none."""
+    rows = []
+    for line in out.read_text().splitlines() if out.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def runs_of(out: Path) -> Path:
+    """Where the trainings of a file of results have their folders."""
+    return out.with_suffix(".runs")
+
+
+def run(cells: Sequence[Cell], work: Callable[[Cell, torch.device], Row], arguments: argparse.Namespace) -> list[Row]:
+    """Rows of all cells that are finished, in their order, when all are or the time is up.
+
+    Cells begin in their order, but for those that will take longer than what is left, by what another cell of that
+    set has taken.
+
+    Args:
+        work: what to do with a cell; a process calls it with one after the other.
+    """
+    begin = time.monotonic()
+    deadline = begin + 60 * arguments.minutes
+    out: Path = arguments.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not out.read_bytes().endswith(b"\n"):
+        with open(out, "a") as file:
+            file.write("\n")
+    rows = {identity(row["cell"]): row for row in rows_of(out)}
+    todo = [cell for cell in cells if identity(cell) not in rows]
+    print(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished before", flush=True)
+    workers: list[Worker] = []
+    failed = 0
+    try:
+        devices = [device for _ in range(arguments.jobs) for device in arguments.devices][: len(todo)]
+        workers = [Worker(work, device, len(devices)) for device in devices]
+        while time.monotonic() < deadline:
+            for worker in workers:
+                if worker.cell is None:
+                    worker.take(next_cell(todo, rows.values(), deadline - time.monotonic()))
+            busy = [worker for worker in workers if worker.cell is not None]
+            if not busy:
+                break
+            wait([worker.connection for worker in busy], timeout=max(0.0, deadline - time.monotonic()))
+            for worker in busy:
+                if not worker.connection.poll():
+                    continue
+                cell, row, error = worker.answer()
+                said = f"[{time.monotonic() - begin:4.0f} s] {label(cell)}"
+                if row is None:
+                    failed += 1
+                    print(f"{said} failed: {error}", flush=True)
+                    workers[workers.index(worker)] = Worker(work, worker.device, len(workers))
+                    continue
+                rows[identity(cell)] = row
+                with open(out, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                shutil.rmtree(run_folder(cell, runs_of(out)), ignore_errors=True)
+                print(f"{said}: {row['seconds']:.0f} s", flush=True)
+    finally:
+        stop(workers)
+    finished = [rows[identity(cell)] for cell in cells if identity(cell) in rows]
+    left = len(cells) - len(finished) - failed
+    if left or failed:
+        print(f"{left} cells are not finished and {failed} failed: the same command goes on", flush=True)
+    return finished
+
+
+def next_cell(todo: list[Cell], rows: Any, left: float) -> Cell | None:
+    """Takes the first that is expected to be finished in the seconds that are left."""
+    fastest: dict[tuple[Any, ...], float] = {}
+    for row in rows:
+        kind = kind_of(row["cell"])
+        fastest[kind] = min(row["seconds"], fastest.get(kind, row["seconds"]))
+    for i, cell in enumerate(todo):
+        if fastest.get(kind_of(cell), 0.0) <= left:
+            return todo.pop(i)
+    return None
+
+
+def kind_of(cell: Cell) -> tuple[Any, ...]:
+    return cell["set"], cell.get("length"), cell["variant"]
+
+
+def label(cell: Cell) -> str:
+    return " ".join(str(cell[name]) for name in ("set", "length", "variant") if name in cell) + f" seed {cell['seed']}"
+
+
+class Worker:
+    """A process on a device that is given a cell at a time."""
+
+    def __init__(self, work: Callable[[Cell, torch.device], Row], device: str, workers: int) -> None:
+        self.device = device
+        self.cell: Cell | None = None
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        threads = max(1, len(os.sched_getaffinity(0)) // workers)
+        self.process = context.Process(target=serve, args=(work, device, threads, theirs), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+
+    def take(self, cell: Cell | None) -> None:
+        self.cell = cell
+        if cell is not None:
+            with contextlib.suppress(BrokenPipeError):  # the answer will say that the process has ended
+                self.connection.send(cell)
+
+    def answer(self) -> tuple[Cell, Row | None, str]:
+        """The cell, and its row or what went wrong."""
+        assert self.cell is not None
+        cell, self.cell = self.cell, None
+        try:
+            return cell, *self.connection.recv()
+        except EOFError:
+            self.process.join()
+            return cell, None, f"its process ended with code {self.process.exitcode}"
+
+
+def stop(workers: Sequence[Worker], seconds: float = 10) -> None:
+    """Ends their processes, within that time."""
+    for worker in workers:
+        worker.process.terminate()
+    end = time.monotonic() + seconds
+    for worker in workers:
+        worker.process.join(max(0.0, end - time.monotonic()))
+        worker.process.kill()
+
+
+def serve(work: Callable[[Cell, torch.device], Row], device: str, threads: int, connection: Connection) -> None:
+    """What a process of `run` does. After a failure it ends, since a GPU may not be usable any more."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is open is closed
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+    leave_compiler_out()
+    where = choose_device(device)[0]
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            cell = connection.recv()
+            begin = time.monotonic()
+            try:
+                row = {"cell": cell, **work(cell, where)}
+            except Exception as error:  # whatever it is, other cells go on
+                traceback.print_exc()
+                connection.send((None, f"{type(error).__name__}: {error}"))
+                return
+            connection.send(({**row, "seconds": round(time.monotonic() - begin, 1), "machine": name_of(where)}, ""))
+
+
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
