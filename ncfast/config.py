@@ -129,6 +129,14 @@ class Config:
     )
     class_dropout: float = option(0.2, "share of labels replaced by 'no class'", "Prior", minimum=0, maximum=1)
 
+    refiner_dim: int = option(64, "width of the refiner", "Refiner", minimum=1, maximum=2**12)
+    refiner_temperature: float = option(
+        1.0, "the refiner learns from series of codes drawn from softmax(-|z - e_k|^2 / this)", "Refiner", minimum=0
+    )
+
+    refinements: int = option(
+        8, "steps of the refiner, where there is one; 0 leaves it out", "Sampling", minimum=0, maximum=1000
+    )
     decoding_steps: int = option(20, "steps of iterative decoding", "Sampling", minimum=1, maximum=1000)
     choice_temperature: float = option(8.0, "Gumbel noise on the confidence, annealed to 0", "Sampling", minimum=0)
     guidance_scale: float = option(1.0, "u + s (c - u) on the logits; 1 is plain conditional", "Sampling", minimum=0)
@@ -153,6 +161,12 @@ class Config:
     )
     stage2_steps: int = option(
         2000, "optimiser steps of stage 2, unless epochs are given", "Training", minimum=1, maximum=10**8
+    )
+    refiner_epochs: int | None = option(
+        None, "epochs of stage 3, the refiner [as many as make --refiner-steps]", "Training", minimum=0, maximum=10**7
+    )
+    refiner_steps: int = option(
+        0, "optimiser steps of stage 3, unless epochs are given; 0: no refiner", "Training", minimum=0, maximum=10**8
     )
     batch_size: int = option(128, "series a stage-1 step", "Training", minimum=2)
     stage2_batch_size: int = option(256, "series a stage-2 step", "Training", minimum=1)

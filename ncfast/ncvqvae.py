@@ -17,7 +17,16 @@ from ncfast.engine.device import usable_device
 from ncfast.engine.memory import check_fits, human
 from ncfast.engine.precision import autocast, computing
 from ncfast.errors import UserError
-from ncfast.models.trained import TrainedModel, build_models, load_weights, on_meta, read_config, size_of, write_config
+from ncfast.models.trained import (
+    TrainedModel,
+    build_models,
+    build_refiner,
+    load_weights,
+    on_meta,
+    read_config,
+    size_of,
+    write_config,
+)
 from ncfast.options import Condition, Labels, SamplingOptions
 from ncfast.sampling.class_plan import TRAIN
 from ncfast.sampling.series import Batch, SeriesSampler, checked_index
@@ -162,7 +171,7 @@ class NCVQVAE(TrainedModel):
             chunk = tokens[first : first + self.chunk_size].astype(np.int64)
             whole = np.resize(chunk, (self.chunk_size, T))  # as many rows as when they were drawn
             with computing(self.precision, self.device), autocast(self.precision, self.device):
-                x = self.vqvae.detokenize(torch.from_numpy(whole).to(self.device))
+                x = self.vqvae.detokenize(torch.from_numpy(whole).to(self.device), self.config.refinements)
             parts.append(self.data.denormalise(x)[: len(chunk)])
         return np.concatenate(parts)
 
@@ -184,12 +193,14 @@ class NCVQVAE(TrainedModel):
         return self.data.denormalise(torch.cat(blocks))
 
     def save(self, folder: str | Path) -> None:
-        """Writes config.json, stage1.safetensors and stage2.safetensors."""
+        """Writes config.json, stage1.safetensors, stage2.safetensors and, of a refiner, stage3.safetensors."""
         folder = Path(folder)
         make_folder(folder)
         write_config(folder, self.config, self.data)
-        write_tensors(folder / "stage1.safetensors", self.vqvae.state_dict())
+        write_tensors(folder / "stage1.safetensors", self.vqvae.state_dict_of_stage1())
         write_tensors(folder / "stage2.safetensors", self.prior.state_dict())
+        if self.vqvae.refiner is not None:
+            write_tensors(folder / "stage3.safetensors", self.vqvae.refiner.state_dict())
 
     @classmethod
     def from_pretrained(
@@ -265,7 +276,7 @@ def load(run: str | Path, device: str | torch.device = "auto", precision: str | 
     folder = Path(run)
     config, data = read_config(folder)
     device = usable_device(device)
-    for stage in (1, 2):
+    for stage in (1, 2, 3) if config.refiner_epochs else (1, 2):
         if not (folder / f"stage{stage}.safetensors").exists():
             raise UserError(f"{folder} has not finished stage {stage}; continue it with `ncfast.train ... --resume`")
     path = folder / "config.json"
@@ -275,6 +286,9 @@ def load(run: str | Path, device: str | torch.device = "auto", precision: str | 
         raise UserError(f"{path} describes no model that can be made ({reason(error)}); it is damaged") from error
     check_fits(4 * numbers, torch.device("cpu"), f"the model that {path} describes", "is that file damaged?")
     vqvae, prior = build_models(config, data)
-    for name, module in (("stage1", vqvae), ("stage2", prior)):
-        load_weights(folder / f"{name}.safetensors", module)
+    refiner = build_refiner(config, data)
+    for stage, module in enumerate((vqvae, prior, refiner), 1):
+        if module is not None:
+            load_weights(folder / f"stage{stage}.safetensors", module)
+    vqvae.refiner = refiner
     return NCVQVAE(config, data, vqvae, prior, device, precision)

@@ -10,6 +10,7 @@ Condition = Mapping[str, Any]  # by name a value, or several
 class SamplingOptions(TypedDict, total=False):
     """Options of the group "Sampling" of `ncfast.config.Config`."""
 
+    refinements: int
     decoding_steps: int
     choice_temperature: float
     guidance_scale: float
@@ -46,10 +47,14 @@ class Options(SamplingOptions, total=False):
     token_temperature: float
     masking: Literal["masked", "kept"]
     class_dropout: float
+    refiner_dim: int
+    refiner_temperature: float
     stage1_epochs: int | None
     stage2_epochs: int | None
     stage1_steps: int
     stage2_steps: int
+    refiner_epochs: int | None
+    refiner_steps: int
     batch_size: int
     stage2_batch_size: int
     learning_rate: float

@@ -13,6 +13,7 @@ from ncfast.engine.checkpoint import read_json, read_tensors, write_json
 from ncfast.engine.precision import resolve_precision
 from ncfast.errors import UserError
 from ncfast.models.prior import Prior
+from ncfast.models.refiner import Refiner
 from ncfast.models.vqvae import VQVAE
 from ncfast.nn.meta import without_memory
 from ncfast.version import __version__
@@ -63,6 +64,10 @@ def build_prior(config: Config, data: DataStats, vqvae: VQVAE) -> Prior:
     codebook = vqvae.codebook
     codebook = codebook if codebook.is_meta else codebook.cpu()
     return Prior(config, codebook, vqvae.num_tokens, len(data.class_names), data.conditions, data.num_series)
+
+
+def build_refiner(config: Config, data: DataStats) -> Refiner | None:
+    return Refiner(data.channels, config.refiner_dim) if config.refiner_epochs else None
 
 
 def on_meta(config: Config, data: DataStats) -> tuple[VQVAE, Prior]:
@@ -120,8 +125,10 @@ def read_config(folder: Path) -> tuple[Config, DataStats]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """One hash over both weight files."""
+    """One hash over the weight files."""
     digest = hashlib.sha256()
-    for stage in (1, 2):
-        digest.update((folder / f"stage{stage}.safetensors").read_bytes())
+    for stage in (1, 2, 3):
+        path = folder / f"stage{stage}.safetensors"
+        if stage < 3 or path.exists():
+            digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncfast.config import Config
+from ncfast.models.refiner import Refiner, noise_of
 from ncfast.nn.encoder_decoder import Decoder, Encoder, num_downsampling_blocks
 from ncfast.nn.stft import STFT
 from ncfast.nn.vector_quantize import VectorQuantize
@@ -20,6 +21,7 @@ class VQVAE(nn.Module):
     def __init__(self, config: Config, channels: int, length: int, has_gaps: bool = False) -> None:
         super().__init__()
         self.has_gaps = has_gaps
+        self.refiner: Refiner | None = None  # of stage 3, where there is one
         self.stft = STFT(length, config.n_fft)
         spectrum_size = (self.stft.num_bins, self.stft.num_frames)
         num_down = self.num_down = config.halvings or num_downsampling_blocks(
@@ -34,6 +36,10 @@ class VQVAE(nn.Module):
         # What finer levels are for: the residuals of those before.
         self.finer = nn.ModuleList(new_codebook(config) for _ in range(config.codebook_levels - 1))
         self.decoder = Decoder(2 * channels, config.dim, num_down, config.residual_blocks, spectrum_size)
+
+    def state_dict_of_stage1(self) -> dict[str, Tensor]:
+        """Without the refiner's."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("refiner.")}
 
     @property
     def levels(self) -> list[VectorQuantize]:
@@ -115,9 +121,12 @@ class VQVAE(nn.Module):
         return codes.unflatten(1, (len(self.levels), -1)).sum(1) if self.finer else codes
 
     @torch.no_grad()
-    def detokenize(self, tokens: Tensor) -> Tensor:
-        """tokens [B, n] -> series [B, C, L]."""
-        return self.stft.inverse(self.decode(self.embed(tokens)))
+    def detokenize(self, tokens: Tensor, refinements: int = 0) -> Tensor:
+        """tokens [B, n] -> series [B, C, L]; refinements: steps of the refiner, where there is one."""
+        x = self.stft.inverse(self.decode(self.embed(tokens)))
+        if self.refiner is None or refinements == 0:
+            return x
+        return self.refiner.refine(x, noise_of(tokens, *x.shape[1:]), refinements)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, observed: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 # Streams: independent numbers for different uses at one address.
-TOKENS, CONFIDENCE, LABELS, CONDITIONS = 0, 1, 2, 3
+TOKENS, CONFIDENCE, LABELS, CONDITIONS, RADIUS, ANGLE = range(6)
 
 
 def philox4x32(
@@ -36,9 +36,9 @@ def uniform(seed: int | Tensor, sample: Tensor, position: Tensor, *, step: int, 
     Args:
         seed: 64 bits; a tensor is int64 without dimensions.
         sample: global sample index, int64, broadcast against `position`.
-        position: token position below 2¹⁶, int64.
+        position: token position below 2¹⁶, int64; below 2³² where step is 0.
         step: decoding step below 2¹⁶.
-        stream: TOKENS, CONFIDENCE, LABELS or CONDITIONS.
+        stream: one of the streams above.
     """
     sample, position = torch.broadcast_tensors(sample, position)
     counter = (sample & WORD, (sample >> 32) & WORD, position | (step << 16), torch.full_like(position, stream << 24))

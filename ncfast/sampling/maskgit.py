@@ -336,4 +336,4 @@ class ChunkDecoder:
     ) -> tuple[Tensor, Tensor | None]:
         with autocast(self.sampler.precision, self.sampler.device):
             tokens = self.sampler.decode(labels, sample, seed, known, conditions)
-            return tokens, self.vqvae.detokenize(tokens) if self.with_series else None
+            return tokens, self.vqvae.detokenize(tokens, self.sampler.config.refinements) if self.with_series else None

@@ -35,7 +35,7 @@ from ncfast.nn.synchronised import synchronised
 from ncfast.options import Options
 from ncfast.training.run_folder import prepare_run, record_metrics, run_sha256, saved_state, stage_metrics
 from ncfast.training.self_supervision import WITHOUT_LOSS, SelfSupervision
-from ncfast.training.stages import make_stage1, make_stage2, new_prior, new_vqvae
+from ncfast.training.stages import make_stage1, make_stage2, make_stage3, new_prior, new_refiner, new_vqvae
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -160,9 +160,14 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
     Augment(config.augment)  # an unknown name is refused before anything is written
     epochs1 = config.stage1_epochs or math.ceil(config.stage1_steps / len(batch_ends(n, config.batch_size)))
     epochs2 = config.stage2_epochs or math.ceil(config.stage2_steps / len(batch_ends(n, config.stage2_batch_size)))
+    epochs3 = config.refiner_epochs
+    if epochs3 is None:
+        epochs3 = math.ceil(config.refiner_steps / len(batch_ends(n, config.batch_size)))
     precision = resolve_precision(config.precision, device)
     check_memory(config, dataset, device)
-    return dataclasses.replace(config, stage1_epochs=epochs1, stage2_epochs=epochs2, precision=precision)
+    return dataclasses.replace(
+        config, stage1_epochs=epochs1, stage2_epochs=epochs2, refiner_epochs=epochs3, precision=precision
+    )
 
 
 def check_memory(config: Config, dataset: Dataset, device: torch.device) -> None:
@@ -249,7 +254,7 @@ def train_stages(
 
     with RunLog(folder) as log, computing(config.precision, device):
         vqvae = new_vqvae(config, data)
-        if state is not None and state["stage"] == 2:
+        if state is not None and state["stage"] > 1:
             processes.on_every_rank(lambda: load_weights(out / "stage1.safetensors", vqvae))
             vqvae = vqvae.to(device).eval()
         else:
@@ -264,11 +269,24 @@ def train_stages(
                 record_metrics(folder, "stage1", {**stage_metrics(result), **reconstruction(vqvae, data, dataset)})
 
         prior = new_prior(config, vqvae, data)
-        second = make_stage2(config, vqvae, prior, x, labels, device, processes, observed, conditions)
-        result = train_stage(second, log=log, state=state, **loop)
-        if folder is not None:
-            write_tensors(folder / "stage2.safetensors", prior.state_dict())
-            record_metrics(folder, "stage2", stage_metrics(result))
+        if state is not None and state["stage"] > 2:
+            processes.on_every_rank(lambda: load_weights(out / "stage2.safetensors", prior))
+        else:
+            second = make_stage2(config, vqvae, prior, x, labels, device, processes, observed, conditions)
+            result = train_stage(second, log=log, state=state, **loop)
+            state = None
+            if folder is not None:
+                write_tensors(folder / "stage2.safetensors", prior.state_dict())
+                record_metrics(folder, "stage2", stage_metrics(result))
+
+        refiner = new_refiner(config, data)
+        if refiner is not None:
+            third = make_stage3(config, vqvae, refiner, x, device, processes, observed)
+            result = train_stage(third, log=log, state=state, **loop)
+            if folder is not None:
+                write_tensors(folder / "stage3.safetensors", refiner.state_dict())
+                record_metrics(folder, "stage3", stage_metrics(result))
+            vqvae.refiner = refiner
     return NCVQVAE(config, data, vqvae, prior, device)
 
 

@@ -15,7 +15,8 @@ from ncfast.engine.loop import Stage, derived_seed
 from ncfast.engine.processes import ALONE, Processes
 from ncfast.engine.step import Losses
 from ncfast.models.prior import Prior
-from ncfast.models.trained import build_models, build_prior
+from ncfast.models.refiner import Refiner, refiner_losses
+from ncfast.models.trained import build_models, build_prior, build_refiner
 from ncfast.models.vqvae import VQVAE
 from ncfast.training.self_supervision import WITHOUT_LOSS, SelfSupervision
 from ncfast.training.stage1 import stage1_losses
@@ -125,10 +126,52 @@ def make_stage2(
     return make_stage(2, config, modules, losses, len(x))
 
 
+def new_refiner(config: Config, data: DataStats) -> Refiner | None:
+    with seeded(config.seed, 3):
+        return build_refiner(config, data)
+
+
+def make_stage3(
+    config: Config,
+    vqvae: VQVAE,
+    refiner: Refiner,
+    x: Tensor,
+    device: torch.device,
+    processes: Processes = ALONE,
+    observed: Tensor | None = None,
+) -> Stage:
+    distribution = TokenDistribution(vqvae, x, observed, config.refiner_temperature)
+    modules = nn.ModuleDict({"refiner": refiner}).to(device)
+
+    @torch.no_grad()
+    def decoded(rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Train series through stochastic codes [B, C, L]."""
+        return vqvae.detokenize(distribution.draw(rows, generator))
+
+    generator = torch.Generator(device).manual_seed(derived_seed(config.seed, 3, 1))
+    error, count = 0, 0
+    for rows in torch.arange(len(x), device=device).split(256):
+        missed = (x[rows] - decoded(rows, generator)).double()
+        if observed is not None:
+            missed = missed.masked_fill(~observed[rows], torch.nan)
+        error, count = error + missed.square().nansum((0, 2)), count + (~missed.isnan()).sum((0, 2))
+    refiner.sigma.copy_((error / count).sqrt().clamp(min=1e-3)[:, None])
+
+    def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        own, loss_weight = processes.local_slice(len(rows)), processes.loss_weight(len(rows))
+        x_hat = decoded(rows, generator)
+        seen = None if observed is None else observed[rows]
+        found = refiner_losses(refiner, x[rows], x_hat, generator, seen, own)
+        return found if loss_weight == 1 else {name: loss_weight * value for name, value in found.items()}
+
+    return make_stage(3, config, modules, losses, len(x))
+
+
 def make_stage(number: int, config: Config, modules: nn.ModuleDict, losses: Losses, num_series: int) -> Stage:
     name, batch_size, epochs = {
         1: ("stage 1 (VQVAE)", config.batch_size, config.stage1_epochs),
         2: ("stage 2 (prior)", config.stage2_batch_size, config.stage2_epochs),
+        3: ("stage 3 (refiner)", config.batch_size, config.refiner_epochs),
     }[number]
     return Stage(
         number=number,
