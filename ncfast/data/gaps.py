@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ncfast.errors import UserError
 
@@ -54,11 +56,17 @@ def last_observed(X: np.ndarray) -> np.ndarray:  # [n, C, L]
     return np.where(seen.any(1), X.shape[2] - seen[:, ::-1].argmax(1), 0).astype(np.int64)
 
 
-def interpolated(x: np.ndarray, observed: np.ndarray) -> np.ndarray:
-    """Straight lines over the gaps, and the nearest value at the ends; zeros where a channel has nothing.  [n, C, L]"""
-    filled = np.where(observed, x, 0)
-    position = np.arange(x.shape[-1])
-    for row in zip(*np.nonzero(~observed.all(-1)), strict=True):
-        if observed[row].any():
-            filled[row] = np.interp(position, position[observed[row]], x[row][observed[row]])
-    return filled
+def interpolated(x: Tensor, observed: Tensor) -> Tensor:
+    """Straight lines over the gaps, and the nearest value at the ends; zeros where a channel has nothing.  [m, C, L]"""
+    L = x.shape[-1]
+    position = torch.arange(L, device=x.device).expand_as(observed)
+    # The nearest observed samples on both sides; at an end the same one twice.
+    left = torch.where(observed, position, -1).cummax(-1).values
+    right = torch.where(observed, position, L).flip(-1).cummin(-1).values.flip(-1)
+    left, right = torch.where(left < 0, right, left), torch.where(right == L, left, right)
+    nothing = left == L  # on either side
+    left, right = left.clamp(0, L - 1), right.clamp(0, L - 1)
+    known = torch.where(observed, x, 0)
+    a, b = known.gather(-1, left), known.gather(-1, right)
+    fraction = (position - left) / (right - left).clamp(min=1)
+    return torch.where(observed, x, torch.where(nothing, 0, a + fraction.to(x.dtype) * (b - a)))

@@ -120,11 +120,11 @@ class DataStats:
 
         None instead for data without gaps, whose models take nothing else.
         """
-        x = self.normalise(X, torch.device("cpu"))
+        x = self.normalise(X, device)
         observed = ~x.isnan()
         if not observed.all():
-            x = torch.from_numpy(interpolated(x.numpy(), observed.numpy()))
-        return x.to(device), observed.to(device) if self.has_gaps else None
+            x = interpolated(x, observed)
+        return x, observed if self.has_gaps else None
 
     def denormalise(self, x: Tensor) -> np.ndarray:
         """Back to data units, in float64 on the way.  x [N, C, L] -> float32."""

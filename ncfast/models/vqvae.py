@@ -15,7 +15,7 @@ from ncfast.ops import nearest_code
 class VQVAE(nn.Module):
     """x [B, C, L] --STFT--> u --encoder--> z [B, D, H, W'] --nearest code--> tokens [B, n] --decoder, ISTFT--> x̂.
 
-    For series with gaps the encoder also sees, for each channel and frame, the share of samples that were observed.
+    For series with gaps the encoder also sees, for each channel and frame, the share of samples that are missing.
     """
 
     def __init__(self, config: Config, channels: int, length: int, has_gaps: bool = False) -> None:
@@ -71,9 +71,9 @@ class VQVAE(nn.Module):
             return u
         B, channels, H, W = u.shape
         if observed is None:
-            return torch.cat([u, u.new_ones(B, channels // 2, H, W)], 1)
+            return torch.cat([u, u.new_zeros(B, channels // 2, H, W)], 1)
         half = self.stft.n_fft // 2
-        share = F.avg_pool1d(F.pad(observed.to(u), (half, half), "replicate"), self.stft.n_fft, self.stft.hop)
+        share = F.avg_pool1d(F.pad((~observed).to(u), (half, half), "replicate"), self.stft.n_fft, self.stft.hop)
         return torch.cat([u, share[:, :, None, :W].expand(-1, -1, H, -1)], 1)
 
     def encode(self, u: Tensor, views: int = 1) -> Tensor:

@@ -94,16 +94,17 @@ class Context:
             chunk_size: rows a forward pass of the encoder.
         """
         device = fills.device
-        x = self.data.normalise(self.original, torch.device("cpu")).numpy()  # [m, C, L]
-        lines = interpolated(x, self.observed)
+        x = self.data.normalise(self.original, torch.device("cpu"))  # [m, C, L]
+        observed = torch.from_numpy(self.observed.copy())
+        lines = interpolated(x, observed)
         versions = [lines]
-        for fill in fills.cpu().numpy():
-            fill = np.broadcast_to(fill, x.shape)
-            versions.append(np.where(self.observed, x, lines + fill - interpolated(fill, self.observed)))
+        for fill in fills.cpu():
+            fill = fill.expand_as(x)
+            versions.append(torch.where(observed, x, lines + fill - interpolated(fill, observed)))
         blocks = []
         for first in range(0, len(x), chunk_size):
             rows = np.arange(first, first + chunk_size) % len(x)
-            tokens, *others = (vqvae.tokenize(torch.from_numpy(version[rows]).to(device)) for version in versions)
+            tokens, *others = (vqvae.tokenize(version[rows].to(device)) for version in versions)
             agree = torch.stack([other == tokens for other in others]).all(0)
             # A fine token is of the residual of the coarser ones: known only with them.
             agree = agree.unflatten(1, (-1, *vqvae.grid)).int().cumprod(1).bool().flatten(1)

@@ -258,7 +258,7 @@ def train_stages(
             processes.on_every_rank(lambda: load_weights(out / "stage1.safetensors", vqvae))
             vqvae = vqvae.to(device).eval()
         else:
-            first = make_stage1(config, vqvae, x, device, processes, observed)
+            first = make_stage1(config, vqvae, x, device, processes, observed, data.missing)
             with synchronised(vqvae, processes.group):
                 result = train_stage(first, log=log, state=state, **loop)
             state = None

@@ -1,6 +1,7 @@
 """Stage 1: what trains the VQVAE, its reconstruction and its self-supervised loss (NC-VQVAE, arXiv 2408.16613)."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ def mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
     return F.mse_loss(a, b, reduction="mean" if len(a) else "sum")
 
 
+class Gaps(NamedTuple):
+    """Of a batch of series with gaps, and of its views behind it [views·B, C, L]."""
+
+    inputs: Tensor  # what the encoder sees
+    visible: Tensor  # bool, which of that it is told was observed
+    observed: Tensor  # bool, what the losses of the reconstruction count
+    share: float  # of the train set was observed, so that these losses are means over what was
+
+
 def stage1_losses(
     model: VQVAE,
     ssl: SelfSupervision | None,
@@ -22,10 +32,8 @@ def stage1_losses(
     view: Tensor | None,
     view_weight: float,
     loss_weight: float = 1.0,
-    *,
-    observed: tuple[Tensor, ...] = (),
-    observed_share: float = 1.0,
     gather: Callable[[Tensor], Tensor] | None = None,
+    gaps: Gaps | None = None,
 ) -> dict[str, Tensor]:
     """The losses of one batch, "loss" being what is minimised.
 
@@ -38,33 +46,33 @@ def stage1_losses(
         ssl: None leaves its term out.
         view: augmented series, as x; None, and without `ssl`, for a plain VQVAE.
         loss_weight: of these rows, where a batch is spread over several processes (`engine.processes`).
-        observed: for series with gaps, bool [B, C, L] of x and, with a view, of that: what the losses of the
-            reconstruction count.
-        observed_share: how much of the train set was observed, so that these losses are means over what was.
         gather: see `SelfSupervision`.
+        gaps: of series that have some.
 
     Where x was not observed, û is held against the spectrogram of a series that has x̂ there.
     Encoder and decoder have both views in one batch, but each view has batch statistics of its own.
     """
     views = 1 if view is None else 2
     series = (x,) if view is None else (x, view)
-    u = model.stft(joined(series))
-    seen = joined(observed) if observed else None
-    z, *z_view = model.encode(model.with_observed(u, seen), views).chunk(views)
+    if gaps is None:
+        u = model.stft(joined(series))
+        z, *z_view = model.encode(u, views).chunk(views)
+    else:
+        z, *z_view = model.encode(model.spectrum(gaps.inputs, gaps.visible), views).chunk(views)
     z_q, commitment = model.quantize(z)
     u_hat = model.decode(joined((z_q, *z_view)), views)
     x_hat = model.stft.inverse(u_hat)
-    if seen is not None:
-        x = torch.where(seen, joined(series), x_hat.detach())  # without an error in the gaps
+    if gaps is not None:
+        x = torch.where(gaps.observed, joined(series), x_hat.detach())  # without an error in the gaps
         series, u = x.chunk(views), model.stft(x)
-        x_hat = torch.where(seen, x_hat, x)
+        x_hat = torch.where(gaps.observed, x_hat, x)
     (time, *time_view), (spectrum, *spectrum_view) = (
         [mean_squared_error(a, b) for a, b in zip(hat.chunk(views), true, strict=True)]
         for hat, true in ((x_hat, series), (u_hat, u.chunk(views)))
     )
-    if seen is not None:
-        time, spectrum = time / observed_share, spectrum / observed_share
-        time_view, spectrum_view = ([each / observed_share for each in part] for part in (time_view, spectrum_view))
+    if gaps is not None:
+        time, spectrum = time / gaps.share, spectrum / gaps.share
+        time_view, spectrum_view = ([each / gaps.share for each in part] for part in (time_view, spectrum_view))
     losses = {"reconstruction_time": time, "reconstruction_spectrum": spectrum, "commitment": commitment}
     if view is not None:
         losses["reconstruction_view"] = time_view[0] + spectrum_view[0]

@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ncfast.config import Config
 from ncfast.data.augment import Augment
+from ncfast.data.gaps import interpolated
 from ncfast.data.stats import DataStats
 from ncfast.engine.device import kind
 from ncfast.engine.loop import Stage, derived_seed
@@ -19,7 +21,7 @@ from ncfast.models.refiner import Refiner, refiner_losses
 from ncfast.models.trained import build_models, build_prior, build_refiner
 from ncfast.models.vqvae import VQVAE
 from ncfast.training.self_supervision import WITHOUT_LOSS, SelfSupervision
-from ncfast.training.stage1 import stage1_losses
+from ncfast.training.stage1 import Gaps, stage1_losses
 from ncfast.training.stage2 import TokenDistribution, stage2_losses
 
 
@@ -45,44 +47,48 @@ def make_stage1(
     device: torch.device,
     processes: Processes = ALONE,
     observed: Tensor | None = None,
+    missing: float = 0.0,
 ) -> Stage:
-    """x: normalised series [N, C, L]; observed, bool like x, of series with gaps."""
+    """x: normalised series [N, C, L]; observed, bool like x, of series with gaps, of which a share `missing` is missing
+    before their ends."""
     observed_share = 1.0 if observed is None else float(observed.double().mean())
     ssl = new_self_supervision(config)
     augment = None if config.ssl == "none" else Augment(config.augment)
     modules = on_device(nn.ModuleDict({"vqvae": vqvae} if ssl is None else {"vqvae": vqvae, "ssl": ssl}), device)
 
     def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        batch = x[rows]
-        seen = () if observed is None else (observed[rows],)
-        if augment is None:
-            view = None
-        elif not seen:
-            view = augment(batch, generator)
-        else:
-            view, seen_view = augment.with_observed(batch, seen[0], generator)
-            seen += (seen_view,)
-        view_weight, B = config.view_weight, len(rows)
-        gaps = {"observed": seen, "observed_share": observed_share}
-        if processes.is_alone:
-            return stage1_losses(vqvae, ssl, batch, view, view_weight, **gaps)
+        batch, B = x[rows], len(rows)
         own, loss_weight = processes.local_slice(B), processes.loss_weight(B)
+        gaps = None
+        if observed is None:
+            view = None if augment is None else augment(batch, generator)
+        else:
+            seen = observed[rows]
+            parts = [shown(batch, seen, missing, generator)]
+            view = None
+            if augment is not None:
+                view, seen = augment.with_observed(batch, seen, generator)
+                parts.append((view, seen, seen))
+            gaps = Gaps(*[torch.cat([part[own] for part in kind]) for kind in zip(*parts, strict=True)], observed_share)
+        if processes.is_alone:
+            return stage1_losses(vqvae, ssl, batch, view, config.view_weight, gaps=gaps)
         view = None if view is None else view[own]
-        gaps["observed"] = tuple(each[own] for each in seen)
-        return stage1_losses(
-            vqvae,
-            ssl,
-            batch[own],
-            view,
-            view_weight,
-            loss_weight,
-            gather=lambda own: processes.all_rows(own, B),
-            **gaps,
-        )
+        gather = partial(processes.all_rows, rows=B)
+        return stage1_losses(vqvae, ssl, batch[own], view, config.view_weight, loss_weight, gather, gaps)
 
     # Processes that round alike keep the same projector without a word; others have to agree on its gradients.
     whole = ssl if processes.is_alone or len(set(processes.gathered(kind(device)))) == 1 else None
     return dataclasses.replace(make_stage(1, config, modules, losses, len(x)), whole=whole)
+
+
+def shown(x: Tensor, observed: Tensor, missing: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """What the encoder sees of x [B, C, L], what of that is observed, and what is: about as many values again as are
+    missing are hidden from it, another share in each series, so that it learns to do without."""
+    if missing == 0:
+        return x, observed, observed
+    hidden = 2 * missing * torch.rand(len(x), 1, 1, device=x.device, generator=generator)
+    visible = observed & (torch.rand(x.shape, device=x.device, generator=generator) >= hidden)
+    return interpolated(x, visible), visible, observed
 
 
 def on_device(modules: nn.Module, device: torch.device) -> nn.Module:

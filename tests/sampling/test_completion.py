@@ -187,10 +187,10 @@ def test_half_of_a_columns_samples_make_it_known():
 
 
 def test_interpolation():
-    x = np.array([[[9.0, 1, 9, 9, 4, 9]]], np.float32)
-    observed = np.array([[[0, 1, 0, 0, 1, 0]]], bool)
-    np.testing.assert_allclose(interpolated(x, observed), [[[1, 1, 2, 3, 4, 4]]])
-    np.testing.assert_allclose(interpolated(x, np.zeros_like(observed)), np.zeros((1, 1, 6)))
+    x = torch.tensor([[[9.0, 1, np.nan, 9, 4, 9]]])
+    observed = torch.tensor([[[False, True, False, False, True, False]]])
+    assert interpolated(x, observed).tolist() == [[[1, 1, 2, 3, 4, 4]]]
+    assert (interpolated(x, torch.zeros_like(observed)) == 0).all()
 
 
 @pytest.mark.parametrize(
