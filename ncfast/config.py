@@ -59,12 +59,12 @@ class Config:
         "Self-supervision",
     )
     augment: tuple[str, ...] = option(
-        ("gauss",), "recipes (gauss, slice, warp) or single operations, applied in this order", "Self-supervision"
+        ("warp",), "recipes (gauss, slice, warp) or single operations, applied in this order", "Self-supervision"
     )
     ssl_weight: float | None = option(
         None, "weight of the SSL loss [1 for barlow, 0.01 for vicreg and vibcreg]", "Self-supervision"
     )
-    view_weight: float = option(0.1, "weight of the augmented view's reconstruction", "Self-supervision")
+    view_weight: float = option(1.0, "weight of the augmented view's reconstruction", "Self-supervision")
     projector_dim: int = option(1024, "width of the projector", "Self-supervision", minimum=1, maximum=2**20)
 
     n_fft: int = option(4, "STFT window in samples; the hop is a quarter of it", "VQVAE", minimum=4)
@@ -92,6 +92,14 @@ class Config:
         "VQVAE",
         minimum=1,
     )
+    detail: float = option(
+        0.2,
+        "without --halvings, as many halvings less as tell this share of the variance apart, up to 33 columns; 0: by the "
+        "length alone",
+        "VQVAE",
+        minimum=0,
+        maximum=1,
+    )
     samples_per_column: int = option(
         32,
         "a column stands for at most so many samples, so that long series keep their detail; 0: no such limit",
@@ -110,7 +118,7 @@ class Config:
         "learned", "token embeddings start as the stage-1 codebook, or at random; both then train", "Prior"
     )
     prior_dropout: float = option(
-        0.0,
+        0.1,
         "share of the embeddings and of what each layer adds that is dropped in training",
         "Prior",
         minimum=0,
@@ -129,6 +137,9 @@ class Config:
     )
     class_dropout: float = option(0.2, "share of labels replaced by 'no class'", "Prior", minimum=0, maximum=1)
 
+    refiner: Literal["flow", "none"] = option(
+        "flow", "what gives decoded series back the detail that the codebook took", "Refiner"
+    )
     refiner_dim: int = option(64, "width of the refiner", "Refiner", minimum=1, maximum=2**12)
     refiner_temperature: float = option(
         1.0, "the refiner learns from series of codes drawn from softmax(-|z - e_k|^2 / this)", "Refiner", minimum=0
@@ -137,8 +148,8 @@ class Config:
     refinements: int = option(
         8, "steps of the refiner, where there is one; 0 leaves it out", "Sampling", minimum=0, maximum=1000
     )
-    decoding_steps: int = option(20, "steps of iterative decoding", "Sampling", minimum=1, maximum=1000)
-    choice_temperature: float = option(8.0, "Gumbel noise on the confidence, annealed to 0", "Sampling", minimum=0)
+    decoding_steps: int = option(40, "steps of iterative decoding", "Sampling", minimum=1, maximum=1000)
+    choice_temperature: float = option(20.0, "Gumbel noise on the confidence, annealed to 0", "Sampling", minimum=0)
     guidance_scale: float = option(1.0, "u + s (c - u) on the logits; 1 is plain conditional", "Sampling", minimum=0)
     temperature: float = option(1.0, "the logits are divided by it", "Sampling", minimum=1e-3)
     top_k: int = option(
@@ -159,14 +170,19 @@ class Config:
     stage1_steps: int = option(
         2000, "optimiser steps of stage 1, unless epochs are given", "Training", minimum=1, maximum=10**8
     )
-    stage2_steps: int = option(
-        2000, "optimiser steps of stage 2, unless epochs are given", "Training", minimum=1, maximum=10**8
+    stage2_steps: int | None = option(
+        None,
+        "optimiser steps of stage 2, unless epochs are given [4000; of few series 15 for each, 500 at least]",
+        "Training",
+        minimum=1,
+        maximum=10**8,
     )
     refiner_epochs: int | None = option(
-        None, "epochs of stage 3, the refiner [as many as make --refiner-steps]", "Training", minimum=0, maximum=10**7
-    )
-    refiner_steps: int = option(
-        0, "optimiser steps of stage 3, unless epochs are given; 0: no refiner", "Training", minimum=0, maximum=10**8
+        None,
+        "epochs of stage 3, the refiner [three quarters of those of stage 1]",
+        "Training",
+        minimum=1,
+        maximum=10**7,
     )
     batch_size: int = option(128, "series a stage-1 step", "Training", minimum=2)
     stage2_batch_size: int = option(256, "series a stage-2 step", "Training", minimum=1)
@@ -179,13 +195,18 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The values above: chosen on held-out train series of four data sets (docs/experiments.md).
+    # The values above: chosen on held-out train series of six data sets (docs/experiments.md).
     "default": {},
     # What the authors ran.
     "paper": {
+        "augment": ("gauss",),
+        "view_weight": 0.1,
         "n_fft": 8,
         "codebook_size": 32,
+        "detail": 0.0,
         "samples_per_column": 0,
+        "prior_dropout": 0.0,
+        "refiner": "none",
         "projector_dim": 4096,
         "decoding_steps": 10,
         "choice_temperature": 4.0,

@@ -276,7 +276,7 @@ def load(run: str | Path, device: str | torch.device = "auto", precision: str | 
     folder = Path(run)
     config, data = read_config(folder)
     device = usable_device(device)
-    for stage in (1, 2, 3) if config.refiner_epochs else (1, 2):
+    for stage in (1, 2, 3) if config.refiner != "none" else (1, 2):
         if not (folder / f"stage{stage}.safetensors").exists():
             raise UserError(f"{folder} has not finished stage {stage}; continue it with `ncfast.train ... --resume`")
     path = folder / "config.json"

@@ -35,6 +35,7 @@ class Options(SamplingOptions, total=False):
     codebook_init: Literal["random", "kmeans"]
     dead_code_threshold: float
     halvings: int | None
+    detail: float
     samples_per_column: int
     codebook_decay: float
     prior_dim: int
@@ -47,14 +48,14 @@ class Options(SamplingOptions, total=False):
     token_temperature: float
     masking: Literal["masked", "kept"]
     class_dropout: float
+    refiner: Literal["flow", "none"]
     refiner_dim: int
     refiner_temperature: float
     stage1_epochs: int | None
     stage2_epochs: int | None
     stage1_steps: int
-    stage2_steps: int
+    stage2_steps: int | None
     refiner_epochs: int | None
-    refiner_steps: int
     batch_size: int
     stage2_batch_size: int
     learning_rate: float

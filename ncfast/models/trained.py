@@ -20,7 +20,7 @@ from ncfast.version import __version__
 
 FORMAT = 1
 # Options that earlier versions did not have, with what they did.
-EARLIER = {"samples_per_column": 0}
+EARLIER = {"detail": 0.0, "samples_per_column": 0, "prior_dropout": 0.0, "refiner": "none"}
 
 
 class TrainedModel:
@@ -67,7 +67,7 @@ def build_prior(config: Config, data: DataStats, vqvae: VQVAE) -> Prior:
 
 
 def build_refiner(config: Config, data: DataStats) -> Refiner | None:
-    return Refiner(data.channels, config.refiner_dim) if config.refiner_epochs else None
+    return Refiner(data.channels, config.refiner_dim) if config.refiner == "flow" else None
 
 
 def on_meta(config: Config, data: DataStats) -> tuple[VQVAE, Prior]:

@@ -15,7 +15,9 @@ from ncfast.ops import nearest_code
 class VQVAE(nn.Module):
     """x [B, C, L] --STFT--> u --encoder--> z [B, D, H, W'] --nearest code--> tokens [B, n] --decoder, ISTFT--> x̂.
 
-    For series with gaps the encoder also sees, for each channel and frame, the share of samples that are missing.
+    For series with gaps the encoder also sees, for each channel and frame, (share of samples that are missing)^4 over a
+    column: long gaps and ends. Straight lines over single samples are as good, and a mask of them only adds noise to
+    the tokens (docs/experiments.md).
     """
 
     def __init__(self, config: Config, channels: int, length: int, has_gaps: bool = False) -> None:
@@ -72,9 +74,9 @@ class VQVAE(nn.Module):
         B, channels, H, W = u.shape
         if observed is None:
             return torch.cat([u, u.new_zeros(B, channels // 2, H, W)], 1)
-        half = self.stft.n_fft // 2
-        share = F.avg_pool1d(F.pad((~observed).to(u), (half, half), "replicate"), self.stft.n_fft, self.stft.hop)
-        return torch.cat([u, share[:, :, None, :W].expand(-1, -1, H, -1)], 1)
+        half = self.samples_per_column // 2
+        share = F.avg_pool1d(F.pad((~observed).to(u), (half, half), "replicate"), 2 * half, self.stft.hop)
+        return torch.cat([u, share[:, :, None, :W].square().square().expand(-1, -1, H, -1)], 1)
 
     def encode(self, u: Tensor, views: int = 1) -> Tensor:
         """What the encoder takes, u [B, 2C or 3C, H, W] -> continuous latents z [B, n, D].

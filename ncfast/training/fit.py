@@ -14,6 +14,7 @@ import torch
 
 from ncfast.config import Config, make_config
 from ncfast.data.augment import MIN_LENGTH, Augment
+from ncfast.data.detail import variance_within
 from ncfast.data.layout import Reading
 from ncfast.data.sources import Dataset, from_arrays
 from ncfast.data.stats import MAX_LENGTH, DataStats
@@ -30,6 +31,7 @@ from ncfast.errors import UserError
 from ncfast.models.trained import load_weights, on_meta, size_of
 from ncfast.models.vqvae import VQVAE
 from ncfast.ncvqvae import NCVQVAE
+from ncfast.nn.encoder_decoder import num_downsampling_blocks
 from ncfast.nn.meta import without_memory
 from ncfast.nn.synchronised import synchronised
 from ncfast.options import Options
@@ -40,6 +42,10 @@ from ncfast.training.stages import make_stage1, make_stage2, make_stage3, new_pr
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+MAX_COLUMNS = 33  # that short columns may make of a series: the prior has to learn them all
+# A prior remembers few series sooner: generated ones were nearer to train series than test series are.
+STAGE2_STEPS, STEPS_A_SERIES, LEAST_STAGE2_STEPS = 4000, 15, 500
+REFINER_SHARE = 0.75  # epochs of the refiner over those of stage 1
 MAX_CODES = 2**16 - 1  # tokens are uint16 in files
 # Training draws initial weights, and replaces dead codes, with torch's global generators, which it seeds and puts back:
 # trainings in threads of one process take turns.
@@ -159,15 +165,31 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
         )
     Augment(config.augment)  # an unknown name is refused before anything is written
     epochs1 = config.stage1_epochs or math.ceil(config.stage1_steps / len(batch_ends(n, config.batch_size)))
-    epochs2 = config.stage2_epochs or math.ceil(config.stage2_steps / len(batch_ends(n, config.stage2_batch_size)))
-    epochs3 = config.refiner_epochs
-    if epochs3 is None:
-        epochs3 = math.ceil(config.refiner_steps / len(batch_ends(n, config.batch_size)))
+    steps2 = config.stage2_steps or min(STAGE2_STEPS, max(LEAST_STAGE2_STEPS, STEPS_A_SERIES * n))
+    epochs2 = config.stage2_epochs or math.ceil(steps2 / len(batch_ends(n, config.stage2_batch_size)))
+    epochs3 = config.refiner_epochs or math.ceil(REFINER_SHARE * epochs1)
     precision = resolve_precision(config.precision, device)
+    config = dataclasses.replace(config, halvings=config.halvings or chosen_halvings(dataset, config))
     check_memory(config, dataset, device)
     return dataclasses.replace(
         config, stage1_epochs=epochs1, stage2_epochs=epochs2, refiner_epochs=epochs3, precision=precision
     )
+
+
+def chosen_halvings(dataset: Dataset, config: Config) -> int:
+    """By the length, or fewer where shorter columns tell much more of the series apart."""
+    by_length = num_downsampling_blocks(dataset.length, config.n_fft, config.samples_per_column)
+    if config.detail == 0:
+        return by_length
+    hop, frames = config.n_fft // 4, 1 + dataset.length // (config.n_fft // 4)
+    chosen = by_length
+    for halvings in range(by_length - 1, 0, -1):
+        longer, shorter = (variance_within(dataset.X_train, hop << k) for k in (halvings + 1, halvings))
+        if longer - shorter >= config.detail:
+            chosen = halvings
+    while chosen < by_length and frames >> chosen > MAX_COLUMNS:
+        chosen += 1
+    return chosen
 
 
 def check_memory(config: Config, dataset: Dataset, device: torch.device) -> None:
@@ -258,7 +280,7 @@ def train_stages(
             processes.on_every_rank(lambda: load_weights(out / "stage1.safetensors", vqvae))
             vqvae = vqvae.to(device).eval()
         else:
-            first = make_stage1(config, vqvae, x, device, processes, observed, data.missing)
+            first = make_stage1(config, vqvae, x, device, processes, observed)
             with synchronised(vqvae, processes.group):
                 result = train_stage(first, log=log, state=state, **loop)
             state = None

@@ -19,8 +19,6 @@ def mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
 class Gaps(NamedTuple):
     """Of a batch of series with gaps, and of its views behind it [views·B, C, L]."""
 
-    inputs: Tensor  # what the encoder sees
-    visible: Tensor  # bool, which of that it is told was observed
     observed: Tensor  # bool, what the losses of the reconstruction count
     share: float  # of the train set was observed, so that these losses are means over what was
 
@@ -54,11 +52,8 @@ def stage1_losses(
     """
     views = 1 if view is None else 2
     series = (x,) if view is None else (x, view)
-    if gaps is None:
-        u = model.stft(joined(series))
-        z, *z_view = model.encode(u, views).chunk(views)
-    else:
-        z, *z_view = model.encode(model.spectrum(gaps.inputs, gaps.visible), views).chunk(views)
+    u = model.stft(joined(series))
+    z, *z_view = model.encode(model.with_observed(u, None if gaps is None else gaps.observed), views).chunk(views)
     z_q, commitment = model.quantize(z)
     u_hat = model.decode(joined((z_q, *z_view)), views)
     x_hat = model.stft.inverse(u_hat)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ncfast.config import Config
 from ncfast.data.augment import Augment
-from ncfast.data.gaps import interpolated
 from ncfast.data.stats import DataStats
 from ncfast.engine.device import kind
 from ncfast.engine.loop import Stage, derived_seed
+from ncfast.engine.precision import computing
 from ncfast.engine.processes import ALONE, Processes
 from ncfast.engine.step import Losses
 from ncfast.models.prior import Prior
@@ -23,6 +23,8 @@ from ncfast.models.vqvae import VQVAE
 from ncfast.training.self_supervision import WITHOUT_LOSS, SelfSupervision
 from ncfast.training.stage1 import Gaps, stage1_losses
 from ncfast.training.stage2 import TokenDistribution, stage2_losses
+
+MAX_DRAWS, MAX_DECODED = 8, 2**28  # of the codes of a series for the refiner; numbers in all of them
 
 
 def new_vqvae(config: Config, data: DataStats) -> VQVAE:
@@ -47,10 +49,8 @@ def make_stage1(
     device: torch.device,
     processes: Processes = ALONE,
     observed: Tensor | None = None,
-    missing: float = 0.0,
 ) -> Stage:
-    """x: normalised series [N, C, L]; observed, bool like x, of series with gaps, of which a share `missing` is missing
-    before their ends."""
+    """x: normalised series [N, C, L]; observed, bool like x, of series with gaps."""
     observed_share = 1.0 if observed is None else float(observed.double().mean())
     ssl = new_self_supervision(config)
     augment = None if config.ssl == "none" else Augment(config.augment)
@@ -64,12 +64,11 @@ def make_stage1(
             view = None if augment is None else augment(batch, generator)
         else:
             seen = observed[rows]
-            parts = [shown(batch, seen, missing, generator)]
-            view = None
+            view, each = None, [seen]
             if augment is not None:
                 view, seen = augment.with_observed(batch, seen, generator)
-                parts.append((view, seen, seen))
-            gaps = Gaps(*[torch.cat([part[own] for part in kind]) for kind in zip(*parts, strict=True)], observed_share)
+                each.append(seen)
+            gaps = Gaps(torch.cat([seen[own] for seen in each]), observed_share)
         if processes.is_alone:
             return stage1_losses(vqvae, ssl, batch, view, config.view_weight, gaps=gaps)
         view = None if view is None else view[own]
@@ -79,16 +78,6 @@ def make_stage1(
     # Processes that round alike keep the same projector without a word; others have to agree on its gradients.
     whole = ssl if processes.is_alone or len(set(processes.gathered(kind(device)))) == 1 else None
     return dataclasses.replace(make_stage(1, config, modules, losses, len(x)), whole=whole)
-
-
-def shown(x: Tensor, observed: Tensor, missing: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """What the encoder sees of x [B, C, L], what of that is observed, and what is: about as many values again as are
-    missing are hidden from it, another share in each series, so that it learns to do without."""
-    if missing == 0:
-        return x, observed, observed
-    hidden = 2 * missing * torch.rand(len(x), 1, 1, device=x.device, generator=generator)
-    visible = observed & (torch.rand(x.shape, device=x.device, generator=generator) >= hidden)
-    return interpolated(x, visible), visible, observed
 
 
 def on_device(modules: nn.Module, device: torch.device) -> nn.Module:
@@ -149,23 +138,23 @@ def make_stage3(
     distribution = TokenDistribution(vqvae, x, observed, config.refiner_temperature)
     modules = nn.ModuleDict({"refiner": refiner}).to(device)
 
-    @torch.no_grad()
-    def decoded(rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Train series through stochastic codes [B, C, L]."""
-        return vqvae.detokenize(distribution.draw(rows, generator))
-
+    # Each series through several draws of its codes, decoded once.
+    draws = max(1, min(MAX_DRAWS, MAX_DECODED // x.numel()))
     generator = torch.Generator(device).manual_seed(derived_seed(config.seed, 3, 1))
-    error, count = 0, 0
-    for rows in torch.arange(len(x), device=device).split(256):
-        missed = (x[rows] - decoded(rows, generator)).double()
+    with torch.no_grad(), computing("fp32", device):
+        decoded = torch.empty(draws, *x.shape, device=device)
+        for rows in torch.arange(len(x), device=device).split(256):
+            for draw in decoded:
+                draw[rows] = vqvae.detokenize(distribution.draw(rows, generator))
+        missed = (x - decoded).double()
         if observed is not None:
-            missed = missed.masked_fill(~observed[rows], torch.nan)
-        error, count = error + missed.square().nansum((0, 2)), count + (~missed.isnan()).sum((0, 2))
-    refiner.sigma.copy_((error / count).sqrt().clamp(min=1e-3)[:, None])
+            missed = missed.masked_fill(~observed, torch.nan)
+        refiner.sigma.copy_(missed.square().nanmean((0, 1, 3)).sqrt().clamp(min=1e-3)[:, None])
+        del missed
 
     def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         own, loss_weight = processes.local_slice(len(rows)), processes.loss_weight(len(rows))
-        x_hat = decoded(rows, generator)
+        x_hat = decoded[torch.randint(draws, rows.shape, device=device, generator=generator), rows]
         seen = None if observed is None else observed[rows]
         found = refiner_losses(refiner, x[rows], x_hat, generator, seen, own)
         return found if loss_weight == 1 else {name: loss_weight * value for name, value in found.items()}

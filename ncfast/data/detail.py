@@ -1,0 +1,30 @@
+"""How fine the detail of series is: what is lost where a stretch of samples is told by its mean."""
+
+import warnings
+
+import numpy as np
+
+MAX_SERIES = 4096  # that are looked at, spread over the set
+
+
+def variance_within(X: np.ndarray, size: int) -> float:
+    """The share of the series' variance around their own means that lies within blocks of `size` samples.
+
+    Args:
+        X: [N, C, L], NaN where missing. Channels count alike; one without variance does not count.
+        size: 1 or more; samples behind the last whole block are left out.
+
+    Returns:
+        0 to about 1; 1 where there is no whole block.
+    """
+    X = X[:: max(1, len(X) // MAX_SERIES)].astype(np.float64)
+    count = X.shape[2] // size
+    if count == 0:
+        return 1.0
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing but NaN
+        X = X - np.nanmean(X, axis=2, keepdims=True)
+        blocks = X[:, :, : count * size].reshape(*X.shape[:2], count, size)
+        within = np.nanmean(np.square(blocks - np.nanmean(blocks, axis=3, keepdims=True)), axis=(0, 2, 3))  # [C]
+        share = within / np.nanmean(np.square(X), axis=(0, 2))
+        return float(np.nanmean(share)) if np.isfinite(share).any() else 0.0
