@@ -94,8 +94,8 @@ class Config:
     )
     detail: float = option(
         0.2,
-        "without --halvings, as many halvings less as tell this share of the variance apart, up to 33 columns; 0: by the "
-        "length alone",
+        "without --halvings, as many halvings less as tell this share of the variance apart, but for white noise, up to "
+        "33 columns; 0: by the length alone",
         "VQVAE",
         minimum=0,
         maximum=1,

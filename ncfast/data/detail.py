@@ -28,3 +28,13 @@ def variance_within(X: np.ndarray, size: int) -> float:
         within = np.nanmean(np.square(blocks - np.nanmean(blocks, axis=3, keepdims=True)), axis=(0, 2, 3))  # [C]
         share = within / np.nanmean(np.square(X), axis=(0, 2))
         return float(np.nanmean(share)) if np.isfinite(share).any() else 0.0
+
+
+def structure_within(X: np.ndarray, size: int) -> float:
+    """`variance_within`, less what white noise adds to it: no code tells noise apart.
+
+    White noise of variance v has v (1 - 1 / size) of it within blocks, half of it within pairs, and what lies within
+    pairs is taken for noise.
+    """
+    noise = min(1.0, 2 * variance_within(X, 2))
+    return variance_within(X, size) - noise * (1 - 1 / size)

@@ -14,7 +14,7 @@ import torch
 
 from ncfast.config import Config, make_config
 from ncfast.data.augment import MIN_LENGTH, Augment
-from ncfast.data.detail import variance_within
+from ncfast.data.detail import structure_within
 from ncfast.data.layout import Reading
 from ncfast.data.sources import Dataset, from_arrays
 from ncfast.data.stats import MAX_LENGTH, DataStats
@@ -184,7 +184,7 @@ def chosen_halvings(dataset: Dataset, config: Config) -> int:
     hop, frames = config.n_fft // 4, 1 + dataset.length // (config.n_fft // 4)
     chosen = by_length
     for halvings in range(by_length - 1, 0, -1):
-        longer, shorter = (variance_within(dataset.X_train, hop << k) for k in (halvings + 1, halvings))
+        longer, shorter = (structure_within(dataset.X_train, hop << k) for k in (halvings + 1, halvings))
         if longer - shorter >= config.detail:
             chosen = halvings
     while chosen < by_length and frames >> chosen > MAX_COLUMNS:
