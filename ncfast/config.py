@@ -16,12 +16,13 @@ PRECISIONS = ("fp32", "tf32", "bf16")  # `engine.precision` says what they are
 DTYPES = ("float32", "float16")  # of generated series on disk
 FILE_FORMATS = ("h5", "csv", "tsv", "npz", "parquet")  # that `ncfast.generate` writes
 COMPRESSIONS = ("none", "lzf", "gzip", "zstd")
-METHODS = {
+PAPER_METHODS = {
     "none": "regular",
     "barlow": "barlowtwins",
     "vibcreg": "vibcreg",
     "vicreg": "vicreg",
 }  # --ssl: the authors' name
+METHODS = PAPER_METHODS | {name: name for name in ("ntxent", "byol", "simsiam", "sigreg", "visreg")}
 MEASURES = (
     "reconstruction",
     "codebook",
@@ -52,11 +53,13 @@ def option(default: Any, help: str, group: str, **more: Any) -> Any:
 class Config:
     """Everything that decides what a training run computes. Field `a_b` is the flag `--a-b`."""
 
-    ssl: Literal["none", "barlow", "vicreg", "vibcreg", "views"] = option(
-        "vicreg",
-        "self-supervised loss between the two views; none trains a plain VQVAE, views one that also reconstructs the "
-        "augmented view, without such a loss",
-        "Self-supervision",
+    ssl: Literal["none", "barlow", "vicreg", "vibcreg", "ntxent", "byol", "simsiam", "sigreg", "visreg", "views"] = (
+        option(
+            "vicreg",
+            "self-supervised loss between the two views; none trains a plain VQVAE, views one that also reconstructs "
+            "the augmented view, without such a loss",
+            "Self-supervision",
+        )
     )
     augment: tuple[str, ...] = option(
         ("gauss",), "recipes (gauss, slice, warp) or single operations, applied in this order", "Self-supervision"

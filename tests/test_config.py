@@ -74,7 +74,10 @@ def test_every_field_is_a_flag_and_only_given_flags_count():
     ("values", "message"),
     [
         ({"preset": "fast"}, "preset is one of default, paper; got 'fast'"),
-        ({"ssl": "byol"}, "--ssl is one of none, barlow, vicreg, vibcreg, views; got 'byol'"),
+        (
+            {"ssl": "moco"},
+            "--ssl is one of none, barlow, vicreg, vibcreg, ntxent, byol, simsiam, sigreg, visreg, views; got 'moco'",
+        ),
         ({"stage1_epoch": 3}, "no option 'stage1_epoch'; did you mean 'stage1_epochs'?"),
         ({"batch_size": 1}, "--batch-size is at least 2; got 1"),
         ({"batch_size": 2.5}, "--batch-size is an integer; got 2.5"),

@@ -26,6 +26,7 @@ def stage1_losses(
     observed: tuple[Tensor, ...] = (),
     observed_share: float = 1.0,
     gather: Callable[[Tensor], Tensor] | None = None,
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """The losses of one batch, "loss" being what is minimised.
 
@@ -41,7 +42,7 @@ def stage1_losses(
         observed: for series with gaps, bool [B, C, L] of x and, with a view, of that: what the losses of the
             reconstruction count.
         observed_share: how much of the train set was observed, so that these losses are means over what was.
-        gather: see `SelfSupervision`.
+        gather, generator: see `SelfSupervision`.
 
     Where x was not observed, û is held against the spectrogram of a series that has x̂ there.
     Encoder and decoder have both views in one batch, but each view has batch statistics of its own.
@@ -74,7 +75,7 @@ def stage1_losses(
     if view is not None:
         loss = loss + view_weight * losses["reconstruction_view"]
     if ssl is not None:
-        losses["ssl"] = ssl(model.as_grid(z_q), model.as_grid(z_view[0]), gather)
+        losses["ssl"] = ssl(model.as_grid(z_q), model.as_grid(z_view[0]), gather, generator)
         loss = loss + losses["ssl"]
     return {"loss": loss, **losses, "perplexity": model.vq.perplexity}
 

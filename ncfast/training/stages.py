@@ -62,12 +62,12 @@ def make_stage1(
             view, seen_view = augment.with_observed(batch, seen[0], generator)
             seen += (seen_view,)
         view_weight, B = config.view_weight, len(rows)
-        gaps = {"observed": seen, "observed_share": observed_share}
+        more = {"observed": seen, "observed_share": observed_share, "generator": generator}
         if processes.is_alone:
-            return stage1_losses(vqvae, ssl, batch, view, view_weight, **gaps)
+            return stage1_losses(vqvae, ssl, batch, view, view_weight, **more)
         own, loss_weight = processes.local_slice(B), processes.loss_weight(B)
         view = None if view is None else view[own]
-        gaps["observed"] = tuple(each[own] for each in seen)
+        more["observed"] = tuple(each[own] for each in seen)
         return stage1_losses(
             vqvae,
             ssl,
@@ -76,7 +76,7 @@ def make_stage1(
             view_weight,
             loss_weight,
             gather=lambda own: processes.all_rows(own, B),
-            **gaps,
+            **more,
         )
 
     # Processes that round alike keep the same projector without a word; others have to agree on its gradients.
