@@ -65,10 +65,19 @@ class Config:
         ("gauss",), "recipes (gauss, slice, warp) or single operations, applied in this order", "Self-supervision"
     )
     ssl_weight: float | None = option(
-        None, "weight of the SSL loss [1 for barlow, 0.01 for vicreg and vibcreg]", "Self-supervision"
+        None,
+        "weight of the SSL loss [1 for barlow, byol, simsiam and sigreg, 0.1 for ntxent and visreg, 0.01 for vicreg and "
+        "vibcreg]",
+        "Self-supervision",
     )
     view_weight: float = option(0.1, "weight of the augmented view's reconstruction", "Self-supervision")
-    projector_dim: int = option(1024, "width of the projector", "Self-supervision", minimum=1, maximum=2**20)
+    projector_dim: int = option(
+        1024,
+        "width of the projector; its last layer is 128 wide for ntxent, sigreg and visreg, 256 for byol",
+        "Self-supervision",
+        minimum=1,
+        maximum=2**20,
+    )
 
     n_fft: int = option(4, "STFT window in samples; the hop is a quarter of it", "VQVAE", minimum=4)
     dim: int = option(64, "width of encoder, decoder and codes", "VQVAE", minimum=1, maximum=2**16)

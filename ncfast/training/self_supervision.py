@@ -38,19 +38,18 @@ SSL_WEIGHTS = {
     "vicreg": 0.01,
     "vibcreg": 0.01,
     "ntxent": 0.1,
-    "byol": 0.1,
-    "simsiam": 0.1,
-    "sigreg": 0.1,
+    "byol": 1.0,
+    "simsiam": 1.0,
+    "sigreg": 1.0,
     "visreg": 0.1,
 }
-# Arguments of `Projector` where it is not the authors'. A loss that does not centre its rows wants the last bias.
-# Widths and depths are the papers'; SimSiam's batch norm of the output, which its table 3 finds to matter little, is
-# left out.
+# Arguments of `Projector` where it is not the authors'. The last layer has a bias where its gradient is not zero: losses
+# that centre their rows take it away, and so does the predictor's batch norm. Widths and depths are the papers';
+# SimSiam's batch norm of the output, which its table 3 finds to matter little, is left out.
 PROJECTORS: dict[str, dict[str, Any]] = {
     "vibcreg": {"whiten": True},
     "ntxent": {"layers": 2, "out_dim": 128, "bias": True},
-    "byol": {"layers": 2, "out_dim": 256, "bias": True},
-    "simsiam": {"bias": True},
+    "byol": {"layers": 2, "out_dim": 256},
     "sigreg": {"out_dim": 128, "bias": True},
     "visreg": {"out_dim": 128, "bias": True},
 }

@@ -5,6 +5,8 @@ Each takes the projections of two views, [N, D] of any float dtype, and returns 
 input), whatever the autocast state. Views that are not alike, or have too few rows, raise ValueError.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -118,8 +120,9 @@ def sliced_wasserstein(x: Tensor) -> Tensor:
     Sorted, the values are held against the quantiles of (n + ½) / N.
     """
     N = len(x)
-    quantiles = torch.special.ndtri((torch.arange(N, dtype=x.dtype, device=x.device) + 0.5) / N)
-    return (x.sort(0).values - quantiles[:, None]).square().mean()
+    shares = (torch.arange(N, dtype=torch.float64, device=x.device) + 0.5) / N
+    quantiles = math.sqrt(2) * torch.erfinv(2 * shares - 1)
+    return (x.sort(0).values - quantiles[:, None].to(x.dtype)).square().mean()
 
 
 def random_directions(like: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
