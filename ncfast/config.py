@@ -66,8 +66,8 @@ class Config:
     )
     ssl_weight: float | None = option(
         None,
-        "weight of the SSL loss [1 for barlow, byol, simsiam and sigreg, 0.1 for ntxent and visreg, 0.01 for vicreg and "
-        "vibcreg]",
+        "weight of the SSL loss [1 for barlow, byol, simsiam and sigreg, 0.1 for ntxent and visreg, 0.01 for vicreg "
+        "and vibcreg]",
         "Self-supervision",
     )
     view_weight: float = option(0.1, "weight of the augmented view's reconstruction", "Self-supervision")

@@ -43,8 +43,8 @@ SSL_WEIGHTS = {
     "sigreg": 1.0,
     "visreg": 0.1,
 }
-# Arguments of `Projector` where it is not the authors'. The last layer has a bias where its gradient is not zero: losses
-# that centre their rows take it away, and so does the predictor's batch norm. Widths and depths are the papers';
+# Arguments of `Projector` where it is not the authors'. The last layer has a bias unless its gradient is zero: losses
+# that centre their rows take it away, and so does the predictor's batch norm. Output widths and depths are the papers';
 # SimSiam's batch norm of the output, which its table 3 finds to matter little, is left out.
 PROJECTORS: dict[str, dict[str, Any]] = {
     "vibcreg": {"whiten": True},
