@@ -111,7 +111,7 @@ class Step:
         }
 
 
-SSL = ("none", "barlow", "vicreg", "vibcreg")
+SSL = ("none", "barlow", "vicreg", "vibcreg", "ntxent", "byol", "simsiam", "sigreg", "visreg")
 
 
 @pytest.mark.parametrize("ssl", SSL)

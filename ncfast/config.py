@@ -16,12 +16,13 @@ PRECISIONS = ("fp32", "tf32", "bf16")  # `engine.precision` says what they are
 DTYPES = ("float32", "float16")  # of generated series on disk
 FILE_FORMATS = ("h5", "csv", "tsv", "npz", "parquet")  # that `ncfast.generate` writes
 COMPRESSIONS = ("none", "lzf", "gzip", "zstd")
-METHODS = {
+PAPER_METHODS = {
     "none": "regular",
     "barlow": "barlowtwins",
     "vibcreg": "vibcreg",
     "vicreg": "vicreg",
 }  # --ssl: the authors' name
+METHODS = PAPER_METHODS | {name: name for name in ("ntxent", "byol", "simsiam", "sigreg", "visreg")}
 MEASURES = (
     "reconstruction",
     "codebook",
@@ -52,20 +53,31 @@ def option(default: Any, help: str, group: str, **more: Any) -> Any:
 class Config:
     """Everything that decides what a training run computes. Field `a_b` is the flag `--a-b`."""
 
-    ssl: Literal["none", "barlow", "vicreg", "vibcreg", "views"] = option(
-        "vicreg",
-        "self-supervised loss between the two views; none trains a plain VQVAE, views one that also reconstructs the "
-        "augmented view, without such a loss",
-        "Self-supervision",
+    ssl: Literal["none", "barlow", "vicreg", "vibcreg", "ntxent", "byol", "simsiam", "sigreg", "visreg", "views"] = (
+        option(
+            "vicreg",
+            "self-supervised loss between the two views; none trains a plain VQVAE, views one that also reconstructs "
+            "the augmented view, without such a loss",
+            "Self-supervision",
+        )
     )
     augment: tuple[str, ...] = option(
         ("warp",), "recipes (gauss, slice, warp) or single operations, applied in this order", "Self-supervision"
     )
     ssl_weight: float | None = option(
-        None, "weight of the SSL loss [1 for barlow, 0.01 for vicreg and vibcreg]", "Self-supervision"
+        None,
+        "weight of the SSL loss [1 for barlow, byol, simsiam and sigreg, 0.1 for ntxent and visreg, 0.01 for vicreg "
+        "and vibcreg]",
+        "Self-supervision",
     )
     view_weight: float = option(1.0, "weight of the augmented view's reconstruction", "Self-supervision")
-    projector_dim: int = option(1024, "width of the projector", "Self-supervision", minimum=1, maximum=2**20)
+    projector_dim: int = option(
+        1024,
+        "width of the projector; its last layer is 128 wide for ntxent, sigreg and visreg, 256 for byol",
+        "Self-supervision",
+        minimum=1,
+        maximum=2**20,
+    )
 
     n_fft: int = option(4, "STFT window in samples; the hop is a quarter of it", "VQVAE", minimum=4)
     dim: int = option(64, "width of encoder, decoder and codes", "VQVAE", minimum=1, maximum=2**16)
@@ -94,8 +106,8 @@ class Config:
     )
     detail: float = option(
         0.2,
-        "without --halvings, as many halvings less as tell this share of the variance apart, but for white noise, up to "
-        "33 columns; 0: by the length alone",
+        "without --halvings, as many halvings less as tell this share of the variance apart (but for white noise), up "
+        "to 33 columns; 0: by the length alone",
         "VQVAE",
         minimum=0,
         maximum=1,
@@ -126,7 +138,7 @@ class Config:
     )
     token_temperature: float = option(
         1.0,
-        "the prior learns tokens drawn from softmax(-|z - e_k|^2 / this); 0: the nearest codes",
+        "the prior learns tokens drawn from softmax(-|z - e_k|^2 / this), of the coarsest level; 0: the nearest codes",
         "Prior",
         minimum=0,
     )

@@ -18,7 +18,7 @@ class SeriesGenerator(BaseEstimator):
 
     Parameters:
         preset: "default" or "paper".
-        ssl: self-supervised loss, "none", "barlow", "vicreg", "vibcreg" or "views".
+        ssl: self-supervised loss, a value of `--ssl`: "vicreg", "none", "views" and others.
         stage1_epochs, stage2_epochs: None takes as many as the preset.
         options: other fields of `ncfast.config.Config`, as a dict.
         device: "auto", "cpu", "cuda" or "cuda:N".

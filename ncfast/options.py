@@ -22,7 +22,7 @@ class SamplingOptions(TypedDict, total=False):
 class Options(SamplingOptions, total=False):
     """All options of `ncfast.config.Config`."""
 
-    ssl: Literal["none", "barlow", "vicreg", "vibcreg", "views"]
+    ssl: Literal["none", "barlow", "vicreg", "vibcreg", "ntxent", "byol", "simsiam", "sigreg", "visreg", "views"]
     augment: str | Sequence[str]
     ssl_weight: float | None
     view_weight: float

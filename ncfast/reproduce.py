@@ -12,7 +12,7 @@ from pathlib import Path
 from ncfast.cli.flags import add_config_arguments, add_data_arguments
 from ncfast.cli.parser import Parser, run, words
 from ncfast.cli.startup import start_driver
-from ncfast.config import MEASURES, METHODS, PRESETS, SLOW_MEASURES
+from ncfast.config import MEASURES, METHODS, PAPER_METHODS, PRESETS, SLOW_MEASURES
 
 PAPER = (
     *("ElectricDevices", "FordB", "FordA", "Wafer", "TwoPatterns", "StarLightCurves", "UWaveGestureLibraryAll"),
@@ -30,7 +30,13 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--datasets", nargs="+", default=PAPER, metavar="NAME", help="names or files [the paper's 13]")
     add_data_arguments(parser)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="values of --ssl [all]")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(PAPER_METHODS),
+        choices=METHODS,
+        help=f"values of --ssl [the paper's: {' '.join(PAPER_METHODS)}]",
+    )
     parser.add_argument(
         "--views", nargs="+", default=list(VIEWS), metavar="RECIPE", help="of the SSL methods [all three]"
     )

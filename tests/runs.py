@@ -18,6 +18,7 @@ SMALL = {
     "prior_dim": 32,
     "prior_layers": 1,
     "prior_head_dim": 16,
+    "refiner": "none",
     "batch_size": 16,
     "stage2_batch_size": 16,
 }
@@ -46,7 +47,14 @@ def save_run(folder, seed=0, length=21, channels=1, names=("fast", "slow"), std=
     """A model of random weights: what is drawn from it has no shape, but a right and a wrong place."""
     torch.manual_seed(seed)
     config = make_config(
-        dim=4, residual_blocks=1, codebook_size=8, prior_dim=8, prior_layers=1, prior_head_dim=8, decoding_steps=3
+        dim=4,
+        residual_blocks=1,
+        codebook_size=8,
+        prior_dim=8,
+        prior_layers=1,
+        prior_head_dim=8,
+        decoding_steps=3,
+        refiner="none",
     )
     counts = (30, 10, 7, 5, 3)[: len(names)]
     data = DataStats("Waves", "test", 40, channels, length, tuple(names), counts, (5.0,) * channels, (std,) * channels)

@@ -76,7 +76,7 @@ def test_measures_are_those_of_the_help():
     assert tuple(protocol.MEASURES) == MEASURES
 
 
-@pytest.mark.parametrize("ssl", ["barlow", "vibcreg"])
+@pytest.mark.parametrize("ssl", ["barlow", "vibcreg", "byol"])
 @pytest.mark.parametrize("options", [{}, {"codebook_init": "kmeans", "embeddings": "random"}, {"halvings": 2}])
 def test_modules_without_memory_have_the_shapes_of_those_with(ssl, options):
     config = make_config(ssl=ssl, dim=8, projector_dim=32, **options)

@@ -21,22 +21,42 @@ class IterNorm(nn.Module):
 
 
 class Projector(nn.Module):
-    """Linear, BatchNorm, ReLU, twice, and a last Linear [, IterNorm], on both views at once.
+    """Linear, BatchNorm, ReLU, `layers` - 1 times, and a last Linear [, IterNorm], on both views at once.
 
     Both views share each matrix product; every normalisation takes its statistics from one view at a time, so the
     result is that of two separate calls, view b first (the authors' order, which the running statistics remember).
     """
 
-    def __init__(self, in_dim: int, dim: int, *, whiten: bool = False, groups: int = 64) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        *,
+        out_dim: int | None = None,
+        layers: int = 3,
+        bias: bool = False,
+        whiten: bool = False,
+        groups: int = 64,
+    ) -> None:
+        """
+        Args:
+            dim: width of the layers before the last.
+            out_dim: width of the last; None: as the others.
+            bias: of the last layer.
+        """
         super().__init__()
-        # Without bias: the norms, and after the last layer the losses, take away what all rows have in common, so that
-        # its gradient would be zero.
-        self.linears = nn.ModuleList([nn.Linear(width, dim, bias=False) for width in (in_dim, dim, dim)])
-        self.norms = nn.ModuleList([nn.BatchNorm1d(dim), nn.BatchNorm1d(dim)])
-        self.whiten = IterNorm(dim, min(groups, dim)) if whiten else nn.Identity()
+        out_dim = dim if out_dim is None else out_dim
+        widths = [in_dim, *[dim] * (layers - 1), out_dim]
+        # Without bias: the norms, and after the last layer some of the losses, take away what all rows have in common,
+        # so that its gradient would be zero.
+        self.linears = nn.ModuleList(
+            [nn.Linear(widths[i], widths[i + 1], bias=bias and i == layers - 1) for i in range(layers)]
+        )
+        self.norms = nn.ModuleList([nn.BatchNorm1d(dim) for _ in range(layers - 1)])
+        self.whiten = IterNorm(out_dim, min(groups, out_dim)) if whiten else nn.Identity()
 
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled latents of the two views, [N, in_dim] each -> projections [N, dim] each."""
+        """Pooled latents of the two views, [N, in_dim] each -> projections [N, out_dim] each."""
         b_rows = b.shape[0]
         x = torch.cat([b, a])
         for linear, norm in zip(self.linears, self.norms, strict=False):

@@ -32,6 +32,7 @@ def stage1_losses(
     loss_weight: float = 1.0,
     gather: Callable[[Tensor], Tensor] | None = None,
     gaps: Gaps | None = None,
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """The losses of one batch, "loss" being what is minimised.
 
@@ -44,7 +45,7 @@ def stage1_losses(
         ssl: None leaves its term out.
         view: augmented series, as x; None, and without `ssl`, for a plain VQVAE.
         loss_weight: of these rows, where a batch is spread over several processes (`engine.processes`).
-        gather: see `SelfSupervision`.
+        gather, generator: see `SelfSupervision`.
         gaps: of series that have some.
 
     Where x was not observed, û is held against the spectrogram of a series that has x̂ there.
@@ -77,7 +78,7 @@ def stage1_losses(
     if view is not None:
         loss = loss + view_weight * losses["reconstruction_view"]
     if ssl is not None:
-        losses["ssl"] = ssl(model.as_grid(z_q), model.as_grid(z_view[0]), gather)
+        losses["ssl"] = ssl(model.as_grid(z_q), model.as_grid(z_view[0]), gather, generator)
         loss = loss + losses["ssl"]
     return {"loss": loss, **losses, "perplexity": model.vq.perplexity}
 

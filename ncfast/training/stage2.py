@@ -54,8 +54,11 @@ class TokenDistribution:
         codebook = self.codebooks[level]
         # |z|² is the same for all codes, so it leaves the softmax unchanged.
         scores = 2 * z.double() @ codebook.T - codebook.square().sum(-1)
-        if self.temperature != 1:
-            scores = scores / max(self.temperature, 1e-9)
+        temperature = (
+            0 if level else self.temperature
+        )  # the finer levels make up for a coarse code that is not the nearest
+        if temperature != 1:
+            scores = scores / max(temperature, 1e-9)
         return scores.softmax(-1).cumsum(-1).float()
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:

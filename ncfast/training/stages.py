@@ -70,10 +70,10 @@ def make_stage1(
                 each.append(seen)
             gaps = Gaps(torch.cat([seen[own] for seen in each]), observed_share)
         if processes.is_alone:
-            return stage1_losses(vqvae, ssl, batch, view, config.view_weight, gaps=gaps)
+            return stage1_losses(vqvae, ssl, batch, view, config.view_weight, gaps=gaps, generator=generator)
         view = None if view is None else view[own]
         gather = partial(processes.all_rows, rows=B)
-        return stage1_losses(vqvae, ssl, batch[own], view, config.view_weight, loss_weight, gather, gaps)
+        return stage1_losses(vqvae, ssl, batch[own], view, config.view_weight, loss_weight, gather, gaps, generator)
 
     # Processes that round alike keep the same projector without a word; others have to agree on its gradients.
     whole = ssl if processes.is_alone or len(set(processes.gathered(kind(device)))) == 1 else None

@@ -13,6 +13,7 @@ from ncfast.engine import step as step_module
 from ncfast.engine.precision import computing, resolve_precision
 from ncfast.engine.step import TrainingStep
 from ncfast.errors import UserError
+from ncfast.training.self_supervision import SSL_LOSSES
 
 CPU = torch.device("cpu")
 N = 10
@@ -211,7 +212,8 @@ SMALL = {"dim": 16, "residual_blocks": 1, "codebook_size": 8, "projector_dim": 6
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("ssl", "precision"), [*itertools.product(["none", "barlow", "vicreg", "vibcreg"], ["tf32"]), ("vicreg", "bf16")]
+    ("ssl", "precision"),
+    [*itertools.product(["none", *SSL_LOSSES], ["tf32"]), ("vicreg", "bf16"), ("visreg", "bf16")],
 )
 def test_whole_runs_are_the_same_bits_with_graphs_and_without(ssl, precision):
     generator = np.random.default_rng(0)

@@ -59,6 +59,13 @@ def test_cells_are_those_of_the_paper_and_named_ablations():
     assert methods["barlowtwins_warp+random-embeddings"].embeddings == "random"
 
 
+def test_methods_beside_the_papers_are_asked_for_by_name():
+    made = cells("--seeds", "1", "--methods", "ntxent", "byol", "simsiam", "sigreg", "visreg", "--views", "gauss")
+    names = [cell.method for cell in made[:5]]
+    assert names == ["ntxent_gauss", "byol_gauss", "simsiam_gauss", "sigreg_gauss", "visreg_gauss"]
+    assert [cell.config.ssl for cell in made[:5]] == [name.removesuffix("_gauss") for name in names]
+
+
 def test_the_budget_is_a_share_of_the_epochs():
     config = cells("--seeds", "1")[0].config
     short = cells_module.shortened(config, 0.05)
@@ -196,7 +203,7 @@ def test_a_job_that_fails_is_told_by_it_and_counted(tmp_path):
         (["--seeds", "1,1"], "different integers"),
         (["--budget", "0"], "above 0, at most 1"),
         (["--holdout", "x"], "above 0, at most 1"),
-        (["--methods", "byol"], "invalid choice"),
+        (["--methods", "moco"], "invalid choice"),
         (["--measures", "elegance"], "no measure 'elegance'"),
         (["--repeats", "0"], "--repeats is at least 1"),
         (["--datasets", "NoSuchSet", "--measures", "acd"], "no data set"),

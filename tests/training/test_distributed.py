@@ -31,7 +31,7 @@ from ncfast.nn.synchronised import synchronised
 from ncfast.training import fit, stages
 
 CPU = torch.device("cpu")
-METHODS = ("none", "barlow", "vicreg", "vibcreg")
+METHODS = ("none", "barlow", "vicreg", "vibcreg", "byol", "sigreg")
 STEPS = 20
 
 
