@@ -41,6 +41,16 @@ REVIVED = {"codebook_size": 512, "codebook_init": "kmeans", "dead_code_threshold
 VARIANTS: dict[str, dict[str, Any]] = {  # options of `ncfast.fit`
     "default": {},
     "paper": {"preset": "paper"},
+    "earlier": {  # what `default` was up to version 0.2.0
+        "augment": ["gauss"],
+        "view_weight": 0.1,
+        "detail": 0.0,
+        "prior_dropout": 0.0,
+        "refiner": "none",
+        "stage2_steps": 2000,
+        "decoding_steps": 20,
+        "choice_temperature": 8.0,
+    },
     "none": {"ssl": "none"},
     "long": LONG,
     "none-long": {"ssl": "none", **LONG},

@@ -256,8 +256,11 @@ def is_trained(folder: Path, config: Config, dataset: Dataset) -> bool:
     return old_config == config and old_data.identity == DataStats.of(dataset).identity
 
 
+EPOCHS = ("stage1_epochs", "stage2_epochs", "refiner_epochs")
+
+
 def shortened(config: Config, budget: float) -> Config:
-    epochs = {name: max(1, round(budget * getattr(config, name))) for name in ("stage1_epochs", "stage2_epochs")}
+    epochs = {name: max(1, round(budget * getattr(config, name))) for name in EPOCHS}
     return dataclasses.replace(config, **epochs)
 
 
