@@ -156,7 +156,7 @@ def make_dataset(
             missing or are not classes; a test split of another shape. Test series of classes that the training labels
             lack are left out, with a note.
     """
-    from ncfast.data.conditions import conditions_of_splits
+    from ncfast.data.conditions import LENGTH, conditions_of_splits
 
     notes = list(notes)
     train, test = arrange(train, test, reading, notes)
@@ -180,6 +180,11 @@ def make_dataset(
     condition_columns, conditions_train, conditions_test = conditions_of_splits(
         train, test, len(X_train), 0 if X_test is None else len(X_test), notes
     )
+    if lengths_train is not None and any(column.name == LENGTH for column in condition_columns):
+        raise UserError(
+            f"{train.where}: the series have unequal lengths, which are a condition called {LENGTH!r} without being "
+            f"given; leave out your condition {LENGTH!r}, or give it another name"
+        )
     y_train, y_test, class_names = None, None, ()
     if train.labels is not None:
         names = label_names(train.labels, len(X_train), train.where, notes)

@@ -54,6 +54,26 @@ def last_observed(X: np.ndarray) -> np.ndarray:  # [n, C, L]
     return np.where(seen.any(1), X.shape[2] - seen[:, ::-1].argmax(1), 0).astype(np.int64)
 
 
+def cut(x: np.ndarray, length: np.ndarray) -> np.ndarray:  # [n, C, L], int64 [n]
+    """NaN from the end of each series on."""
+    beyond = np.arange(x.shape[-1]) >= length[:, None, None]
+    return np.where(beyond, x.dtype.type(np.nan), x)
+
+
+def to_list(X: np.ndarray, length: np.ndarray | None = None) -> list[np.ndarray]:
+    """Series of unequal lengths, as a list, of an array that is padded with NaN.
+
+    Args:
+        X: [n, C, L], NaN in all channels from the end of a series on.
+        length: time points of each series, int [n]; None: up to the last with a value.
+
+    Returns:
+        [C, L_i] for each series, without what is beyond its end.
+    """
+    X = np.asarray(X)
+    return [x[:, :end] for x, end in zip(X, last_observed(X) if length is None else length, strict=True)]
+
+
 def interpolated(x: np.ndarray, observed: np.ndarray) -> np.ndarray:
     """Straight lines over the gaps, and the nearest value at the ends; zeros where a channel has nothing.  [n, C, L]"""
     filled = np.where(observed, x, 0)
