@@ -155,7 +155,7 @@ def conditions_of_splits(
 def with_length(dataset: Dataset) -> tuple[tuple[ConditionColumn, ...], np.ndarray | None]:
     """What the prior is told of the training series: its columns, and rows float64 [n, k], None without any.
 
-    Where series end before the longest, the last column is their length, which is thus learned and drawn as a condition.
+    Where series end before the longest, the last column is their length: it is learned and drawn as a condition is.
     """
     columns, rows = tuple(dataset.condition_columns), dataset.conditions_train
     if dataset.lengths_train is None:

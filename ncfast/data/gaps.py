@@ -13,13 +13,21 @@ def is_ragged(X: Any) -> bool:
     return isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1 and any(np.ndim(item) for item in X)
 
 
+def without_none(array: np.ndarray) -> np.ndarray:
+    """NaN for None among numbers; other arrays as they are."""
+    if array.dtype != object or not any(item is None for item in array.flat):
+        return array
+    numbers = all(item is None or isinstance(item, int | float | np.number) for item in array.flat)
+    return array.astype(np.float64) if numbers else array
+
+
 def padded(items: Sequence[Any], layout: str | None, where: str) -> np.ndarray:
     """float64 [n, C, L] of series [L_i], [C, L_i] or [L_i, C], with NaN from the end of each to that of the longest.
 
     Raises:
         UserError: series of different numbers of channels, or whose axes can be told apart by no size.
     """
-    arrays = [np.asarray(item) for item in items]
+    arrays = [without_none(np.asarray(item)) for item in items]
     arrays = [array[None] if array.ndim == 1 else array for array in arrays]
     odd = next((array for array in arrays if array.ndim != 2 or array.dtype.kind not in "fiub"), None)
     if odd is not None:

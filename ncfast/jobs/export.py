@@ -79,9 +79,7 @@ def export(data: Generated, path: Path, kind: str) -> None:
         ) from error
 
 
-def conditions_of(
-    data: Generated, rows: slice, taken: Iterable[str], *, lengths: bool = True
-) -> dict[str, np.ndarray]:
+def conditions_of(data: Generated, rows: slice, taken: Iterable[str], *, lengths: bool = True) -> dict[str, np.ndarray]:
     """The length of each series, where they are unequal, and values of each condition [B] by the name of its column."""
     taken = {*taken}
     values = data.condition_values(rows)

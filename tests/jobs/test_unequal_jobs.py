@@ -60,10 +60,10 @@ def test_lengths_are_those_of_training_series_of_the_class(model):
     ends = ends_of(x)
     assert ends.tolist() == model.sample_conditions(600, seed=3)["length"].tolist()
     for name in ("slow", "fast"):
-        own, real = Counter(ends[y == name].tolist()), Counter(ENDS[Y == name].tolist())
+        own, real = Counter(ends[y == name].tolist()), Counter(ENDS[name == Y].tolist())
         assert {*own} == {*real}
         for length, count in real.items():
-            assert own[length] / (y == name).sum() == pytest.approx(count / (Y == name).sum(), abs=0.08)
+            assert own[length] / (y == name).sum() == pytest.approx(count / (name == Y).sum(), abs=0.08)
     assert {*ends_of(model.sample(600, labels="none")[0]).tolist()} == {*ENDS.tolist()}
 
 
@@ -120,7 +120,9 @@ def test_completion(model):
     assert ends_of(x).tolist() == [14, 10] * 2
     np.testing.assert_array_equal(x[:2, 0, :10], context[:, :10])
     assert ends_of(model.sample(4, context=context)[0]).tolist() == [21] * 4
-    with pytest.raises(ncfast.UserError, match="series 1 has length 9, and its context is observed up to time point 10"):
+    with pytest.raises(
+        ncfast.UserError, match="series 1 has length 9, and its context is observed up to time point 10"
+    ):
         model.sample(4, context=context, condition={"length": [14, 9]})
 
 
