@@ -69,7 +69,9 @@ def test_class_and_conditions_are_left_out_together_and_apart(labels, monkeypatc
     monkeypatch.setattr(
         prior,
         "forward",
-        lambda tokens, labels, conditions: seen.update(labels=labels, conditions=conditions) or torch.zeros(400, 10, 8),
+        lambda tokens, labels, conditions, drop: (
+            seen.update(labels=labels, conditions=conditions) or torch.zeros(400, 10, 8)
+        ),
     )
     tokens = torch.zeros(400, 10, dtype=torch.int64)
     config = make_config(**SMALL, class_dropout=0.3)
