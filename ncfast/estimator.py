@@ -7,6 +7,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
 
+from ncfast.data.gaps import padded
 from ncfast.errors import UserError
 from ncfast.training.fit import fit
 
@@ -49,13 +50,26 @@ class SeriesGenerator(BaseEstimator):
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None, *, conditions: Any = None) -> "SeriesGenerator":
-        """Trains both stages. X [n, L] or [n, C, L], finite; y [n] labels, or None; conditions as of `ncfast.fit`.
+        """Trains both stages.
+
+        Args:
+            X: series [n, L] or [n, C, L], NaN where a value is missing, or a list of series of unequal lengths.
+            y: labels [n], or None.
+            conditions: as of `ncfast.fit`.
 
         Raises:
             ValueError: data or parameters that cannot be used, with the reason.
         """
+        if isinstance(X, list) and len({np.shape(series) for series in X}) > 1:
+            X = stacked(X)
         X = validate_data(
-            self, X, dtype=np.float64, ensure_min_samples=2, ensure_min_features=LEAST_LENGTH, allow_nd=True
+            self,
+            X,
+            dtype=np.float64,
+            ensure_all_finite="allow-nan",
+            ensure_min_samples=2,
+            ensure_min_features=LEAST_LENGTH,
+            allow_nd=True,
         )
         labels = None
         if y is not None:
@@ -92,6 +106,8 @@ class SeriesGenerator(BaseEstimator):
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """New series, as X was [n_samples, L] or [n_samples, C, L], and their labels, None after `fit` without y.
 
+        Of unequal lengths they are padded with NaN; `ncfast.data.to_list` makes a list of them [n_samples, C, L].
+
         labels: "train", "balanced", "none"; labels of y to take in turn; or {label: count}.
         condition: as of `NCVQVAE.sample`, after `fit` with conditions.
         """
@@ -106,6 +122,11 @@ class SeriesGenerator(BaseEstimator):
         X = X[:, 0] if self.flat_ else X
         return X, None if y is None else self.classes_[y.astype(int)]
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        return tags
+
     def _class_name(self, label: Any) -> str:
         known = list(getattr(self, "classes_", ()))
         if label not in known:
@@ -114,3 +135,16 @@ class SeriesGenerator(BaseEstimator):
 
     def _seed(self) -> int:
         return int(check_random_state(self.random_state).randint(2**31 - 1))
+
+
+def stacked(items: list[Any]) -> np.ndarray:
+    """Series of unequal lengths as [n, L], or [n, C, L] of several channels, padded with NaN.
+
+    Raises:
+        ValueError: items that are no such series.
+    """
+    try:
+        X = padded(items, None, "X")
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    return X[:, 0] if all(np.ndim(item) == 1 for item in items) else X

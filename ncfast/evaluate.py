@@ -131,7 +131,7 @@ def find_dataset(trained: "DataStats", asked: str | None, data_dir: str | None, 
     """The data asked for, or what the run was trained on: where it was then, else by its name."""
     from ncfast.data.sources import load_dataset
 
-    reading["condition_columns"] = reading["condition_columns"] or [column.name for column in trained.conditions]
+    reading["condition_columns"] = reading["condition_columns"] or [column.name for column in trained.user_conditions]
     if asked is not None:
         return load_dataset(asked, data_dir, **reading)
     if trained.source == "arrays":

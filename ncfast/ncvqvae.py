@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from ncfast import hub
-from ncfast.data.conditions import decode_conditions
+from ncfast.data.conditions import LENGTH, decode_conditions
 from ncfast.data.dataset import series, to_numpy
+from ncfast.data.gaps import cut, last_observed
 from ncfast.engine.checkpoint import make_folder, reason, write_tensors
 from ncfast.engine.device import usable_device
 from ncfast.engine.memory import check_fits, human
@@ -81,8 +82,12 @@ class NCVQVAE(TrainedModel):
             sampling: options of the group "Sampling" of `ncfast.config.Config`, such as guidance_scale=2.0; the run's
                 own by default.
 
+        A model of series of unequal lengths has a condition more, `length`, an integer from 1 to L, which is drawn or
+        given like the others. With `context` and no length given, series have the length L.
+
         Returns:
-            X float32 [n, C, L], and y, the class name of each series [n]; None for series without a class.
+            X float32 [n, C, L], NaN from the end of each series on where lengths are unequal (`ncfast.data.to_list`
+            makes a list of such series), and y, the class name of each series [n]; None for series without a class.
 
         Raises:
             UserError: a label or condition the model does not know, counts that do not sum to n, or a context that does
@@ -111,14 +116,16 @@ class NCVQVAE(TrainedModel):
         """The conditions of the series that `sample` draws with the same arguments, without drawing these.
 
         Returns:
-            The values of each condition by its name, float64 or text [n]; {} for a model without conditions.
+            The values of each condition by its name, float64 or text [n], and `length`, int64, of a model of unequal
+            lengths; {} for a model without conditions.
         """
         sampler, n = self.sampler(n, labels, seed, condition=condition)
         if sampler.conditions is None:
             return {}
         index = torch.arange(n, device=self.device) + checked_index("start", start)
         rows = sampler.conditions(index, sampler.plan(index, sampler.seed), sampler.seed)
-        return decode_conditions(self.data.conditions, rows.cpu().numpy())
+        values = decode_conditions(self.data.conditions, rows.cpu().numpy())
+        return values | {LENGTH: values[LENGTH].astype(np.int64)} if self.data.has_lengths else values
 
     def sample_batches(
         self,
@@ -134,8 +141,8 @@ class NCVQVAE(TrainedModel):
         decode: bool = True,
         **sampling: "Unpack[SamplingOptions]",
     ) -> Iterator[Batch]:
-        """As `sample`, `batch_size` series at a time (None: as they come), with token grids, class indices and encoded
-        conditions (`ncfast.data.conditions`).
+        """As `sample`, `batch_size` series at a time (None: as they come), with token grids, class indices, encoded
+        conditions (`ncfast.data.conditions`) and lengths.
 
         Args:
             batch_size: of the batches; the last may be smaller.
@@ -159,6 +166,7 @@ class NCVQVAE(TrainedModel):
         """Series of token grids, in data units: int [n, T] in 0..K-1 -> float32 [n, C, L].
 
         On the device and in the precision that drew them, the same series bit for bit, wherever in `tokens` they are.
+        Tokens do not say where a series ends: all have the length L, and `ncfast.data.to_list(X, length)` cuts them.
         """
         tokens = to_numpy(tokens, "tokens")
         T, K = self.prior.num_tokens, self.prior.num_codes
@@ -179,9 +187,12 @@ class NCVQVAE(TrainedModel):
     def reconstruct(self, X: np.ndarray) -> np.ndarray:
         """Series through the codebook and back, in data units.  X [n, C, L] or [n, L] -> [n, C, L].
 
-        A model of series with gaps also takes NaN where a value is missing, and gives one.
+        A model of series with gaps also takes NaN where a value is missing, and gives one. One of unequal lengths takes
+        shorter series too, or a list [C, L_i], and NaN from the end of each on is NaN in the result.
         """
         X = series(X, "X", gaps=self.data.has_gaps)
+        if self.data.has_lengths and X.shape[2] < self.data.length:
+            X = np.pad(X, ((0, 0), (0, 0), (0, self.data.length - X.shape[2])), constant_values=np.nan)
         if X.shape[1:] != (self.data.channels, self.data.length):
             raise UserError(f"series are [n, {self.data.channels}, {self.data.length}]; got {list(X.shape)}")
         x, observed = self.data.normalise_observed(X, self.device)
@@ -190,7 +201,8 @@ class NCVQVAE(TrainedModel):
             for first in range(0, len(x), self.chunk_size):
                 rows = slice(first, first + self.chunk_size)
                 blocks.append(self.vqvae.reconstruct(x[rows], None if observed is None else observed[rows]))
-        return self.data.denormalise(torch.cat(blocks))
+        x_hat = self.data.denormalise(torch.cat(blocks))
+        return cut(x_hat, last_observed(X)) if self.data.has_lengths else x_hat
 
     def save(self, folder: str | Path) -> None:
         """Writes config.json, stage1.safetensors, stage2.safetensors and, of a refiner, stage3.safetensors."""

@@ -140,9 +140,8 @@ def print_plan(
     classes = f"{len(data.class_names)} classes" if data.class_names else "no labels"
     lookup = dispatch.choose("nearest_code", "auto", why_not(device, torch.float32))
     print(f"ncfast {__version__}")
-    print(
-        f"data       {data.name}: {data.num_series} series [{data.channels}, {data.length}], {classes} ({data.source})"
-    )
+    length = f"{data.shortest} to {data.length}" if data.shortest else data.length
+    print(f"data       {data.name}: {data.num_series} series [{data.channels}, {length}], {classes} ({data.source})")
     print(f"device     {device} ({device_reason}); {config.precision}; nearest code: {lookup}")
     if not processes.is_alone:
         print(f"processes  {processes.size}, each with its rows of every batch")

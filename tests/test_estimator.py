@@ -60,6 +60,23 @@ def test_the_random_state_decides():
         generator(ssl="nothing").fit(X)
 
 
+def test_lists_of_unequal_lengths_and_gaps():
+    x, y = waves(12, 20)
+    listed = [series[0, : 14 + i % 7] for i, series in enumerate(x)]
+    made = generator()
+    with pytest.warns(UserWarning, match="14 to 20 time points"):
+        made.fit(listed, y)
+    drawn, _ = made.sample(30)
+    assert drawn.shape == (30, 20) and made.n_features_in_ == 20
+    assert {*(~np.isnan(drawn)).sum(1).tolist()} <= {*range(14, 21)}
+    gappy = x[:, 0].copy()
+    gappy[::2, 5:9] = np.nan
+    with pytest.warns(UserWarning, match="missing values"):
+        assert np.isfinite(generator().fit(gappy, y).sample(3)[0]).all()
+    with pytest.raises(ValueError, match="unequal numbers of channels"):
+        generator().fit([np.ones((2, 9)), np.ones((3, 8))])
+
+
 def test_conditions():
     X = np.random.default_rng(0).normal(size=(12, 20)).cumsum(1)
     fitted = generator().fit(X, conditions={"age": np.arange(12)})

@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ncfast.data.dataset import FLOAT32_MAX, Split, label_text, list_some, sorted_classes, to_numpy
+from ncfast.data.dataset import FLOAT32_MAX, Dataset, Split, label_text, list_some, sorted_classes, to_numpy
 from ncfast.data.layout import Reading
 from ncfast.errors import UserError
 
 MOST_CATEGORIES = 1000
+LENGTH = "length"  # the condition that series of unequal lengths have without being given it
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,19 @@ def conditions_of_splits(
         count = int(np.isnan(test_rows).any(1).sum())
         notes.append(f"{test.where}: {count} test series have a condition that is missing or not in the training split")
     return tuple(columns), rows, test_rows
+
+
+def with_length(dataset: Dataset) -> tuple[tuple[ConditionColumn, ...], np.ndarray | None]:
+    """What the prior is told of the training series: its columns, and rows float64 [n, k], None without any.
+
+    Where series end before the longest, the last column is their length: it is learned and drawn as a condition is.
+    """
+    columns, rows = tuple(dataset.condition_columns), dataset.conditions_train
+    if dataset.lengths_train is None:
+        return columns, rows
+    lengths = dataset.lengths_train.astype(np.float64)
+    rows = lengths[:, None] if rows is None else np.column_stack([rows, lengths])
+    return (*columns, ConditionColumn.of(LENGTH, lengths)), rows
 
 
 def check_count(name: str, values: Any, n: int, where: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from ncfast.data.gaps import ends_with_nan, is_ragged, last_observed, padded
+from ncfast.data.gaps import ends_with_nan, is_ragged, last_observed, padded, without_none
 from ncfast.data.layout import (
     GUESS,
     NONE,
@@ -156,7 +156,7 @@ def make_dataset(
             missing or are not classes; a test split of another shape. Test series of classes that the training labels
             lack are left out, with a note.
     """
-    from ncfast.data.conditions import conditions_of_splits
+    from ncfast.data.conditions import LENGTH, conditions_of_splits
 
     notes = list(notes)
     train, test = arrange(train, test, reading, notes)
@@ -180,6 +180,11 @@ def make_dataset(
     condition_columns, conditions_train, conditions_test = conditions_of_splits(
         train, test, len(X_train), 0 if X_test is None else len(X_test), notes
     )
+    if lengths_train is not None and any(column.name == LENGTH for column in condition_columns):
+        raise UserError(
+            f"{train.where}: the series have unequal lengths, which are a condition called {LENGTH!r} without being "
+            f"given; leave out your condition {LENGTH!r}, or give it another name"
+        )
     y_train, y_test, class_names = None, None, ()
     if train.labels is not None:
         names = label_names(train.labels, len(X_train), train.where, notes)
@@ -251,10 +256,10 @@ def with_ends(
         else:
             how = "" if ragged else " (NaN at the end of a series was taken for its end)"
             shortest = min(int(count.min()) for count in lengths)
-            notes.append(
-                f"{splits[0].where}: series of {shortest} to {longest} time points{how}: each is learned and generated "
-                f"with its own end{hint}"
-            )
+            alike = bool((lengths[0] == longest).all())
+            then = f"all of {splits[0].where} have {longest}, and so have generated ones"
+            then = then if alike else "each is learned and generated with its own end"
+            notes.append(f"{splits[alike].where}: series of {shortest} to {longest} time points{how}: {then}{hint}")
     inside = [
         np.isnan(X) & (np.arange(X.shape[2]) < count[:, None, None] if ends else True)
         for X, count in zip(arrays, lengths, strict=True)
@@ -266,7 +271,7 @@ def with_ends(
                 f"{split.where}: {gaps.any((1, 2)).sum()} of {len(X)} series have missing values, "
                 f"{gaps.sum() / values:.1%} of all: losses count what was observed{'' if ends else hint}"
             )
-    return arrays, [count if ends else None for count in lengths]
+    return arrays, [count if ends and (count < longest).any() else None for count in lengths]
 
 
 def arrange(train: Split, test: Split | None, reading: Reading, notes: list[str]) -> tuple[Split, Split | None]:
@@ -277,8 +282,11 @@ def arrange(train: Split, test: Split | None, reading: Reading, notes: list[str]
         dataclasses.replace(split, X=to_numpy(split.X, split.where, ragged=True)) for split in (train, test) if split
     ]
     X = splits[0].X
-    if X.dtype.kind not in "fiub":
-        return splits[0], [*splits, None][1]  # series of unequal lengths; others are refused
+    if X.dtype.kind not in "fiub":  # series of unequal lengths; others are refused
+        reading.refuse(train.where, "index_column", *(["label_column"] if train.labels is None else []))
+        if reading.layout == "ntd":
+            splits = [dataclasses.replace(s, X=s.X.swapaxes(1, 2)) if s.X.ndim == 3 else s for s in splits]
+        return splits[0], [*splits, None][1]
     if X.ndim == 3:
         reading.refuse(train.where, "index_column", *(["label_column"] if train.labels is None else []))
         if time_is_second(X, reading.layout, train.where, notes):
@@ -348,7 +356,8 @@ def check_precision(X: np.ndarray, converted: np.ndarray, where: str) -> None:  
 
 
 def to_numpy(array: Any, where: str, *, ragged: bool = False) -> np.ndarray:
-    """The array, with NaN where it is masked; of objects, and one-dimensional, where NumPy cannot stack its items.
+    """The array, with NaN where it is masked or None; of objects, and one-dimensional, where NumPy cannot stack its
+    items.
 
     ragged: items may be series of unequal lengths.
     """
@@ -363,6 +372,8 @@ def to_numpy(array: Any, where: str, *, ragged: bool = False) -> np.ndarray:
         array = np.fromiter(array, dtype=object, count=len(array))
     except TypeError as error:
         raise UserError(f"{where}: expected an array; got {type(array).__name__} ({error})") from error
+    if array.ndim > 1:
+        array = without_none(array)
     if array.dtype == object and array.ndim == 1 and not ragged:
         try:
             shapes = {np.shape(item) for item in array if np.ndim(item)}
@@ -399,6 +410,8 @@ def check_values(X: np.ndarray, where: str, gaps: bool = False) -> None:  # [n, 
     infinite = np.isinf(X)
     if infinite.any():
         refuse_values(infinite, "hold an infinity", "repair or drop them first", where)
+    if X.dtype == np.float16:
+        return
     large = np.abs(X) > FLOAT32_MAX
     if large.any():
         refuse_values(large, f"hold a value beyond float32 ({FLOAT32_MAX:.1e})", "rescale the data first", where)

@@ -378,7 +378,7 @@ def both_splits(
     rest = [key for key in arrays if key not in taken]
     if labels is None and asked is None:
         for key in rest:
-            if could_be_labels(arrays[key], len(X)):
+            if plain(key) not in ("length", "lengths") and could_be_labels(arrays[key], len(X)):
                 refuse_label_column(f"the array {key} may hold labels", key, str(path))
     if rest:
         notes.append(f"{path}: left unread: {', '.join(map(str, rest))}")

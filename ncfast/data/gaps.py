@@ -15,13 +15,21 @@ def is_ragged(X: Any) -> bool:
     return isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1 and any(np.ndim(item) for item in X)
 
 
+def without_none(array: np.ndarray) -> np.ndarray:
+    """NaN for None among numbers; other arrays as they are."""
+    if array.dtype != object or not any(item is None for item in array.flat):
+        return array
+    numbers = all(item is None or isinstance(item, int | float | np.number) for item in array.flat)
+    return array.astype(np.float64) if numbers else array
+
+
 def padded(items: Sequence[Any], layout: str | None, where: str) -> np.ndarray:
     """float64 [n, C, L] of series [L_i], [C, L_i] or [L_i, C], with NaN from the end of each to that of the longest.
 
     Raises:
         UserError: series of different numbers of channels, or whose axes can be told apart by no size.
     """
-    arrays = [np.asarray(item) for item in items]
+    arrays = [without_none(np.asarray(item)) for item in items]
     arrays = [array[None] if array.ndim == 1 else array for array in arrays]
     odd = next((array for array in arrays if array.ndim != 2 or array.dtype.kind not in "fiub"), None)
     if odd is not None:
@@ -54,6 +62,26 @@ def last_observed(X: np.ndarray) -> np.ndarray:  # [n, C, L]
     """How many time points each series has up to the last with a value, int64 [n]; 0 for one without any."""
     seen = ~np.isnan(X).all(1)  # [n, L]
     return np.where(seen.any(1), X.shape[2] - seen[:, ::-1].argmax(1), 0).astype(np.int64)
+
+
+def cut(x: np.ndarray, length: np.ndarray) -> np.ndarray:  # [n, C, L], int64 [n]
+    """NaN from the end of each series on."""
+    beyond = np.arange(x.shape[-1]) >= length[:, None, None]
+    return np.where(beyond, x.dtype.type(np.nan), x)
+
+
+def to_list(X: np.ndarray, length: np.ndarray | None = None) -> list[np.ndarray]:
+    """Series of unequal lengths, as a list, of an array that is padded with NaN.
+
+    Args:
+        X: [n, C, L], NaN in all channels from the end of a series on.
+        length: time points of each series, int [n]; None: up to the last with a value.
+
+    Returns:
+        [C, L_i] for each series, without what is beyond its end.
+    """
+    X = np.asarray(X)
+    return [x[:, :end] for x, end in zip(X, last_observed(X) if length is None else length, strict=True)]
 
 
 def interpolated(x: Tensor, observed: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ncfast.data.conditions import ConditionColumn
+from ncfast.data.conditions import LENGTH, ConditionColumn, with_length
 from ncfast.data.dataset import FLOAT32_MAX, Dataset
 from ncfast.data.gaps import interpolated
 
@@ -21,7 +21,8 @@ class DataStats:
     """What a run remembers of its training data.
 
     mean and std are of each channel over the values of the train set, of which the share `missing` is missing. The
-    shortest series has `shortest` time points, or 0 stands for series of one length.
+    shortest series has `shortest` time points, or 0 stands for series of one length. `conditions` are those of the
+    prior: those of the user, and last the length of series that do not all have one.
     """
 
     name: str
@@ -42,6 +43,16 @@ class DataStats:
     def has_gaps(self) -> bool:
         """Whether series have missing values or ends, so that the model is told what was observed."""
         return self.missing > 0 or self.shortest > 0
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether series are drawn with an end of their own."""
+        return self.shortest > 0 and self.conditions[-1:] != () and self.conditions[-1].name == LENGTH
+
+    @property
+    def user_conditions(self) -> tuple[ConditionColumn, ...]:
+        """Without the length."""
+        return self.conditions[:-1] if self.has_lengths else self.conditions
 
     @classmethod
     def of(cls, dataset: Dataset) -> "DataStats":
@@ -66,7 +77,7 @@ class DataStats:
             notes=tuple(dataset.notes),
             missing=float(gaps.sum() - (X.size - within)) / within,
             shortest=0 if lengths is None else int(min(lengths.min(), X.shape[2] - 1)),
-            conditions=tuple(dataset.condition_columns),
+            conditions=with_length(dataset)[0],
         )
 
     @classmethod

@@ -37,7 +37,7 @@ def windows_of(
     """A data set of windows, unlabelled: every `stride` rows one of `window` rows, each column a channel.
 
     The last `test_share` of each recording is the test split: no window lies in both, and none crosses from one
-    recording to the next. A window with a missing value is left out, with a note.
+    recording to the next. A window with less than half its values is left out, with a note.
 
     Args:
         table: a DataFrame, or an array [T, C] or [T]; rows in order of time, but for a DataFrame with a time column.

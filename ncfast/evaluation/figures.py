@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ncfast.data.gaps import cut
 from ncfast.evaluation import measures
 from ncfast.evaluation.decoding import trace_decoding
 from ncfast.evaluation.material import Material
@@ -61,6 +62,7 @@ def samples(material: Material, seed: int):
     else:
         made = material.once(("balanced", seed), lambda: material.generate(10 * len(names), BALANCED, seed))
     x = material.stats.denormalise(made.x)
+    x = x if made.length is None else cut(x, made.length)
     return draw_samples(material.dataset.X_test, labels, x, made.y, names, "in the units of the data")
 
 
@@ -93,8 +95,9 @@ def reconstruction(material: Material, seed: int, rows: int = 2, columns: int = 
     figure = make_figure(11, 1.9 * rows)
     coded = material.test_coded
     for panel, i in zip(figure.subplots(rows, columns, squeeze=False).flat, chosen, strict=False):
-        panel.plot(material.test[i, 0], color=REAL, linewidth=1.3)
-        panel.plot(coded.reconstructed[i, 0], color=GENERATED, linewidth=1)
+        end = None if material.dataset.lengths_test is None else material.dataset.lengths_test[i]
+        panel.plot(material.test[i, 0, :end], color=REAL, linewidth=1.3)
+        panel.plot(coded.reconstructed[i, 0, :end], color=GENERATED, linewidth=1)
         panel.set_title(f"test series {i}, mean squared error {coded.time_error[i]:.3g}")
         panel.margins(x=0)
         small(panel)

@@ -30,6 +30,7 @@ class GeneratedSet(NamedTuple):
     x: Tensor  # float32 [n, C, L], normalised, on the CPU
     y: np.ndarray | None  # int64 [n], class index; None for series without a class
     tokens: np.ndarray  # int64 [n, T]
+    length: np.ndarray | None = None  # int64 [n], from where on x repeats a value; None for series of one length
 
 
 class Coded(NamedTuple):
@@ -96,7 +97,8 @@ class Material:
         self.made: dict[tuple[str, int], Any] = {}  # by seed
         # Of the data and not of the model, so that all models on a data set share one evaluator.
         self.stats = DataStats.of(dataset)
-        # Missing values are on straight lines between their neighbours, as measures and classifiers take no gaps.
+        # Missing values are on straight lines between their neighbours, and series go on with their last value beyond
+        # their end, as measures and classifiers take no gaps; generated ones too.
         self.train = self.stats.normalise_observed(dataset.X_train, torch.device("cpu"))[0]  # [N, C, L]
         self.test = self.stats.normalise_observed(dataset.X_test, torch.device("cpu"))[0]  # [M, C, L]
 
@@ -199,7 +201,8 @@ class Material:
         x = np.concatenate([part.x for part in parts])
         y = None if parts[0].y is None else np.concatenate([part.y for part in parts])
         tokens = np.concatenate([part.tokens for part in parts]).astype(np.int64)
-        return GeneratedSet(self.stats.normalise_observed(x, torch.device("cpu"))[0], y, tokens)
+        length = None if parts[0].length is None else np.concatenate([part.length for part in parts])
+        return GeneratedSet(self.stats.normalise_observed(x, torch.device("cpu"))[0], y, tokens, length)
 
     @functools.cached_property
     def train_coded(self) -> Coded:

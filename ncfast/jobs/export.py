@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ncfast.config import FILE_FORMATS
+from ncfast.data.conditions import LENGTH
 from ncfast.engine.checkpoint import atomic_path
 from ncfast.errors import UserError
 from ncfast.jobs.reader import Generated
@@ -59,7 +60,9 @@ def export(data: Generated, path: Path, kind: str) -> None:
     """Writes all series, whole or not at all, in a format that `check_export` has let pass.
 
     csv and parquet have a row a series (label, t0, t1, ...), or with several channels a row a time point (series,
-    label, time, c0, c1, ...); without classes no label. tsv is that of the UCR archive, without a header: label first,
+    label, time, c0, c1, ...); without classes no label. Where series have ends of their own, `length` is a column, or
+    an array [n]; cells beyond the end are empty, NaN in tsv and npz, and of rows that are time points there are none.
+    tsv is that of the UCR archive, without a header: label first,
     one channel. npz has X [n, C, L] and, with classes, y, their names. A condition is a column, or an array [n], of its
     name, after "condition_" where another one has that name.
 
@@ -76,11 +79,12 @@ def export(data: Generated, path: Path, kind: str) -> None:
         ) from error
 
 
-def conditions_of(data: Generated, rows: slice, taken: Iterable[str]) -> dict[str, np.ndarray]:
-    """Values of each condition [B] by the name of its column."""
+def conditions_of(data: Generated, rows: slice, taken: Iterable[str], *, lengths: bool = True) -> dict[str, np.ndarray]:
+    """The length of each series, where they are unequal, and values of each condition [B] by the name of its column."""
     taken = {*taken}
     values = data.condition_values(rows)
-    return {f"condition_{name}" if name in taken else name: column for name, column in values.items()}
+    named = {f"condition_{name}" if name in taken else name: column for name, column in values.items()}
+    return {LENGTH: data.length[rows], **named} if lengths and data.length is not None else named
 
 
 def blocks(data: Generated) -> Iterator[tuple[slice, np.ndarray, np.ndarray | None]]:
@@ -92,14 +96,14 @@ def blocks(data: Generated) -> Iterator[tuple[slice, np.ndarray, np.ndarray | No
         yield rows, data.x[rows].astype(np.float32), None if data.y is None else names[data.y[rows]]
 
 
-def frames(data: Generated) -> Iterator["pandas.DataFrame"]:
+def frames(data: Generated, kind: str) -> Iterator["pandas.DataFrame"]:
     """The table of each block."""
     library = needed("pandas")
     _, channels, length = data.x.shape
     for rows, x, labels in blocks(data):
         if channels == 1:
             frame = library.DataFrame(x[:, 0], columns=[f"t{t}" for t in range(length)])
-            known = conditions_of(data, rows, ["label", *frame.columns])
+            known = conditions_of(data, rows, ["label", *frame.columns], lengths=kind != "tsv")
             frame = library.concat([library.DataFrame(known), frame], axis=1) if known else frame
             if labels is not None:
                 frame.insert(0, "label", labels)
@@ -112,6 +116,8 @@ def frames(data: Generated) -> Iterator["pandas.DataFrame"]:
             columns["time"] = np.tile(np.arange(length), len(x))
             columns |= {f"c{c}": x[:, c].ravel() for c in range(channels)}
             frame = library.DataFrame(columns)
+            if data.length is not None:
+                frame = frame[frame["time"] < frame[LENGTH]]
         yield frame
 
 
@@ -119,8 +125,15 @@ def write_text(data: Generated, path: Path, kind: str) -> None:
     # Nine digits give every float32 back.
     separator, with_header = ("\t", False) if kind == "tsv" else (",", True)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        for k, frame in enumerate(frames(data)):
-            frame.to_csv(file, sep=separator, header=with_header and k == 0, index=False, float_format="%.9g")
+        for k, frame in enumerate(frames(data, kind)):
+            frame.to_csv(
+                file,
+                sep=separator,
+                header=with_header and k == 0,
+                index=False,
+                float_format="%.9g",
+                na_rep="NaN" if kind == "tsv" else "",
+            )
 
 
 def write_npz(data: Generated, path: Path, kind: str) -> None:
@@ -136,7 +149,7 @@ def write_parquet(data: Generated, path: Path, kind: str) -> None:
     arrow, parquet = needed("pyarrow"), needed("pyarrow.parquet")
     with contextlib.ExitStack() as ends:
         writer = None
-        for frame in frames(data):
+        for frame in frames(data, kind):
             table = arrow.Table.from_pandas(frame, preserve_index=False)
             if writer is None:
                 writer = ends.enter_context(parquet.ParquetWriter(str(path), table.schema))

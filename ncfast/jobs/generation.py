@@ -160,8 +160,10 @@ def make_job(arguments: argparse.Namespace, sampler: SeriesSampler, labels: Any,
         "index": ((), "i8"),
         "y": ((), "i8"),
     }
-    if sampler.conditions is not None:
-        columns["conditions"] = ((len(model.data.conditions),), "f8")
+    if model.data.user_conditions:
+        columns["conditions"] = ((len(model.data.user_conditions),), "f8")
+    if model.data.has_lengths:
+        columns["length"] = ((), "i8")
     columns = {k: v for k, v in columns.items() if (k != "x" or sampler.decode) and (k != "y" or with_classes)}
     made_from = {
         "weights_sha256": weights_sha256(arguments.run),
@@ -206,7 +208,7 @@ def provenance(
     """What a lone file needs to explain itself."""
     conditions: dict[str, str] = {}
     if sampler.conditions is not None:
-        columns = [dataclasses.asdict(column) for column in model.data.conditions]
+        columns = [dataclasses.asdict(column) for column in model.data.user_conditions]
         conditions = {"condition_columns": json.dumps(columns), "condition": json.dumps(made_from["condition"])}
     return {
         **conditions,

@@ -10,7 +10,8 @@ import h5py
 import numpy as np
 import torch
 
-from ncfast.data.conditions import ConditionColumn, decode_conditions
+from ncfast.data.conditions import LENGTH, ConditionColumn, decode_conditions
+from ncfast.data.gaps import to_list
 from ncfast.engine.checkpoint import reason
 from ncfast.engine.device import kind
 from ncfast.errors import UserError
@@ -54,6 +55,7 @@ class Generated(torch.utils.data.Dataset):
         y: class index int64 [n]; None for series without a class.
         tokens: uint16 [n, T].
         index: int64 [n], the number that the series is drawn from, with the seed.
+        length: int64 [n], time points of each series, from where on x is NaN; None for series of one length.
         conditions: float64 [n, k], None for series without; `condition_values` gives them by name.
         class_names: of the model.
         condition_columns: k of `ncfast.data.conditions.ConditionColumn`, in the order of `conditions`.
@@ -79,7 +81,7 @@ class Generated(torch.utils.data.Dataset):
         self.attributes = attributes
         self.x, self.y = columns.get("x"), columns.get("y")
         self.tokens, self.index = columns["tokens"], columns["index"]
-        self.conditions = columns.get("conditions")
+        self.conditions, self.length = columns.get("conditions"), columns.get("length")
         try:
             described = json.loads(attributes.pop("condition_columns", "[]"))
             self.condition_columns = tuple(map(ConditionColumn.from_json, described))
@@ -179,7 +181,8 @@ class Generated(torch.utils.data.Dataset):
         """What was given when the series were drawn: of these conditions each series' own value, where its turn is."""
         given = json.loads(str(self.attributes.get("condition", "{}")))
         turn = np.argsort(self.index[:] % max(1, len(self)))  # the indices follow each other
-        return {name: values[turn] for name, values in self.condition_values().items() if name in given} or None
+        values = self.condition_values() | ({} if self.length is None else {LENGTH: self.length[:]})
+        return {name: column[turn] for name, column in values.items() if name in given} or None
 
     def file(self) -> h5py.File:
         """Of this process: HDF5 handles do not survive a fork, and cannot be pickled."""
@@ -238,12 +241,20 @@ class Generated(torch.utils.data.Dataset):
         return decode_conditions(self.condition_columns, np.atleast_2d(self.conditions[index]))
 
     def to_ntd(self, index: Any = slice(None)) -> np.ndarray:
-        """Series with time first, float32 [n, L, C], as many other packages take them."""
+        """Series with time first, float32 [n, L, C], as many other packages take them; NaN beyond the end of each."""
+        return np.ascontiguousarray(self.series(index).swapaxes(1, 2), dtype=np.float32)
+
+    def to_list(self, index: Any = slice(None)) -> list[np.ndarray]:
+        """Each series to its own end, float32 [C, L_i]."""
+        x = self.series(index).astype(np.float32, copy=False)
+        return [*x] if self.length is None else to_list(x, np.atleast_1d(self.length[index]))
+
+    def series(self, index: Any) -> np.ndarray:
+        """x [m, C, L] of one index or several."""
         if self.x is None:
             raise UserError(f"{self.path} holds tokens only; `NCVQVAE.decode(tokens)` makes series of them")
         x = self.x[index]
-        x = x[None] if x.ndim == 2 else x
-        return np.ascontiguousarray(x.swapaxes(1, 2), dtype=np.float32)
+        return x[None] if x.ndim == 2 else x
 
     def __repr__(self) -> str:
         return f"<{len(self)} generated series of {self.attributes.get('dataset')}, {self.path}>"

@@ -196,7 +196,7 @@ def hold_out(dataset: Dataset, part: float) -> Dataset:
     for k in np.unique(labels):
         rows = generator.permutation(np.flatnonzero(labels == k))
         held[rows[: min(len(rows) - 1, max(1, round(part * len(rows))))]] = True
-    y = dataset.y_train
+    y, known = dataset.y_train, dataset.conditions_train
     return dataclasses.replace(
         dataset,
         X_train=dataset.X_train[~held],
@@ -205,6 +205,8 @@ def hold_out(dataset: Dataset, part: float) -> Dataset:
         lengths_train=None if dataset.lengths_train is None else dataset.lengths_train[~held],
         lengths_test=None if dataset.lengths_train is None else dataset.lengths_train[held],
         y_test=None if y is None else y[held],
+        conditions_train=None if known is None else known[~held],
+        conditions_test=None if known is None else known[held],
         notes=(*dataset.notes, f"{held.sum()} of its train series held out, to measure on"),
     )
 

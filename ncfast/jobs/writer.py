@@ -31,7 +31,7 @@ CHUNK_BYTES = 2**20
 FLUSH_BYTES = 2**25
 PUT_SECONDS = 5.0  # between the two steps of a name without hard links
 # Of a data set that no shard is there for; a reader other than ours sees these.
-FILL = {"x": np.nan, "tokens": 2**16 - 1, "index": -1, "y": -1, "conditions": np.nan}
+FILL = {"x": np.nan, "tokens": 2**16 - 1, "index": -1, "y": -1, "conditions": np.nan, "length": -1}
 
 
 class Disk(io.FileIO):
@@ -146,17 +146,25 @@ class ShardWriter:
         with np.errstate(over="ignore", invalid="ignore"):
             if "x" not in arrays or np.isfinite(arrays["x"].sum(dtype=np.float32)):
                 return
-        good = np.isfinite(arrays["x"]).all(axis=(1, 2))
+        good = np.isfinite(self.within(arrays["x"], batch)).all(axis=(1, 2))
         if not good.all():
             row = int(np.argmin(good))
             kept = arrays["x"].dtype
-            if np.isfinite(batch.x[row]).all():
-                largest = float(np.abs(batch.x[row]).max())
+            own = self.within(batch.x, batch)[row]
+            if np.isfinite(own).all():
+                largest = float(np.abs(own).max())
                 raise UserError(
                     f"series {batch.index[row]} reaches {largest:g}, and {kept} ends at {np.finfo(kept).max:g}; "
                     "use --dtype float32"
                 )
             raise UserError(f"series {batch.index[row]} is not finite: the model of this run has diverged")
+
+    @staticmethod
+    def within(x: np.ndarray, batch: Batch) -> np.ndarray:
+        """x [B, C, L] with 0 beyond the end of each series, where NaN belongs."""
+        if batch.length is None:
+            return x
+        return np.where(np.arange(x.shape[2]) < batch.length[:, None, None], x, x.dtype.type(0))
 
     def compare(self, again: Batch) -> None:
         """Reads series that were drawn again. Raises UserError when they are not what was written, bit for bit."""

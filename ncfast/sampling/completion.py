@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ncfast.data.dataset import FLOAT32_MAX, to_numpy
-from ncfast.data.gaps import interpolated
+from ncfast.data.gaps import interpolated, last_observed
 from ncfast.data.stats import DataStats
 from ncfast.errors import UserError
 from ncfast.models.vqvae import VQVAE
@@ -81,6 +81,10 @@ class Context:
         if x.ndim != 3 or x.shape[1:] != (C, L) or len(x) == 0:
             raise UserError(f"context is [m, {C}, {L}] (m from 1, channels may be left out when 1); got {list(shape)}")
         return x
+
+    def last_observed(self) -> np.ndarray:
+        """How many time points each series has up to the last that was observed, int64 [m]."""
+        return last_observed(np.where(self.observed, 0.0, np.nan))
 
     def __len__(self) -> int:
         return len(self.original)

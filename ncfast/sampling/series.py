@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ncfast.config import Config, sampling_config
+from ncfast.data.gaps import cut
 from ncfast.engine.device import current
 from ncfast.engine.precision import computing
 from ncfast.errors import UserError
@@ -30,8 +31,9 @@ class Batch(NamedTuple):
     x: np.ndarray | None  # float32 [B, C, L], in data units; None where only tokens were asked for
     y: np.ndarray | None  # int64 [B] class index, None for series without a class
     tokens: np.ndarray  # uint16 [B, n]
-    # float64 [B, k] of the model's k conditions, as `ncfast.data.conditions` encodes them; None where none is known
+    # float64 [B, k] of the user's k conditions, as `ncfast.data.conditions` encodes them; None where none is known
     conditions: np.ndarray | None = None
+    length: np.ndarray | None = None  # int64 [B], x is NaN from there on; None for series of full length
 
 
 class SeriesSampler:
@@ -75,11 +77,35 @@ class SeriesSampler:
         # Of what is completed, conditions drawn at random could contradict what is observed.
         if embedding is not None and (context is None or condition is not None):
             self.conditions = ConditionPlan(embedding, condition, len(model.class_names), draw=context is None)
+            self.check_lengths(model)
         self.model = model
         self.seed = seed
         self.decode = decode
         self.size = model.chunk_size
         self.decoder: ChunkDecoder | None = None
+
+    def check_lengths(self, model: TrainedModel) -> None:
+        """Raises UserError for lengths given that no series can have."""
+        place = len(model.data.user_conditions)
+        for length in self.conditions.given.get(place, ()) if model.data.has_lengths else ():
+            if not (length == round(length) and 1 <= length <= model.data.length):
+                raise UserError(f"length is an integer from 1 to {model.data.length}; got {length:g}")
+
+    def check_context_ends(self, n: int, start: int) -> None:
+        """Raises UserError where a series is observed beyond the length that is given for it."""
+        data = self.model.data
+        given = self.conditions.given.get(len(data.user_conditions)) if self.conditions and data.has_lengths else None
+        if self.context is None or given is None or n == 0:
+            return
+        index = start + np.arange(min(n, len(given) * len(self.context)))
+        seen = self.context.last_observed()[index % len(self.context)]
+        lengths = given[index % len(given)]
+        if (seen > lengths).any():
+            i = int(np.argmax(seen > lengths))
+            raise UserError(
+                f"series {index[i]} has length {lengths[i]:g}, and its context is observed up to time point {seen[i]}; "
+                "give a length that holds it"
+            )
 
     def total(self) -> int | None:
         """How many series there are, where counts of labels or a context say so."""
@@ -100,6 +126,7 @@ class SeriesSampler:
             raise UserError(f"the counts of labels sum to {self.plan.total}; got n={n} from start={start}")
         if batch_size is not None and checked_index("the batch size", batch_size) < 1:
             raise UserError(f"the batch size is at least 1; got {batch_size}")
+        self.check_context_ends(n, start)
         chunks = self.chunks(n, start)
         return chunks if batch_size is None else rebatch(chunks, batch_size)
 
@@ -169,7 +196,15 @@ class SeriesSampler:
             self.check(index, "condition", np.isnan(conditions[:, self.conditions.known]).astype(np.int64), 1)
         if x is not None and self.context is not None:
             x = self.context.keep_observed(x, index)
-        return Batch(index, x, labels if self.plan.names_classes else None, tokens.astype(np.uint16), conditions)
+        length = None
+        if conditions is not None and self.model.data.has_lengths:
+            conditions, length = conditions[:, :-1], conditions[:, -1]
+            length = None if np.isnan(length).any() else length.astype(np.int64)
+            conditions = conditions if conditions.shape[1] else None
+        if x is not None and length is not None:
+            x = cut(x, length)
+        y = labels if self.plan.names_classes else None
+        return Batch(index, x, y, tokens.astype(np.uint16), conditions, length)
 
     def check(self, index: np.ndarray, what: str, values: np.ndarray, end: int) -> None:
         """That all values [B] or [B, n] are below `end`: the host's copy of what was not computed has none of these."""

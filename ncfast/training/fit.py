@@ -14,6 +14,7 @@ import torch
 
 from ncfast.config import Config, make_config
 from ncfast.data.augment import MIN_LENGTH, Augment
+from ncfast.data.conditions import with_length
 from ncfast.data.detail import structure_within
 from ncfast.data.layout import Reading
 from ncfast.data.sources import Dataset, from_arrays
@@ -261,7 +262,7 @@ def train_stages(
     run = run_sha256(config, data)
     x, observed = data.normalise_observed(dataset.X_train, device)  # [N, C, L]
     labels = None if dataset.y_train is None else torch.from_numpy(dataset.y_train).to(device)
-    rows = dataset.conditions_train
+    rows = with_length(dataset)[1]
     conditions = None if rows is None else torch.from_numpy(rows).to(device)
     state = None if out is None else processes.on_every_rank(lambda: saved_state(out, device, run))
     processes.check_alike(f"states in {out}", None if state is None else (state["stage"], state["epoch"]))

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ncfast.data import Dataset, from_arrays, load_dataset, sources
+from ncfast.data.layout import Reading
 from ncfast.data.stats import DataStats
 from ncfast.errors import UserError
 
@@ -346,6 +347,8 @@ def test_refused_binaries(tmp_path):
 NAN = np.nan
 GAPPY = {
     "missing": (broken(NAN), broken(NAN), None, "X: 2 of 6 series have missing values, 3.3% of all"),
+    "None": ([[1, None, 3], [4, 5, 6]], [[1, NAN, 3], [4, 5, 6]], None, "X: 1 of 2 series have missing values, 16.7%"),
+    "None, unequal": ([[1, None, 3], [4, 5]], [[1, NAN, 3], [4, 5, NAN]], [3, 2], "1 of 2 .*, 20.0% of all"),
     "missing, also at an end": ([[NAN, 2, NAN], [1, 5, NAN]], [[NAN, 2, NAN], [1, 5, NAN]], None, "2 of 2 series"),
     "padded": ([[1, 2, NAN], [1, 5, 4]], [[1, 2, NAN], [1, 5, 4]], [2, 3], "2 to 3 time points (NaN at the end"),
     "a list": ([[1, 2], [1, 5, 4]], [[1, 2, NAN], [1, 5, 4]], [2, 3], "X: series of 2 to 3 time points: each is"),
@@ -380,6 +383,42 @@ def test_splits_of_unequal_lengths_share_the_longest():
     facts = DataStats.of(data)
     assert facts.length == 4 and facts.shortest == 2 and facts.missing == 0
     assert facts.mean == (2.6,) and facts.std == pytest.approx((np.std([1, 2, 1, 5, 4]),))
+
+
+def test_where_only_test_series_are_shorter_training_ones_have_one_length():
+    data = from_arrays([[1, 2, 3], [1, 5, 4]], None, [[1, 2], [4, 5, 6]])
+    assert data.lengths_train is None and data.lengths_test.tolist() == [2, 3]
+    assert data.notes == ("X_test: series of 2 to 3 time points: all of X have 3, and so have generated ones",)
+    padded = np.where(np.arange(30) < 25, np.arange(30.0), NAN)
+    data = from_arrays(np.arange(60.0).reshape(2, 1, 30), None, padded[None, None])
+    assert data.lengths_train is None and data.lengths_test.tolist() == [25] and "NaN at the end" in data.notes[0]
+
+
+def test_options_that_mean_nothing_for_a_list_are_refused():
+    series = [np.arange(5.0), np.arange(7.0)]
+    for option in ({"label_column": 0}, {"index_column": 0}):
+        with pytest.raises(UserError, match="X: --.* 0 means nothing here; leave it out"):
+            from_arrays(series, reading=Reading(**option))
+
+
+def test_time_first_of_a_list_and_of_an_array_beside_it():
+    """Training series as a list, test series as an array, both [time, channels]."""
+    train = [np.arange(12.0).reshape(6, 2), np.arange(16.0).reshape(8, 2)]
+    data = from_arrays(train, None, np.ones((3, 8, 2)), reading=Reading(layout="ntd"))
+    assert data.X_train.shape == (2, 2, 8) and data.X_test.shape == (3, 2, 8)
+
+
+@pytest.mark.filterwarnings("error")
+def test_half_precision_with_gaps():
+    x = np.array([[1, NAN, 60000], [-60000, 5, 6]], np.float16)
+    np.testing.assert_array_equal(from_arrays(x).X_train[:, 0], x.astype(np.float32))
+
+
+def test_an_array_of_lengths_is_no_labels(tmp_path):
+    np.savez(tmp_path / "a.npz", X=[[1, 2, NAN], [1, 5, 4]], length=[2, 3])
+    data = load_dataset(tmp_path / "a.npz")
+    assert data.y_train is None and data.lengths_train.tolist() == [2, 3]
+    assert any("left unread: length" in note for note in data.notes)
 
 
 def test_unequal_lengths_point_at_the_equal_variant(tmp_path):

@@ -14,6 +14,7 @@ from runs import FLAGS, waves
 import ncfast
 from ncfast import reproduce
 from ncfast.data.sources import from_arrays
+from ncfast.data.stats import DataStats
 from ncfast.evaluation import comparison
 from ncfast.jobs import reproduction as cells_module
 
@@ -83,6 +84,20 @@ def test_a_share_of_each_class_is_held_out():
     counts = np.bincount(dataset.y_train)
     assert np.bincount(held.y_test).tolist() == [max(1, round(count / 4)) for count in counts]
     assert "held out" in held.notes[-1]
+
+
+def test_what_is_held_out_keeps_its_conditions_and_lengths():
+    x, y = waves(40)
+    ends = 40 + np.arange(40) % 21
+    listed = [series[:, :end] for series, end in zip(x, ends, strict=True)]
+    dataset = from_arrays(listed, y, conditions={"end": ends})
+    held = cells_module.hold_out(dataset, 0.25)
+    for rows, lengths in (
+        (held.conditions_train, held.lengths_train),
+        (held.conditions_test, held.lengths_test),
+    ):
+        assert rows[:, 0].tolist() == lengths.tolist()
+    assert DataStats.of(held).num_series == len(held.conditions_train) == 30
 
 
 def test_the_authors_means_are_those_of_their_tables():
