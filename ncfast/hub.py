@@ -10,7 +10,7 @@ from ncfast.engine.checkpoint import read_json
 from ncfast.errors import UserError
 from ncfast.version import __version__
 
-NEEDED = ("config.json", "stage1.safetensors", "stage2.safetensors")
+FILES = ("config.json", *(f"stage{stage}.safetensors" for stage in (1, 2, 3)))  # the third, of a refiner
 SHOWN = ("samples.png", "evaluation.json", "metrics.json")  # of a run folder, where they are there
 
 
@@ -21,7 +21,7 @@ def download(name: str, revision: str | None, token: str | bool | None, cache_di
         UserError: no such repository, or no huggingface_hub.
     """
     hub = huggingface_hub()
-    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "allow_patterns": list(NEEDED)}
+    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "allow_patterns": list(FILES)}
     try:
         return Path(hub.snapshot_download(name, **options))
     except (OSError, ValueError) as error:  # what the hub's errors derive from
@@ -43,6 +43,7 @@ def upload(
 def model_card(config: Config, data: DataStats, folder: Path, repo_id: str) -> str:
     """Markdown: data, how to draw from the model, and the picture and measures that lie in `folder`."""
     classes = f"{len(data.class_names)} classes ({', '.join(data.class_names)})" if data.class_names else "no labels"
+    epochs = [config.stage1_epochs, config.stage2_epochs, config.refiner_epochs][: 2 if config.refiner == "none" else 3]
     picture = "![Real and generated series](samples.png)\n\n" if (folder / "samples.png").exists() else ""
     return f"""---
 library_name: ncfast
@@ -53,7 +54,7 @@ tags: [time-series, time-series-generation, vq-vae, maskgit]
 
 An NC-VQVAE ([arXiv 2408.16613](https://arxiv.org/abs/2408.16613)) trained with ncfast {__version__} on {data.name}:
 {data.num_series} series of {data.length} samples and {data.channels} channel(s), {classes}. Self-supervised loss:
-{config.ssl}; {config.stage1_epochs} + {config.stage2_epochs} epochs.
+{config.ssl}; {" + ".join(map(str, epochs))} epochs.
 
 {picture}```python
 import ncfast

@@ -75,7 +75,9 @@ def trained(ssl, num_series, dtype, device=CPU, steps=STEPS, graph=True):
     processes = current_processes()
     dataset = from_arrays(*waves(num_series))
     epochs = -(-steps // len(batch_ends(num_series, SMALL["batch_size"])))
-    config = make_config(ssl=ssl, stage1_epochs=epochs, stage2_epochs=epochs, precision="fp32", **SMALL)
+    lengths = {"stage1_epochs": epochs, "stage2_epochs": epochs, "refiner_epochs": epochs}
+    options = {**SMALL, "refiner": "flow", "refiner_dim": 8, "view_weight": 0.1, "augment": "gauss"}
+    config = make_config(ssl=ssl, precision="fp32", **lengths, **options)
     config, data = fit.resolve_config(config, dataset, device), DataStats.of(dataset)
     x, labels = data.normalise(dataset.X_train, device).to(dtype), torch.from_numpy(dataset.y_train).to(device)
     loop = {"seed": 0, "device": device, "state_path": None, "state": None, "quiet": True, "processes": processes}
@@ -91,9 +93,13 @@ def trained(ssl, num_series, dtype, device=CPU, steps=STEPS, graph=True):
         second = stages.make_stage2(config, vqvae, stages.new_prior(config, vqvae, data), x, labels, device, processes)
         second.modules.to(dtype)
         losses2 = train_stage(second, **loop).losses
+        third = stages.make_stage3(config, vqvae, stages.new_refiner(config, data), x, device, processes)
+        third.modules.to(dtype)
+        losses3 = train_stage(third, **loop).losses
     return {
         1: {**on_cpu(first.modules.state_dict()), **tensors(losses1)},
         2: {**on_cpu(second.modules.state_dict()), **tensors(losses2)},
+        3: {**on_cpu(third.modules.state_dict()), **tensors(losses3)},
     }
 
 
@@ -111,7 +117,7 @@ def several_trained(cases):
 
 def assert_close_states(found, expected, tolerance, projector_tolerance=None):
     """Largest differences, over the largest value of a tensor where that is above 1."""
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         assert found[stage].keys() == expected[stage].keys()
         for name, value in expected[stage].items():
             of_projector = projector_tolerance is not None and name.startswith("ssl.")
@@ -133,7 +139,7 @@ def test_two_processes_train_the_model_of_one(ssl, tmp_path):
     for case, first, second, tolerances in zip(cases, *ranks, ((1e-5, 1e-4), (1e-10,)), strict=True):
         expected = trained(*case)
         assert_close_states(first, expected, *tolerances)
-        assert all(torch.equal(first[stage][name], second[stage][name]) for stage in (1, 2) for name in first[stage])
+        assert all(torch.equal(first[stage][name], second[stage][name]) for stage in (1, 2, 3) for name in first[stage])
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 
@@ -75,7 +76,7 @@ def test_mask_share_of_both_conventions(masking, share):
 
 def test_loss_is_over_all_positions_and_classes_are_dropped():
     prior = small_prior(class_dropout=0.0)
-    config = make_config(**SMALL, class_dropout=0.0)
+    config = make_config(**SMALL, class_dropout=0.0, prior_dropout=0.0)
     tokens = torch.randint(0, 5, (6, 10), generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     mask = random_mask((6, 10), "masked", torch.Generator().manual_seed(3), torch.device("cpu"))
@@ -85,7 +86,7 @@ def test_loss_is_over_all_positions_and_classes_are_dropped():
     torch.testing.assert_close(actual["masked_share"], mask.float().mean())
 
     dropped = stage2_losses(
-        prior, tokens, labels, make_config(**SMALL, class_dropout=1.0), torch.Generator().manual_seed(3)
+        prior, tokens, labels, dataclasses.replace(config, class_dropout=1.0), torch.Generator().manual_seed(3)
     )
     unlabelled = stage2_losses(prior, tokens, None, config, torch.Generator().manual_seed(3))
     torch.testing.assert_close(dropped["loss"], unlabelled["loss"])
