@@ -241,8 +241,8 @@ def train(
     graph: bool = True,
     quiet: bool = False,
 ) -> NCVQVAE:
-    """Stage 1, stage 2 and, of a refiner, stage 3. With `out`, the run folder is written as it goes and can be continued
-    after any kill.
+    """Stages 1 and 2, and 3 of a refiner. With `out`, the run folder is written as it goes and can be continued after
+    any kill.
 
     Over several processes as `fit`; the state does not depend on how many there are, so that others may continue it.
 

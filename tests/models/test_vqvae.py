@@ -46,7 +46,7 @@ def test_gradients_pass_the_levels_once():
     model = make_model().train()
     z = torch.randn(4, model.num_tokens // LEVELS, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
     books = [vq.codebook.double().numpy().copy() for vq in model.levels]  # before they move
-    indices, left = residual_codes(z.detach().double().numpy(), books)
+    _, left = residual_codes(z.detach().double().numpy(), books)
     z_q, commitment = model.quantize(z)
     np.testing.assert_allclose(z_q.detach(), z.detach().double().numpy() - left, atol=1e-5)
     weight = torch.randn(z.shape)
