@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from ncfast.config import Config
+from ncfast.config import Config, epochs_text
 from ncfast.data.stats import DataStats
 from ncfast.engine.checkpoint import read_json
 from ncfast.errors import UserError
@@ -43,7 +43,6 @@ def upload(
 def model_card(config: Config, data: DataStats, folder: Path, repo_id: str) -> str:
     """Markdown: data, how to draw from the model, and the picture and measures that lie in `folder`."""
     classes = f"{len(data.class_names)} classes ({', '.join(data.class_names)})" if data.class_names else "no labels"
-    epochs = [config.stage1_epochs, config.stage2_epochs, config.refiner_epochs][: 2 if config.refiner == "none" else 3]
     picture = "![Real and generated series](samples.png)\n\n" if (folder / "samples.png").exists() else ""
     return f"""---
 library_name: ncfast
@@ -54,7 +53,7 @@ tags: [time-series, time-series-generation, vq-vae, maskgit]
 
 An NC-VQVAE ([arXiv 2408.16613](https://arxiv.org/abs/2408.16613)) trained with ncfast {__version__} on {data.name}:
 {data.num_series} series of {data.length} samples and {data.channels} channel(s), {classes}. Self-supervised loss:
-{config.ssl}; {" + ".join(map(str, epochs))} epochs.
+{config.ssl}; {epochs_text(config)} epochs.
 
 {picture}```python
 import ncfast

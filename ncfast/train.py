@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ncfast.cli.flags import add_config_arguments, add_data_arguments, given_config_values, reading_options
 from ncfast.cli.parser import Parser, run
 from ncfast.cli.startup import choose_device, leave_compiler_out, start_driver
-from ncfast.config import PRESETS, Config, make_config
+from ncfast.config import PRESETS, Config, epochs_text, make_config
 from ncfast.errors import UserError
 from ncfast.version import __version__
 
@@ -176,9 +176,7 @@ def write_picture(model: "NCVQVAE", dataset: "Dataset", out: Path) -> str:
     x, y = model.sample(per_class * max(1, len(names)), labels="balanced" if names else "none", seed=model.config.seed)
     labels = None if y is None else np.array([names.index(name) for name in y])
     try:
-        title = (
-            f"{dataset.name}, {model.config.ssl}: {model.config.stage1_epochs} + {model.config.stage2_epochs} epochs"
-        )
+        title = f"{dataset.name}, {model.config.ssl}: {epochs_text(model.config)} epochs"
         figure = draw_samples(dataset.X_train, dataset.y_train, x, labels, names, title)
         write_figure(figure, out / "samples.png")
     except UserError as error:
