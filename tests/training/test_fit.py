@@ -71,7 +71,7 @@ def finished_run(data_file, tmp_path_factory):
 
 def test_fit_learns_and_samples():
     x, y = waves()
-    options = {**SMALL, "learning_rate": 4e-3, "augment": ("warp", "gauss")}
+    options = {**SMALL, "learning_rate": 4e-3, "augment": ("warp", "gauss"), "prior_dropout": 0.0}  # so short a training
     model = ncfast.fit(x, y, ssl="vicreg", stage1_epochs=120, stage2_epochs=300, quiet=True, **options)
     assert np.square(model.reconstruct(x) - x).mean() < 0.3 * x.var()
     generated, labels = model.sample(64, labels=["slow", "fast"], seed=1)
@@ -226,7 +226,7 @@ def straight(data_file, tmp_path_factory):
     result = program("train", *six_epochs(data_file), "--out", out)
     assert result.returncode == 0
     assert "stage 3    6 epochs x 3 steps: the refiner" in result.stdout
-    assert "columns    7 of 8 samples, by the length" in result.stdout
+    assert "columns    15 of 4 samples, for detail that 7 by the length would lose (--detail 0.2)" in result.stdout
     assert "stage 3 (refiner): 100%" in result.stderr
     return out
 
@@ -477,7 +477,7 @@ def test_the_memory_asked_for_is_weights_moments_and_the_largest_tensors(monkeyp
     """Float32 weights, gradients and two moments: 16 bytes a number. Then 8 bytes, a value and its gradient, for each
     number of the first layer's output, 3 bins x 31 columns, and of the logits, 3 x 7 tokens.
     """
-    config, dataset, data = prepared(ssl="barlow", batch_size=16, stage2_batch_size=12, codebook_size=10)
+    config, dataset, data = prepared(ssl="barlow", batch_size=16, stage2_batch_size=12, codebook_size=10, detail=0.0)
     asked = []
     monkeypatch.setattr(fit, "check_fits", lambda needed, *_: asked.append(needed))
     fit.check_memory(config, dataset, torch.device("cpu"))
