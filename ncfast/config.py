@@ -196,10 +196,10 @@ class Config:
         minimum=1,
         maximum=10**7,
     )
-    batch_size: int = option(128, "series a stage-1 step", "Training", minimum=2)
+    batch_size: int = option(128, "series a step of stages 1 and 3", "Training", minimum=2)
     stage2_batch_size: int = option(256, "series a stage-2 step", "Training", minimum=1)
-    learning_rate: float = option(1e-3, "of AdamW, both stages; cosine to 0 over each", "Training", minimum=0)
-    weight_decay: float = option(1e-3, "of AdamW, both stages", "Training", minimum=0)
+    learning_rate: float = option(1e-3, "of AdamW; cosine to 0 over each stage", "Training", minimum=0)
+    weight_decay: float = option(1e-3, "of AdamW", "Training", minimum=0)
     precision: Literal["fp32", "tf32", "bf16"] | None = option(
         None, "number format of products and convolutions [fp32 on a CPU, tf32 on a GPU]", "Training"
     )
@@ -242,6 +242,12 @@ def make_config(preset: str = "default", **values: Any) -> Config:
         name: checked(fields[name], hints[name], value) for name, value in {**PRESETS[preset], **values}.items()
     }
     return Config(**resolved)
+
+
+def epochs_text(config: Config) -> str:
+    """The epochs of each stage, of a resolved configuration, such as "16 + 94 + 12"."""
+    epochs = (config.stage1_epochs, config.stage2_epochs, config.refiner_epochs)
+    return " + ".join(str(number) for number in epochs if number is not None)
 
 
 def sampling_values(config: Config) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from ncfast.config import Config
+from ncfast.config import Config, epochs_text
 from ncfast.data.stats import DataStats
 from ncfast.engine.checkpoint import read_json
 from ncfast.errors import UserError
 from ncfast.version import __version__
 
-NEEDED = ("config.json", "stage1.safetensors", "stage2.safetensors")
+FILES = ("config.json", *(f"stage{stage}.safetensors" for stage in (1, 2, 3)))  # the third, of a refiner
 SHOWN = ("samples.png", "evaluation.json", "metrics.json")  # of a run folder, where they are there
 
 
@@ -21,7 +21,7 @@ def download(name: str, revision: str | None, token: str | bool | None, cache_di
         UserError: no such repository, or no huggingface_hub.
     """
     hub = huggingface_hub()
-    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "allow_patterns": list(NEEDED)}
+    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "allow_patterns": list(FILES)}
     try:
         return Path(hub.snapshot_download(name, **options))
     except (OSError, ValueError) as error:  # what the hub's errors derive from
@@ -53,7 +53,7 @@ tags: [time-series, time-series-generation, vq-vae, maskgit]
 
 An NC-VQVAE ([arXiv 2408.16613](https://arxiv.org/abs/2408.16613)) trained with ncfast {__version__} on {data.name}:
 {data.num_series} series of {data.length} samples and {data.channels} channel(s), {classes}. Self-supervised loss:
-{config.ssl}; {config.stage1_epochs} + {config.stage2_epochs} epochs.
+{config.ssl}; {epochs_text(config)} epochs.
 
 {picture}```python
 import ncfast

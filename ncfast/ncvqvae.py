@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ncfast import hub
+from ncfast.config import sampling_config
 from ncfast.data.conditions import LENGTH, decode_conditions
 from ncfast.data.dataset import series, to_numpy
 from ncfast.data.gaps import cut, last_observed
@@ -162,12 +163,16 @@ class NCVQVAE(TrainedModel):
         return sampler, checked_index("n", n)
 
     @torch.no_grad()
-    def decode(self, tokens: np.ndarray) -> np.ndarray:
+    def decode(self, tokens: np.ndarray, refinements: int | None = None) -> np.ndarray:
         """Series of token grids, in data units: int [n, T] in 0..K-1 -> float32 [n, C, L].
 
         On the device and in the precision that drew them, the same series bit for bit, wherever in `tokens` they are.
         Tokens do not say where a series ends: all have the length L, and `ncfast.data.to_list(X, length)` cuts them.
+
+        Args:
+            refinements: steps of the refiner, where there is one; None takes the run's own.
         """
+        config = self.config if refinements is None else sampling_config(self.config, {"refinements": refinements})
         tokens = to_numpy(tokens, "tokens")
         T, K = self.prior.num_tokens, self.prior.num_codes
         if tokens.ndim != 2 or tokens.shape[1] != T or tokens.dtype.kind not in "ui":
@@ -179,7 +184,7 @@ class NCVQVAE(TrainedModel):
             chunk = tokens[first : first + self.chunk_size].astype(np.int64)
             whole = np.resize(chunk, (self.chunk_size, T))  # as many rows as when they were drawn
             with computing(self.precision, self.device), autocast(self.precision, self.device):
-                x = self.vqvae.detokenize(torch.from_numpy(whole).to(self.device), self.config.refinements)
+                x = self.vqvae.detokenize(torch.from_numpy(whole).to(self.device), config.refinements)
             parts.append(self.data.denormalise(x)[: len(chunk)])
         return np.concatenate(parts)
 

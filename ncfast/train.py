@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ncfast.cli.flags import add_config_arguments, add_data_arguments, given_config_values, reading_options
 from ncfast.cli.parser import Parser, run
 from ncfast.cli.startup import choose_device, leave_compiler_out, start_driver
-from ncfast.config import PRESETS, Config, make_config
+from ncfast.config import PRESETS, Config, epochs_text, make_config
 from ncfast.errors import UserError
 from ncfast.version import __version__
 
@@ -64,12 +64,12 @@ def main(command_line: list[str] | None = None) -> None:
 def train_program(processes: "Processes", command_line: list[str] | None = None) -> None:
     from ncfast.cli.torchrun import local_rank
     from ncfast.data.sources import load_dataset
-    from ncfast.training.fit import resolve_config, train
+    from ncfast.training.fit import columns_reason, resolve_config, train
 
     arguments = make_parser().parse_args(command_line)
     if arguments.checkpoint_every is not None and arguments.checkpoint_every < 1:
         raise UserError(f"--checkpoint-every is at least 1; got {arguments.checkpoint_every}")
-    config = make_config(arguments.preset, **given_config_values(arguments))
+    given = make_config(arguments.preset, **given_config_values(arguments))
     device, device_reason = processes.on_every_rank(lambda: choose_device(arguments.device, local_rank()))
 
     def load() -> "Dataset":
@@ -80,9 +80,9 @@ def train_program(processes: "Processes", command_line: list[str] | None = None)
     dataset = processes.on_every_rank(lambda: loaded or load())
     for note in dataset.notes:
         print(f"warning: {note}")
-    config = resolve_config(config, dataset, device)
+    config = resolve_config(given, dataset, device)
     out = arguments.out or Path("runs") / f"{dataset.name}-{config.ssl}"
-    print_plan(config, dataset, device, device_reason, out, processes)
+    print_plan(config, columns_reason(given, config, dataset), dataset, device, device_reason, out, processes)
     if arguments.dry_run:
         return
     if processes.is_first:  # the picture's library, beside the training
@@ -112,6 +112,7 @@ def import_quietly(module: str) -> None:
 
 def print_plan(
     config: Config,
+    columns_reason: str,
     dataset: "Dataset",
     device: "torch.device",
     device_reason: str,
@@ -123,18 +124,18 @@ def print_plan(
 
     from ncfast.data.stats import DataStats
     from ncfast.engine.loop import batch_ends
-    from ncfast.models.trained import build_models
+    from ncfast.models.trained import on_meta
     from ncfast.nn.meta import without_memory
     from ncfast.ops import dispatch
     from ncfast.ops.nearest_code import why_not
     from ncfast.training.self_supervision import WITHOUT_LOSS, SelfSupervision
 
     data = DataStats.of(dataset)
+    vqvae, prior, refiner = on_meta(config, data)
     with without_memory():
-        vqvae, prior = build_models(config, data)
         projector = None if config.ssl in WITHOUT_LOSS else SelfSupervision(config)
-    counts = [sum(p.numel() for p in m.parameters()) for m in (vqvae, prior, projector) if m is not None]
-    names = ["VQVAE", "prior", "projector"][: len(counts)]
+    modules = {"VQVAE": vqvae, "prior": prior, "projector": projector, "refiner": refiner}
+    counts = {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items() if m is not None}
     steps1 = len(batch_ends(data.num_series, config.batch_size))
     steps2 = len(batch_ends(data.num_series, config.stage2_batch_size))
     classes = f"{len(data.class_names)} classes" if data.class_names else "no labels"
@@ -145,15 +146,19 @@ def print_plan(
     print(f"device     {device} ({device_reason}); {config.precision}; nearest code: {lookup}")
     if not processes.is_alone:
         print(f"processes  {processes.size}, each with its rows of every batch")
-    grid = " x ".join(map(str, vqvae.grid))
+    levels = [f"{config.codebook_levels} levels"] if config.codebook_levels > 1 else []
+    grid = " x ".join([*levels, *map(str, vqvae.grid)])
     print(
         f"model      {grid} = {vqvae.num_tokens} tokens of {config.codebook_size} codes; parameters: "
-        + ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
+        + ", ".join(f"{name} {count:,}" for name, count in counts.items())
     )
+    print(f"columns    {vqvae.grid[1]} of {vqvae.samples_per_column} samples, {columns_reason}")
     print(
         f"stage 1    {config.stage1_epochs} epochs x {steps1} steps; ssl {config.ssl}, views {' '.join(config.augment)}"
     )
     print(f"stage 2    {config.stage2_epochs} epochs x {steps2} steps")
+    if refiner is not None:
+        print(f"stage 3    {config.refiner_epochs} epochs x {steps1} steps: the refiner")
     print(f"out        {out}")
     options = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items())
     print(f"options    {options}", flush=True)
@@ -170,9 +175,7 @@ def write_picture(model: "NCVQVAE", dataset: "Dataset", out: Path) -> str:
     x, y = model.sample(per_class * max(1, len(names)), labels="balanced" if names else "none", seed=model.config.seed)
     labels = None if y is None else np.array([names.index(name) for name in y])
     try:
-        title = (
-            f"{dataset.name}, {model.config.ssl}: {model.config.stage1_epochs} + {model.config.stage2_epochs} epochs"
-        )
+        title = f"{dataset.name}, {model.config.ssl}: {epochs_text(model.config)} epochs"
         figure = draw_samples(dataset.X_train, dataset.y_train, x, labels, names, title)
         write_figure(figure, out / "samples.png")
     except UserError as error:

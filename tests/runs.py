@@ -8,7 +8,7 @@ import torch
 import ncfast
 from ncfast.config import make_config
 from ncfast.data.stats import DataStats
-from ncfast.training.stages import build_models
+from ncfast.training.stages import build_models, build_refiner
 
 SMALL = {
     "dim": 8,
@@ -43,21 +43,17 @@ def train_arguments(data_file, out, *more):
     return ["--dataset", data_file, "--out", out, "--stage1-epochs", 4, "--stage2-epochs", 4, *FLAGS, *more]
 
 
-def save_run(folder, seed=0, length=21, channels=1, names=("fast", "slow"), std=2.0):
+def save_run(folder, seed=0, length=21, channels=1, names=("fast", "slow"), std=2.0, **options):
     """A model of random weights: what is drawn from it has no shape, but a right and a wrong place."""
     torch.manual_seed(seed)
-    config = make_config(
-        dim=4,
-        residual_blocks=1,
-        codebook_size=8,
-        prior_dim=8,
-        prior_layers=1,
-        prior_head_dim=8,
-        decoding_steps=3,
-        refiner="none",
-    )
+    small = {"dim": 4, "residual_blocks": 1, "codebook_size": 8, "prior_dim": 8, "prior_layers": 1, "prior_head_dim": 8}
+    config = make_config(**{**small, "decoding_steps": 3, "refiner": "none", "refiner_dim": 4, **options})
     counts = (30, 10, 7, 5, 3)[: len(names)]
     data = DataStats("Waves", "test", 40, channels, length, tuple(names), counts, (5.0,) * channels, (std,) * channels)
     config = dataclasses.replace(config, stage1_epochs=1, stage2_epochs=1, precision="fp32")
-    ncfast.NCVQVAE(config, data, *build_models(config, data), torch.device("cpu")).save(folder)
+    vqvae, prior = build_models(config, data)
+    vqvae.refiner = build_refiner(config, data)
+    if vqvae.refiner is not None:
+        torch.nn.init.normal_(vqvae.refiner.last.weight)  # untrained it moves nothing
+    ncfast.NCVQVAE(config, data, vqvae, prior, torch.device("cpu")).save(folder)
     return folder

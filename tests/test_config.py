@@ -20,6 +20,9 @@ def test_defaults_presets_and_given_values():
         "codebook_init": "random",
         "dead_code_threshold": 0.0,
         "codebook_decay": 0.9,
+        "codebook_levels": 1,
+        "detail": 0.0,
+        "samples_per_column": 0,
         "view_weight": 0.1,
         "projector_dim": 4096,
         "prior_dim": 256,
@@ -27,6 +30,9 @@ def test_defaults_presets_and_given_values():
         "prior_heads": 2,
         "prior_head_dim": 64,
         "prior_ff_mult": 1,
+        "prior_dropout": 0.0,
+        "token_temperature": 1.0,
+        "refiner": "none",
         "embeddings": "learned",
         "class_dropout": 0.2,
         "decoding_steps": 10,
@@ -102,6 +108,14 @@ def test_bad_values_are_refused(values, message):
         ("dim", 1, 2**16),
         ("residual_blocks", 0, 1000),
         ("codebook_size", 2, 65535),  # a token is a uint16 on disk
+        ("codebook_levels", 1, 8),
+        ("detail", 0, 1),
+        ("prior_dropout", 0, 0.9),
+        ("token_temperature", 0, None),
+        ("refiner_dim", 1, 4096),
+        ("refiner_temperature", 0, None),
+        ("refinements", 0, 1000),
+        ("refiner_epochs", 1, 10**7),
         ("dead_code_threshold", 0, None),
         ("halvings", 1, None),
         ("codebook_decay", 0, 1),
@@ -155,4 +169,4 @@ def test_the_default_preset_is_what_the_experiments_chose():
         "stage1_epochs": None,
         "stage2_epochs": None,
     }
-    assert (default["stage1_steps"], default["stage2_steps"], default["seed"]) == (2000, 2000, 0)
+    assert (default["stage1_steps"], default["stage2_steps"], default["seed"]) == (2000, None, 0)

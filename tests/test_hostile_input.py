@@ -42,7 +42,7 @@ class Evil:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return save_run(tmp_path_factory.mktemp("runs") / "waves")
+    return save_run(tmp_path_factory.mktemp("runs") / "waves", refiner="flow")
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +283,9 @@ DAMAGED_CONFIG = {
             ("config",): ([], 5),
             ("config", "dim"): ("a", 5, 10**9, 2**16, HUGE, None),
             ("config", "n_fft"): (10, 10**6),
+            ("config", "codebook_levels"): (0, 2),
+            ("config", "refiner"): ("x", None),
+            ("config", "refiner_dim"): (0, 5, 2**12),
             ("config", "prior_layers"): (10**9,),
             ("config", "weight_decay"): (HUGE, NAN),
             ("config", "unknown"): (1,),
@@ -312,7 +315,7 @@ DAMAGED_TENSORS = {
     ("file", "damage"),
     [
         *(("config.json", damage) for damage in DAMAGED_CONFIG),
-        *((f"stage{k}.safetensors", damage) for k in (1, 2) for damage in DAMAGED_TENSORS),
+        *((f"stage{k}.safetensors", damage) for k in (1, 2, 3) for damage in DAMAGED_TENSORS),
     ],
 )
 def test_a_damaged_run_is_one_line(file, damage, run, tmp_path, capsys):

@@ -10,9 +10,10 @@ import pytest
 from runs import save_run
 
 import ncfast
-from ncfast import hub
 
 client = pytest.importorskip("huggingface_hub")
+
+FILES = {"config.json", "stage1.safetensors", "stage2.safetensors"}
 
 
 @pytest.fixture
@@ -72,12 +73,12 @@ def test_what_is_pushed_comes_back(run, pretend, tmp_path):
     assert model.push_to_hub("me/waves", run=run, private=True) == "https://hub/commit"
     assert pretend == [{"private": True, "exist_ok": True}]
     there = tmp_path / "hub" / "me" / "waves"
-    assert {path.name for path in there.iterdir()} == {*hub.NEEDED, "README.md", "samples.png", "evaluation.json"}
+    assert {path.name for path in there.iterdir()} == {*FILES, "README.md", "samples.png", "evaluation.json"}
     card = (there / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: ncfast\n") and "![Real and generated series](samples.png)" in card
     assert "| fid | 1.25 |" in card and "cas" not in card and 'from_pretrained("me/waves")' in card
     again = ncfast.NCVQVAE.from_pretrained("me/waves", device="cpu")
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == set(hub.NEEDED)
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == FILES
     assert np.array_equal(model.sample(3)[0], again.sample(3)[0])
 
 
@@ -86,6 +87,15 @@ def test_a_model_in_memory_and_a_folder(run, pretend, tmp_path):
     model.push_to_hub("me/plain")
     card = (tmp_path / "hub" / "me" / "plain" / "README.md").read_text()
     assert "samples.png" not in card and "Measures" not in card
+
+
+def test_a_refiner_goes_with_the_model(pretend, tmp_path):
+    model = ncfast.load(save_run(tmp_path / "refined", refiner="flow", refiner_epochs=7), "cpu")
+    model.push_to_hub("me/refined")
+    assert "1 + 1 + 7 epochs" in (tmp_path / "hub" / "me" / "refined" / "README.md").read_text()
+    again = ncfast.NCVQVAE.from_pretrained("me/refined", device="cpu")
+    assert np.array_equal(model.sample(3)[0], again.sample(3)[0])
+    assert not np.array_equal(model.sample(3)[0], again.sample(3, refinements=0)[0])
 
 
 def test_errors_are_one_line(run, pretend, monkeypatch, tmp_path):

@@ -18,7 +18,9 @@ class Trace(NamedTuple):
     """One series as it is decoded, S states: all masked first, finished last."""
 
     tokens: Tensor  # int64 [S, T]; K where a token is masked
-    series: Tensor  # float32 [S, C, L], normalised: masked tokens are decoded as the mean of all codes
+    series: (
+        Tensor  # float32 [S, C, L], normalised: masked tokens are decoded as the mean of all codes; the last refined
+    )
 
 
 class WatchedSampler(Sampler):
@@ -57,4 +59,5 @@ def trace_decoding(model: NCVQVAE, labels: str = "none", seed: int = 0) -> Trace
         level = torch.arange(tokens.shape[1], device=tokens.device) * len(vqvae.levels) // tokens.shape[1]
         codes = F.embedding(torch.where(tokens == K, K + level, tokens), codes)
         series = vqvae.stft.inverse(vqvae.decode(codes.unflatten(1, (len(vqvae.levels), -1)).sum(1)))
+        series[-1:] = vqvae.detokenize(tokens[-1:], model.config.refinements)
     return Trace(tokens.cpu(), series.cpu())

@@ -33,6 +33,7 @@ from ncfast.evaluation.network_cache import default_folder
 from ncfast.evaluation.protocol import chosen, csv_rows, evaluate
 from ncfast.models.trained import read_config
 from ncfast.training.fit import resolve_config, train
+from ncfast.training.run_folder import EPOCHS
 from ncfast.version import __version__
 
 
@@ -252,18 +253,16 @@ def train_and_measure(
 
 def is_trained(folder: Path, config: Config, dataset: Dataset) -> bool:
     """Whether only the measures are missing."""
-    if not (folder / "stage2.safetensors").exists():
+    if not (folder / f"stage{2 if config.refiner == 'none' else 3}.safetensors").exists():
         return False
     old_config, old_data = read_config(folder)
     return old_config == config and old_data.identity == DataStats.of(dataset).identity
 
 
-EPOCHS = ("stage1_epochs", "stage2_epochs", "refiner_epochs")
-
-
 def shortened(config: Config, budget: float) -> Config:
-    epochs = {name: max(1, round(budget * getattr(config, name))) for name in EPOCHS}
-    return dataclasses.replace(config, **epochs)
+    epochs = {name: getattr(config, name) for name in EPOCHS}
+    shorter = {name: max(1, round(budget * value)) for name, value in epochs.items() if value is not None}
+    return dataclasses.replace(config, **shorter)
 
 
 def jsonable(values: dict[str, Any]) -> dict[str, Any]:

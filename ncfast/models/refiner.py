@@ -64,9 +64,9 @@ class RefinerBlock(nn.Module):
 
 def noise_of(tokens: Tensor, channels: int, length: int) -> Tensor:
     """Normal noise [B, channels, length] that depends on tokens [B, n] alone, so that they decode to one series."""
-    place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-    weights = (place * place * 1_103_515_245 + place * 12_345) % 2_147_483_647  # 31 bits, as good as random
-    address = (tokens * weights).sum(1)
+    place, zero = torch.arange(tokens.shape[1], device=tokens.device), torch.zeros_like(tokens)
+    high, low, *_ = philox.philox4x32((tokens, place.expand_as(tokens), zero, zero), (0, 0))
+    address = (high << 32 | low).sum(1)  # a hash of 64 bits
     position = torch.arange(channels * length, device=tokens.device)
     u, v = (
         philox.uniform(0, address[:, None], position, step=0, stream=stream) for stream in (philox.RADIUS, philox.ANGLE)
@@ -91,8 +91,8 @@ def refiner_losses(
         observed: bool like x, of series with gaps: what counts.
         local_slice: the rows that this process computes; see `training.stage2.stage2_losses`.
     """
-    t = torch.rand(len(x), device=x.device, generator=generator)
-    noise = torch.randn(x.shape, device=x.device, generator=generator)
+    t = torch.rand(len(x), dtype=x.dtype, device=x.device, generator=generator)
+    noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     t, noise, x, x_hat = (each[local_slice] for each in (t, noise, x, x_hat))
     target = (x - x_hat) / refiner.sigma - noise
     start = x_hat + refiner.sigma * noise

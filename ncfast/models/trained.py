@@ -20,7 +20,14 @@ from ncfast.version import __version__
 
 FORMAT = 1
 # Options that earlier versions did not have, with what they did.
-EARLIER = {"detail": 0.0, "samples_per_column": 0, "prior_dropout": 0.0, "refiner": "none"}
+EARLIER = {
+    "detail": 0.0,
+    "samples_per_column": 0,
+    "codebook_levels": 1,
+    "prior_dropout": 0.0,
+    "token_temperature": 1.0,
+    "refiner": "none",
+}
 
 
 class TrainedModel:
@@ -70,15 +77,16 @@ def build_refiner(config: Config, data: DataStats) -> Refiner | None:
     return Refiner(data.channels, config.refiner_dim) if config.refiner == "flow" else None
 
 
-def on_meta(config: Config, data: DataStats) -> tuple[VQVAE, Prior]:
+def on_meta(config: Config, data: DataStats) -> tuple[VQVAE, Prior, Refiner | None]:
     """The models' shapes, without memory for them."""
     with without_memory():
-        return build_models(config, data)
+        return *build_models(config, data), build_refiner(config, data)
 
 
-def size_of(*modules: torch.nn.Module) -> int:
+def size_of(*modules: torch.nn.Module | None) -> int:
     """Numbers in parameters and buffers."""
-    return sum(t.numel() for module in modules for t in (*module.parameters(), *module.buffers()))
+    there = [module for module in modules if module is not None]
+    return sum(t.numel() for module in there for t in (*module.parameters(), *module.buffers()))
 
 
 def load_weights(path: Path, module: torch.nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Training both stages: what `python -m ncfast.train` and `ncfast.fit` do between data and model."""
+"""Training all stages: what `python -m ncfast.train` and `ncfast.fit` do between data and model."""
 
 import contextlib
 import dataclasses
@@ -74,7 +74,7 @@ def fit(
     group_column: str | None = None,
     **options: "Unpack[Options]",
 ) -> NCVQVAE:
-    """Trains both stages on arrays.
+    """Trains all stages on arrays.
 
     Calls in threads of one process take turns, since training seeds torch's global generators.
 
@@ -168,9 +168,10 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
     epochs1 = config.stage1_epochs or math.ceil(config.stage1_steps / len(batch_ends(n, config.batch_size)))
     steps2 = config.stage2_steps or min(STAGE2_STEPS, max(LEAST_STAGE2_STEPS, STEPS_A_SERIES * n))
     epochs2 = config.stage2_epochs or math.ceil(steps2 / len(batch_ends(n, config.stage2_batch_size)))
-    epochs3 = config.refiner_epochs or math.ceil(REFINER_SHARE * epochs1)
+    epochs3 = None if config.refiner == "none" else config.refiner_epochs or math.ceil(REFINER_SHARE * epochs1)
     precision = resolve_precision(config.precision, device)
-    config = dataclasses.replace(config, halvings=config.halvings or chosen_halvings(dataset, config))
+    if config.halvings is None and config.detail > 0:
+        config = dataclasses.replace(config, halvings=chosen_halvings(dataset, config))
     check_memory(config, dataset, device)
     return dataclasses.replace(
         config, stage1_epochs=epochs1, stage2_epochs=epochs2, refiner_epochs=epochs3, precision=precision
@@ -178,7 +179,7 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
 
 
 def chosen_halvings(dataset: Dataset, config: Config) -> int:
-    """By the length, or fewer where shorter columns tell much more of the series apart."""
+    """By the length, or fewer where a halving less tells a share `detail` of the variance more apart."""
     by_length = num_downsampling_blocks(dataset.length, config.n_fft, config.samples_per_column)
     if config.detail == 0:
         return by_length
@@ -193,9 +194,20 @@ def chosen_halvings(dataset: Dataset, config: Config) -> int:
     return chosen
 
 
+def columns_reason(given: Config, resolved: Config, dataset: Dataset) -> str:
+    """Why a series has as many columns, behind their number."""
+    if given.halvings is not None:
+        return "as --halvings says"
+    by_length = num_downsampling_blocks(dataset.length, given.n_fft, given.samples_per_column)
+    if resolved.halvings in (None, by_length):
+        return "by the length"
+    frames = 1 + dataset.length // (given.n_fft // 4)
+    return f"for detail that {frames >> by_length} by the length would lose (--detail {given.detail:g})"
+
+
 def check_memory(config: Config, dataset: Dataset, device: torch.device) -> None:
     """Refuses what cannot fit, by what it takes at least: each counts only its largest tensors."""
-    vqvae, prior = on_meta(config, DataStats.of(dataset))
+    vqvae, prior, refiner = on_meta(config, DataStats.of(dataset))
     with without_memory():
         ssl = [] if config.ssl in WITHOUT_LOSS else [SelfSupervision(config)]
     n, dim = len(dataset.X_train), config.dim
@@ -204,6 +216,11 @@ def check_memory(config: Config, dataset: Dataset, device: torch.device) -> None
     stage1 = 16 * size_of(vqvae, *ssl) + 8 * rows1 * dim * vqvae.stft.num_bins * (vqvae.stft.num_frames // 2)
     stage2 = 4 * size_of(vqvae) + 16 * size_of(prior) + 8 * rows2 * vqvae.num_tokens * prior.num_codes
     shared = current_processes().size
+    if refiner is not None:
+        length = dataset.n_channels * dataset.length
+        # And all series, once decoded at least.
+        stage3 = 16 * size_of(refiner) + 8 * rows1 * config.refiner_dim * dataset.length * len(refiner.blocks)
+        check_fits(stage3 // shared + 4 * n * length, device, "stage 3", "lower --refiner-dim or --batch-size")
     check_fits(stage1 // shared, device, "stage 1", "lower --dim, --residual-blocks, --projector-dim or --batch-size")
     check_fits(
         stage2 // shared,
@@ -225,7 +242,8 @@ def train(
     graph: bool = True,
     quiet: bool = False,
 ) -> NCVQVAE:
-    """Stage 1, then stage 2. With `out`, the run folder is written as it goes and can be continued after any kill.
+    """Stages 1 and 2, and 3 of a refiner. With `out`, the run folder is written as it goes and can be continued after
+    any kill.
 
     Over several processes as `fit`; the state does not depend on how many there are, so that others may continue it.
 

@@ -13,9 +13,10 @@ from ncfast.data.stats import DataStats
 from ncfast.engine.checkpoint import make_folder, read_json, read_state, write_json, write_state
 from ncfast.engine.loop import StageResult
 from ncfast.errors import UserError
-from ncfast.models.trained import read_config, write_config
+from ncfast.models.trained import EARLIER, read_config, write_config
 
-LENGTHS = ("stage1_epochs", "stage2_epochs", "stage1_steps", "stage2_steps")  # options of how long a run is
+EPOCHS = ("stage1_epochs", "stage2_epochs", "refiner_epochs")  # of each stage; None of a refiner that there is not
+LENGTHS = (*EPOCHS, "stage1_steps", "stage2_steps")  # options of how long a run is
 
 
 def prepare_run(out: Path, config: Config, data: DataStats, resume: bool) -> None:
@@ -51,7 +52,7 @@ def prepare_run(out: Path, config: Config, data: DataStats, resume: bool) -> Non
 def may_change(name: str, old: Config, new: Config) -> bool:
     """Whether a run may go on with another value: of what only sampling uses, and of more epochs."""
     if name in LENGTHS:
-        return new.stage1_epochs >= old.stage1_epochs and new.stage2_epochs >= old.stage2_epochs
+        return all((getattr(new, each) or 0) >= (getattr(old, each) or 0) for each in EPOCHS)
     return name in sampling_values(new)
 
 
@@ -62,14 +63,16 @@ def change_options(out: Path, old: Config, new: Config, data: DataStats) -> None
         UserError: more epochs of a stage whose state is not kept.
     """
     path = out / "state.pt"
-    longer = [k for k in (1, 2) if getattr(new, f"stage{k}_epochs") > getattr(old, f"stage{k}_epochs")]
+    longer = [k for k, each in enumerate(EPOCHS, 1) if (getattr(new, each) or 0) > (getattr(old, each) or 0)]
     state = saved_state(out, torch.device("cpu"), run_sha256(old, data)) if path.exists() else None
     if longer and state is None and (out / "stage1.safetensors").exists():
         raise UserError(f"{out} has no state.pt to go on from with more epochs; choose another --out")
-    if 1 in longer and state is not None and state["stage"] == 2:
+    ended = [k for k in longer if state is not None and k < state["stage"]]
+    if ended:
+        k, name = ended[0], EPOCHS[ended[0] - 1]
         raise UserError(
-            f"stage 1 of {out} has ended, and only the state of stage 2 is kept: give --stage1-epochs "
-            f"{old.stage1_epochs} and more --stage2-epochs, or another --out"
+            f"stage {k} of {out} has ended, and only the state of stage {state['stage']} is kept: give "
+            f"--{name.replace('_', '-')} {getattr(old, name)}, more epochs of stage {state['stage']}, or another --out"
         )
     if state is not None:
         write_state(path, {**state, "run": run_sha256(new, data)})  # of earlier versions, which counted all options
@@ -85,6 +88,11 @@ def run_sha256(config: Config, data: DataStats) -> str:
 
 
 def sha256_of(options: dict[str, Any], data: DataStats) -> str:
+    # As of versions that lacked options, where these are as they were without.
+    later = {name for name, value in EARLIER.items() if options[name] == value}
+    if "refiner" in later:
+        later |= {"refiner_dim", "refiner_temperature", "refiner_epochs", "refinements"}
+    options = {name: value for name, value in options.items() if name not in later}
     known = dataclasses.asdict(data.identity)
     if not known["conditions"]:
         del known["conditions"]  # as of versions that had none

@@ -1,4 +1,4 @@
-"""Both stages as the training loop takes them: modules, losses and initial weights of a configuration."""
+"""The stages as the training loop takes them: modules, losses and initial weights of a configuration."""
 
 import contextlib
 import dataclasses
@@ -142,7 +142,7 @@ def make_stage3(
     draws = max(1, min(MAX_DRAWS, MAX_DECODED // x.numel()))
     generator = torch.Generator(device).manual_seed(derived_seed(config.seed, 3, 1))
     with torch.no_grad(), computing("fp32", device):
-        decoded = torch.empty(draws, *x.shape, device=device)
+        decoded = torch.empty(draws, *x.shape, dtype=x.dtype, device=device)
         for rows in torch.arange(len(x), device=device).split(256):
             for draw in decoded:
                 draw[rows] = vqvae.detokenize(distribution.draw(rows, generator))

@@ -166,6 +166,21 @@ def test_another_job_under_the_same_name_is_refused(run, job, tmp_path):
     assert len(list(tmp_path.glob("False-*"))) == 2
 
 
+def test_a_refiner_is_part_of_what_drew_a_job(job, tmp_path):
+    run = save_run(tmp_path / "refined", refiner="flow")
+    model = ncfast.load(run, "cpu")
+    for options, refinements in ((["--refinements", 3], 3), ([], 8)):
+        job("--num-samples", 70, *options, out=f"{refinements}.h5", run=run)
+        with ncfast.open_generated(tmp_path / f"{refinements}.h5") as data:
+            data.verify(redraw=5)
+            np.testing.assert_array_equal(model.decode(data.tokens[:], refinements=refinements), data.x[:])
+    file = run / "stage3.safetensors"
+    other = save_run(tmp_path / "other", seed=1, refiner="flow")
+    file.write_bytes((other / "stage3.safetensors").read_bytes())
+    with ncfast.open_generated(tmp_path / "8.h5") as data, pytest.raises(ncfast.UserError, match="weights are others"):
+        data.verify(redraw=5)
+
+
 @pytest.mark.parametrize("compression", ["lzf", "gzip"])
 def test_types_and_compression(run, job, tmp_path, compression):
     job("--num-samples", 100, out="plain.h5")

@@ -1,6 +1,7 @@
 """The paper's table: which cells there are, what is written, what is not done twice."""
 
 import csv
+import dataclasses
 import json
 import re
 import statistics
@@ -72,6 +73,9 @@ def test_the_budget_is_a_share_of_the_epochs():
     short = cells_module.shortened(config, 0.05)
     assert (short.stage1_epochs, short.stage2_epochs) == (50, 50)
     assert cells_module.shortened(short, 0.001).stage1_epochs == 1
+    assert short.refiner_epochs is None  # the paper's have no refiner
+    refined = dataclasses.replace(config, refiner="flow", refiner_epochs=200)
+    assert cells_module.shortened(refined, 0.05).refiner_epochs == 10
 
 
 def test_a_share_of_each_class_is_held_out():

@@ -186,6 +186,20 @@ def test_half_of_a_columns_samples_make_it_known():
         assert context.known.tolist() == [known]
 
 
+def test_a_fine_token_is_known_only_with_its_coarse_one():
+    """Two levels of three columns of two samples: a fill changes the first coarse token and the second fine one."""
+
+    def tokenize(x):
+        tokens = torch.tensor([[0, 0, 0, 1, 1, 1]]).repeat(len(x), 1)
+        if float(x[0, 0, 1]) != 0:
+            tokens[:, 0], tokens[:, 4] = 1, 0
+        return tokens
+
+    context = small_context([0, np.nan, 0, np.nan, 0, np.nan])
+    context.find_known_tokens(small_vqvae(tokenize, 3, 2), torch.tensor([[[0.0, 5, 0, 5, 0, 5]]]), 1)
+    assert context.known.tolist() == [[2, 0, 0, 2, 2, 1]]
+
+
 def test_interpolation():
     x = torch.tensor([[[9.0, 1, np.nan, 9, 4, 9]]])
     observed = torch.tensor([[[False, True, False, False, True, False]]])

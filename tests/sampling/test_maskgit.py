@@ -78,6 +78,44 @@ def test_tokens_are_the_same_whatever_is_left_out(options):
     assert not torch.equal(make_sampler(prior, **options).decode(labels, sample, seed=4), plain)
 
 
+LEVELS = {"codebook_levels": 2}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"guidance_scale": 2.5}, {"guidance_scale": 0.0, "top_k": 7}, {"unmasking": "google"}, {"decoding_steps": 25}],
+    ids=str,
+)
+def test_levels_have_their_own_codes_coarse_before_fine(options):
+    prior, options = make_prior(num_tokens=2 * n, codes=2 * K).double(), {**LEVELS, **options}
+    labels, sample = torch.arange(40) % (C + 1), torch.arange(100, 140)
+    plain = make_sampler(prior, SamplerOptimizations.none(), **options).decode(labels, sample, seed=3)
+    assert plain.shape == (40, 2 * n)
+    assert plain[:, :n].unique().tolist() == [*range(K)] and plain[:, n:].unique().tolist() == [*range(K, 2 * K)]
+    for savers in [SamplerOptimizations(), *(SamplerOptimizations(**{name: False}) for name in SAVERS)]:
+        assert torch.equal(make_sampler(prior, savers, **options).decode(labels, sample, seed=3), plain), savers
+    sampler = make_sampler(prior, **options)
+    assert torch.equal(sampler.decode(labels[7:9], sample[7:9], seed=3), plain[7:9])
+    # Fine tokens change no coarse one; and coarse ones that are known lead to the same fine ones.
+    known = torch.where(torch.arange(2 * n) < n, plain, 2 * K)
+    assert torch.equal(sampler.decode(labels, sample, seed=3, known=known), plain)
+
+
+def test_known_tokens_of_levels_stay():
+    prior = make_prior(num_tokens=2 * n, codes=2 * K)
+    generator = torch.Generator().manual_seed(0)
+    coarse, fine = (
+        torch.randint(0, K, (6, n), generator=generator),
+        torch.randint(K, 2 * K, (6, n), generator=generator),
+    )
+    wanted = torch.rand(6, n, generator=generator) < 0.4
+    known = torch.cat([coarse.masked_fill(wanted, 2 * K), fine.masked_fill(wanted | (coarse == 0), 2 * K)], 1)
+    known[0], known[1] = 2 * K, torch.cat([coarse[1], fine[1]])  # nothing, all
+    out = make_sampler(prior, **LEVELS).decode(torch.arange(6) % C, torch.arange(6), seed=0, known=known)
+    assert torch.equal(out[known < 2 * K], known[known < 2 * K])
+    assert out[:, :n].max() < K <= out[:, n:].min() and out.max() < 2 * K
+
+
 def count_rows(monkeypatch, sampler):
     """Rows and columns of logits that each forward pass computes."""
     shapes = []
@@ -157,10 +195,14 @@ def test_a_row_does_not_depend_on_its_batch():
 
 def plain_sampler(prior, label, rows, config, generator):
     """Written from the description: torch's own draws, topk, one row after the other.  -> tokens [rows, n]"""
-    num_tokens, codes, T = prior.num_tokens, prior.num_codes, config.decoding_steps
-    tokens = torch.full((rows, num_tokens), codes)
-    for t in range(T):
-        logits = prior(tokens, torch.full((rows,), label)) / config.temperature
+    levels, codes, T = config.codebook_levels, prior.num_codes, config.decoding_steps
+    num_tokens = prior.num_tokens // levels
+    whole = torch.full((rows, prior.num_tokens), codes)
+    for level, t in itertools.product(range(levels), range(T)):
+        columns = slice(level * num_tokens, (level + 1) * num_tokens)
+        tokens = whole[:, columns]
+        logits = prior(whole, torch.full((rows,), label))[:, columns] / config.temperature
+        logits[..., torch.arange(codes) * levels // codes != level] = -torch.inf
         if config.top_k:
             cut = logits.topk(config.top_k).values[..., -1:]
             logits = logits.masked_fill(logits < cut, -torch.inf)
@@ -182,26 +224,28 @@ def plain_sampler(prior, label, rows, config, generator):
                 new[row, confidence[row] < cut] = codes
             else:
                 new[row, confidence[row].topk(count, largest=False).indices] = codes
-        tokens = new
-    return tokens
+        whole[:, columns] = new
+    return whole
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"unmasking": "google"}, {"temperature": 0.6}, {"top_k": 2}, {"choice_temperature": 0.0}],
+    [{}, {"unmasking": "google"}, {"temperature": 0.6}, {"top_k": 2}, {"choice_temperature": 0.0}, LEVELS],
     ids=str,
 )
 def test_the_distribution_is_the_plain_samplers(options):
-    """All 27 outcomes of three tokens of three codes, in three steps."""
-    prior = make_prior(num_tokens=3, codes=3)
+    """All 27 outcomes of three tokens of three codes, or all 16 of two levels of two tokens of two, in three steps."""
+    codes = size = 4 if options == LEVELS else 3
+    prior = make_prior(num_tokens=size, codes=codes)
     for parameter in prior.head[-1].parameters():
         parameter.mul_(4)  # far from uniform
-    config = make_config(**{**SMALL, "codebook_size": 3, "decoding_steps": 3, **options})
+    size //= options.get("codebook_levels", 1)
+    config = make_config(**{**SMALL, "codebook_size": size, "decoding_steps": 3, **options})
     rows = 6000
     ours = Sampler(prior, config).decode(torch.ones(rows, dtype=torch.int64), torch.arange(rows), seed=0)
     plain = plain_sampler(prior, 1, rows, config, torch.Generator().manual_seed(0))
-    weights = torch.tensor([9, 3, 1])
-    a, b = (torch.bincount((tokens * weights).sum(1), minlength=27).double() for tokens in (ours, plain))
+    weights = size ** torch.arange(codes)
+    a, b = (torch.bincount((tokens % size * weights).sum(1), minlength=27).double() for tokens in (ours, plain))
     seen = a + b > 0
     chi_square = ((a - b).square() / (a + b))[seen].sum()
     # Mean and deviation of chi-square with as many degrees of freedom as outcomes, less one.

@@ -33,6 +33,7 @@ from ncfast.training import fit, stages
 CPU = torch.device("cpu")
 METHODS = ("none", "barlow", "vicreg", "vibcreg", "byol", "sigreg")
 STEPS = 20
+OPTIONS = {**SMALL, "refiner": "flow", "refiner_dim": 8, "view_weight": 0.1, "augment": "gauss"}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -75,7 +76,8 @@ def trained(ssl, num_series, dtype, device=CPU, steps=STEPS, graph=True):
     processes = current_processes()
     dataset = from_arrays(*waves(num_series))
     epochs = -(-steps // len(batch_ends(num_series, SMALL["batch_size"])))
-    config = make_config(ssl=ssl, stage1_epochs=epochs, stage2_epochs=epochs, precision="fp32", **SMALL)
+    lengths = {"stage1_epochs": epochs, "stage2_epochs": epochs, "refiner_epochs": epochs}
+    config = make_config(ssl=ssl, precision="fp32", **lengths, **OPTIONS)
     config, data = fit.resolve_config(config, dataset, device), DataStats.of(dataset)
     x, labels = data.normalise(dataset.X_train, device).to(dtype), torch.from_numpy(dataset.y_train).to(device)
     loop = {"seed": 0, "device": device, "state_path": None, "state": None, "quiet": True, "processes": processes}
@@ -91,9 +93,13 @@ def trained(ssl, num_series, dtype, device=CPU, steps=STEPS, graph=True):
         second = stages.make_stage2(config, vqvae, stages.new_prior(config, vqvae, data), x, labels, device, processes)
         second.modules.to(dtype)
         losses2 = train_stage(second, **loop).losses
+        third = stages.make_stage3(config, vqvae, stages.new_refiner(config, data), x, device, processes)
+        third.modules.to(dtype)
+        losses3 = train_stage(third, **loop).losses
     return {
         1: {**on_cpu(first.modules.state_dict()), **tensors(losses1)},
         2: {**on_cpu(second.modules.state_dict()), **tensors(losses2)},
+        3: {**on_cpu(third.modules.state_dict()), **tensors(losses3)},
     }
 
 
@@ -111,7 +117,7 @@ def several_trained(cases):
 
 def assert_close_states(found, expected, tolerance, projector_tolerance=None):
     """Largest differences, over the largest value of a tensor where that is above 1."""
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         assert found[stage].keys() == expected[stage].keys()
         for name, value in expected[stage].items():
             of_projector = projector_tolerance is not None and name.startswith("ssl.")
@@ -133,7 +139,7 @@ def test_two_processes_train_the_model_of_one(ssl, tmp_path):
     for case, first, second, tolerances in zip(cases, *ranks, ((1e-5, 1e-4), (1e-10,)), strict=True):
         expected = trained(*case)
         assert_close_states(first, expected, *tolerances)
-        assert all(torch.equal(first[stage][name], second[stage][name]) for stage in (1, 2) for name in first[stage])
+        assert all(torch.equal(first[stage][name], second[stage][name]) for stage in (1, 2, 3) for name in first[stage])
 
 
 @pytest.mark.slow
@@ -160,13 +166,13 @@ def fit_until(out, stop, resume):
             raise Stopped
 
     dataset = from_arrays(*waves(41))
-    config = make_config(ssl="vicreg", stage1_epochs=4, stage2_epochs=4, **SMALL)
+    config = make_config(ssl="vicreg", stage1_epochs=4, stage2_epochs=4, refiner_epochs=4, **OPTIONS)
     config = fit.resolve_config(config, dataset, CPU)
     original = RunLog.write
     RunLog.write = write
     try:
         model = fit.train(config, dataset, out=out, device=CPU, resume=resume, checkpoint_every=1, quiet=True)
-        return model.vqvae.state_dict(), model.prior.state_dict()
+        return model.vqvae.state_dict_of_stage1(), model.prior.state_dict(), model.vqvae.refiner.state_dict()
     except Stopped:
         return None
     finally:
@@ -177,22 +183,22 @@ def fit_until(out, stop, resume):
 def test_other_numbers_of_processes_continue_a_run(tmp_path):
     expected = fit_until(tmp_path / "whole", None, False)
     out = tmp_path / "parts"
-    for world, stop, resume in ((2, (1, 3), False), (1, (2, 2), True), (3, None, True)):
+    for world, stop, resume in ((2, (1, 3), False), (1, (2, 2), True), (2, (3, 2), True), (3, None, True)):
         if world == 1:
             assert fit_until(out, stop, resume) is None
             continue
-        folder = tmp_path / f"ranks{world}"
+        folder = tmp_path / f"ranks{world}{stop}"
         folder.mkdir()
         ends = on_processes(world, folder, fit_until, out, stop, resume)
         assert all((end is None) == (stop is not None) for end in ends)
     # Every process has the model, and the first one's is on disk.
-    saved = [safetensors.torch.load_file(out / f"stage{stage}.safetensors") for stage in (1, 2)]
+    saved = [safetensors.torch.load_file(out / f"stage{stage}.safetensors") for stage in (1, 2, 3)]
     for states in (saved, *ends):
         for state, target in zip(states, expected, strict=True):
             for name, value in target.items():
                 torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=lambda t, n=name: f"{n}: {t}")
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [(line["stage"], line["epoch"]) for line in lines] == [(s, e) for s in (1, 2) for e in (1, 2, 3, 4)]
+    assert [(line["stage"], line["epoch"]) for line in lines] == [(s, e) for s in (1, 2, 3) for e in (1, 2, 3, 4)]
     whole = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in whole], rel=1e-5)
     assert not list(out.glob("*.tmp"))

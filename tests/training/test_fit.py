@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -47,12 +48,14 @@ def program(name, *arguments, **options):
 
 
 def weights(out):
-    return {stage: safetensors.torch.load_file(Path(out) / f"stage{stage}.safetensors") for stage in (1, 2)}
+    paths = {stage: Path(out) / f"stage{stage}.safetensors" for stage in (1, 2, 3)}
+    return {stage: safetensors.torch.load_file(path) for stage, path in paths.items() if path.exists()}
 
 
 def assert_same_weights(a, b):
     a, b = weights(a), weights(b)
-    for stage in (1, 2):
+    assert a.keys() == b.keys()
+    for stage in a:
         assert a[stage].keys() == b[stage].keys()
         for name, value in a[stage].items():
             assert torch.equal(value, b[stage][name]), f"stage {stage}: {name}"
@@ -68,7 +71,12 @@ def finished_run(data_file, tmp_path_factory):
 
 def test_fit_learns_and_samples():
     x, y = waves()
-    options = {**SMALL, "learning_rate": 4e-3, "augment": ("warp", "gauss")}
+    options = {
+        **SMALL,
+        "learning_rate": 4e-3,
+        "augment": ("warp", "gauss"),
+        "prior_dropout": 0.0,
+    }  # so short a training
     model = ncfast.fit(x, y, ssl="vicreg", stage1_epochs=120, stage2_epochs=300, quiet=True, **options)
     assert np.square(model.reconstruct(x) - x).mean() < 0.3 * x.var()
     generated, labels = model.sample(64, labels=["slow", "fast"], seed=1)
@@ -213,17 +221,22 @@ def wait_for_epoch(process, out, stage, epoch):
 
 
 def six_epochs(data_file):
-    return ["--dataset", data_file, "--stage1-epochs", 6, "--stage2-epochs", 6, "--checkpoint-every", 1, *FLAGS]
+    lengths = ["--stage1-epochs", 6, "--stage2-epochs", 6, "--refiner-epochs", 6, "--checkpoint-every", 1]
+    return ["--dataset", data_file, *lengths, *FLAGS, "--refiner=flow", "--refiner-dim=8"]
 
 
 @pytest.fixture(scope="module")
 def straight(data_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "straight"
-    assert program("train", *six_epochs(data_file), "--out", out).returncode == 0
+    result = program("train", *six_epochs(data_file), "--out", out)
+    assert result.returncode == 0
+    assert "stage 3    6 epochs x 3 steps: the refiner" in result.stdout
+    assert "columns    15 of 4 samples, for detail that 7 by the length would lose (--detail 0.2)" in result.stdout
+    assert "stage 3 (refiner): 100%" in result.stderr
     return out
 
 
-@pytest.mark.parametrize(("stage", "epoch"), [(1, 2), (2, 2)])
+@pytest.mark.parametrize(("stage", "epoch"), [(1, 2), (2, 2), (3, 2)])
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_resumed_equals_uninterrupted(stage, epoch, kill, straight, data_file, tmp_path):
     arguments, broken = six_epochs(data_file), tmp_path / "broken"
@@ -238,7 +251,7 @@ def test_killed_and_resumed_equals_uninterrupted(stage, epoch, kill, straight, d
         assert process.returncode == 130 and "--resume" in stderr.splitlines()[-1]
     else:
         assert process.returncode == -signal.SIGKILL
-    if process.returncode and not (broken / "stage2.safetensors").exists():
+    if process.returncode and not (broken / "stage3.safetensors").exists():
         logged = json.loads((broken / "log.jsonl").read_text().splitlines()[-1])
         state = read_state(broken / "state.pt", torch.device("cpu"))
         assert (state["stage"], state["epoch"]) >= (logged["stage"], logged["epoch"] - 1)  # at most one epoch is lost
@@ -246,7 +259,71 @@ def test_killed_and_resumed_equals_uninterrupted(stage, epoch, kill, straight, d
     assert resumed.returncode == 0, resumed.stderr
     assert_same_weights(straight, broken)
     epochs = [(r["stage"], r["epoch"]) for r in map(json.loads, (broken / "log.jsonl").read_text().splitlines())]
-    assert epochs == [(s, e) for s in (1, 2) for e in range(1, 7)]
+    assert epochs == [(s, e) for s in (1, 2, 3) for e in range(1, 7)]
+
+
+def test_a_run_with_a_refiner(straight, data_file, tmp_path):
+    out = shutil.copytree(straight, tmp_path / "run")
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["stage3"]["epochs"] == 6 and metrics["stage3"]["loss"] > 0
+    model, (x, _) = ncfast.load(out), waves(20)
+    batch = next(model.sample_batches(40, seed=3, batch_size=40))
+    np.testing.assert_array_equal(model.decode(batch.tokens[::-1])[::-1], batch.x)
+    plain = next(model.sample_batches(40, seed=3, batch_size=40, refinements=0))
+    np.testing.assert_array_equal(plain.tokens, batch.tokens)
+    np.testing.assert_array_equal(model.decode(plain.tokens, refinements=0), plain.x)
+    assert not np.array_equal(plain.x, batch.x)
+    refiner, model.vqvae.refiner = model.vqvae.refiner, None
+    np.testing.assert_array_equal(model.decode(plain.tokens), plain.x)
+    model.vqvae.refiner = refiner
+    completed = model.sample(context=np.where(np.arange(61) < 30, x, np.nan), seed=1)[0]
+    np.testing.assert_array_equal(completed[..., :30], x[..., :30])
+    model.save(tmp_path / "saved")
+    assert_same_weights(out, tmp_path / "saved")
+    np.testing.assert_array_equal(ncfast.load(tmp_path / "saved").sample(40, seed=3)[0], batch.x)
+    # More epochs of it, then too many of another stage.
+    options = [*map(str, six_epochs(data_file)), "--out", str(out), "--resume"]
+    train_program.main([*options, "--refiner-epochs=8"])
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if line["stage"] == 3] == [*range(1, 9)]
+    with pytest.raises(ncfast.UserError, match="stage 2 of .* has ended, and only the state of stage 3 is kept: give"):
+        train_program.main([*options, "--refiner-epochs=8", "--stage2-epochs=9"])
+    with pytest.raises(ncfast.UserError, match="refiner_epochs was 8 and is 7"):
+        train_program.main([*options, "--refiner-epochs=7"])
+    (out / "stage3.safetensors").unlink()
+    with pytest.raises(ncfast.UserError, match="has not finished stage 3; continue it with"):
+        ncfast.load(out)
+
+
+def test_a_run_of_a_version_without_the_later_options(data_file, tmp_path):
+    """It draws the same series, and goes on."""
+    later = {"codebook_levels", "detail", "samples_per_column", "prior_dropout", "token_temperature", "refinements"}
+    later |= {"refiner", "refiner_dim", "refiner_temperature", "refiner_epochs"}
+    out = tmp_path / "run"
+    flags = [f for f in FLAGS if "refiner" not in f]
+    options = ["--preset=paper", "--dataset", str(data_file), *flags, "--out", str(out), "--stage1-epochs=2"]
+    train_program.main([*options, "--stage2-epochs=2"])
+    expected = ncfast.load(out).sample(20, seed=1)[0]
+    content = json.loads((out / "config.json").read_text())
+    content["config"] = {name: value for name, value in content["config"].items() if name not in later}
+    (out / "config.json").write_text(json.dumps(content))
+    np.testing.assert_array_equal(ncfast.load(out).sample(20, seed=1)[0], expected)
+    identity = dataclasses.asdict(read_config(out)[1].identity)
+    del identity["conditions"]
+    for of_all_options in (True, False):  # as 0.1.0 wrote it, and a version after it
+        known = dict(content["config"])
+        if not of_all_options:
+            for name in ("stage1_epochs", "stage2_epochs", "stage1_steps", "stage2_steps", "decoding_steps"):
+                del known[name]
+            for name in ("choice_temperature", "guidance_scale", "temperature", "top_k", "unmasking"):
+                del known[name]
+        digest = hashlib.sha256(json.dumps([known, identity], sort_keys=True).encode()).hexdigest()
+        again = shutil.copytree(out, tmp_path / f"again{of_all_options}")
+        state = torch.load(again / "state.pt", weights_only=True)
+        torch.save({**state, "run": digest}, again / "state.pt")
+        train_program.main([*options, "--out", str(again), "--stage2-epochs=3", "--resume"])
+        lines = [json.loads(line) for line in (again / "log.jsonl").read_text().splitlines()]
+        assert [line["epoch"] for line in lines if line["stage"] == 2] == [1, 2, 3]
 
 
 def test_a_run_goes_on_with_more_epochs_and_other_sampling(finished_run, data_file, tmp_path, capsys):
@@ -290,7 +367,7 @@ def test_a_run_goes_on_with_more_epochs_and_other_sampling(finished_run, data_fi
             ["--dataset", "DATA", "--out", "RUN", "--resume", "--dim", "16"],
             "other options (dim was 8 and is 16",
         ),
-        ("train", ["--dataset", "DATA", "--ssl", "byol"], "invalid choice"),
+        ("train", ["--dataset", "DATA", "--ssl", "moco"], "invalid choice"),
         ("train", ["--dataset", "DATA", "--augment", "gausss"], "gauss"),
         ("train", ["--dataset", "DATA", "--batch-size", "1"], "--batch-size is at least 2"),
         ("train", ["--dataset", "DATA", "--learning-rate", "nan"], "--learning-rate is at least 0"),
@@ -318,11 +395,11 @@ def test_mistakes_are_one_line_and_exit_code_2(name, arguments, message, data_fi
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
 
 
-def test_damaged_runs_are_one_line(finished_run, tmp_path):
-    for file in ("config.json", "stage1.safetensors", "stage2.safetensors"):
+def test_damaged_runs_are_one_line(straight, tmp_path):
+    for file in ("config.json", "stage1.safetensors", "stage2.safetensors", "stage3.safetensors"):
         broken = tmp_path / file
         broken.mkdir()
-        for source in finished_run.glob("*.*"):
+        for source in straight.glob("*.*"):
             if source.is_file():
                 (broken / source.name).write_bytes(source.read_bytes())
         whole = (broken / file).read_bytes()
@@ -383,9 +460,7 @@ def test_views_only_reconstruct(data_file, tmp_path):
     logged = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert "reconstruction_view" in logged and "ssl" not in logged
     assert model.config.ssl == "views"
-    parts = sum(
-        logged[f"reconstruction_{part}"] * (0.1 if part == "view" else 1) for part in ("time", "spectrum", "view")
-    )
+    parts = sum(logged[f"reconstruction_{part}"] for part in ("time", "spectrum", "view"))  # the view weighs 1
     assert logged["loss"] == pytest.approx(parts + logged["commitment"], rel=1e-5)
 
 
@@ -407,7 +482,7 @@ def test_the_memory_asked_for_is_weights_moments_and_the_largest_tensors(monkeyp
     """Float32 weights, gradients and two moments: 16 bytes a number. Then 8 bytes, a value and its gradient, for each
     number of the first layer's output, 3 bins x 31 columns, and of the logits, 3 x 7 tokens.
     """
-    config, dataset, data = prepared(ssl="barlow", batch_size=16, stage2_batch_size=12, codebook_size=10)
+    config, dataset, data = prepared(ssl="barlow", batch_size=16, stage2_batch_size=12, codebook_size=10, detail=0.0)
     asked = []
     monkeypatch.setattr(fit, "check_fits", lambda needed, *_: asked.append(needed))
     fit.check_memory(config, dataset, torch.device("cpu"))
@@ -415,6 +490,12 @@ def test_the_memory_asked_for_is_weights_moments_and_the_largest_tensors(monkeyp
     ssl, prior = stages.new_self_supervision(config), stages.new_prior(config, vqvae, data)
     a, b, c = (sum(t.numel() for t in [*m.parameters(), *m.buffers()]) for m in (vqvae, ssl, prior))
     assert asked == [16 * (a + b) + 8 * 16 * 8 * 3 * 31, 4 * a + 16 * c + 8 * 12 * 3 * 7 * 10]
+    # Of the refiner the output of each of six blocks, 61 samples of 8 channels, and all series once decoded.
+    asked.clear()
+    config = dataclasses.replace(config, refiner="flow", refiner_dim=8)
+    fit.check_memory(config, dataset, torch.device("cpu"))
+    d = sum(t.numel() for t in stages.new_refiner(config, data).state_dict().values())
+    assert 16 * d + 8 * 16 * 8 * 61 * 6 + 4 * 20 * 61 in asked and len(asked) == 3
 
 
 @pytest.mark.parametrize(("kinds", "alike"), [(["A", "A"], True), (["A", "B"], False)])

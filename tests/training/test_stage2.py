@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 
@@ -10,7 +11,7 @@ from ncfast.models import prior as prior_module
 from ncfast.models.prior import Prior
 from ncfast.models.vqvae import VQVAE
 from ncfast.ops import dispatch, layer_norm
-from ncfast.training.stage2 import TokenDistribution, random_mask, ranks, stage2_losses
+from ncfast.training.stage2 import Dropout, TokenDistribution, random_mask, ranks, stage2_losses
 
 SMALL = {"dim": 8, "residual_blocks": 1, "codebook_size": 5, "prior_dim": 16, "prior_layers": 2, "prior_head_dim": 8}
 
@@ -73,9 +74,63 @@ def test_mask_share_of_both_conventions(masking, share):
     assert (positions - positions.mean()).abs().max() < 0.03
 
 
+@pytest.mark.parametrize("masking", ["masked", "kept"])
+def test_no_token_is_masked_before_all_finer_ones(masking):
+    levels, n = 3, 8
+    partly = torch.zeros(n)
+    for seed in range(300):
+        mask = random_mask((4, levels * n), masking, torch.Generator().manual_seed(seed), torch.device("cpu"), levels)
+        t = float(torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+        drawn = int(levels * n * math.cos(0.5 * math.pi * t))
+        assert (mask.sum(1) == (drawn if masking == "masked" else levels * n - drawn)).all()
+        each = mask.view(4, levels, n)
+        for coarse in range(levels - 1):
+            begun = each[:, coarse].any(1)
+            assert each[begun][:, coarse + 1 :].all()
+        of_one = each.any(2) & ~each.all(2)
+        partly += each[of_one].sum(0)
+    assert partly.min() > 0.7 * partly.max()  # within a level any position
+
+
+def test_dropout_keeps_a_share_and_the_mean():
+    drop = Dropout(0.3, torch.Generator().manual_seed(0), 500, slice(None))
+    x = drop(torch.ones(500, 40))
+    kept = x != 0
+    torch.testing.assert_close(x[kept], torch.full_like(x[kept], 1 / 0.7))
+    assert abs(kept.double().mean() - 0.7) < 4 * (0.21 / 20_000) ** 0.5
+    assert not torch.equal(drop(torch.ones(500, 40)) != 0, kept)
+
+
+def test_dropout_does_not_depend_on_the_number_of_processes():
+    x = torch.randn(7, 3, 4)
+    parts = [
+        Dropout(0.5, torch.Generator().manual_seed(0), 7, own)(x[own])
+        for own in (slice(0, 4), slice(4, 7), slice(7, 7))
+    ]
+    assert torch.equal(torch.cat(parts), Dropout(0.5, torch.Generator().manual_seed(0), 7, slice(None))(x))
+
+
+def test_dropout_changes_the_loss_and_without_it_nothing_is_drawn(monkeypatch):
+    prior, tokens = small_prior(), torch.randint(0, 5, (6, 10))
+    generators = {}
+
+    def loss(p):
+        generators[p] = torch.Generator().manual_seed(3)
+        return stage2_losses(prior, tokens, None, make_config(**SMALL, prior_dropout=p), generators[p])["loss"]
+
+    plain, dropped = loss(0.0), loss(0.3)
+    assert dropped.isfinite() and dropped != plain
+    mask = random_mask((6, 10), "masked", torch.Generator().manual_seed(3), torch.device("cpu"))
+    logits = prior(tokens.masked_fill(mask, 5), torch.full((6,), 3))
+    assert torch.equal(plain, F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").mean())
+    generator = torch.Generator().manual_seed(3)
+    random_mask((6, 10), "masked", generator, torch.device("cpu"))
+    assert torch.equal(generators[0.0].get_state(), generator.get_state())
+
+
 def test_loss_is_over_all_positions_and_classes_are_dropped():
     prior = small_prior(class_dropout=0.0)
-    config = make_config(**SMALL, class_dropout=0.0)
+    config = make_config(**SMALL, class_dropout=0.0, prior_dropout=0.0)
     tokens = torch.randint(0, 5, (6, 10), generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     mask = random_mask((6, 10), "masked", torch.Generator().manual_seed(3), torch.device("cpu"))
@@ -85,22 +140,23 @@ def test_loss_is_over_all_positions_and_classes_are_dropped():
     torch.testing.assert_close(actual["masked_share"], mask.float().mean())
 
     dropped = stage2_losses(
-        prior, tokens, labels, make_config(**SMALL, class_dropout=1.0), torch.Generator().manual_seed(3)
+        prior, tokens, labels, dataclasses.replace(config, class_dropout=1.0), torch.Generator().manual_seed(3)
     )
     unlabelled = stage2_losses(prior, tokens, None, config, torch.Generator().manual_seed(3))
     torch.testing.assert_close(dropped["loss"], unlabelled["loss"])
     assert not torch.equal(dropped["loss"], actual["loss"])
 
 
+@pytest.mark.parametrize("tau", [1.0, 0.4])
 @pytest.mark.parametrize("limit", [2**31, 0], ids=["probabilities", "latents"])
-def test_token_distribution_is_the_softmax_of_negative_distances(limit, monkeypatch):
+def test_token_distribution_is_the_softmax_of_negative_distances(limit, tau, monkeypatch):
     monkeypatch.setattr(TokenDistribution, "MAX_BYTES", limit)
     torch.manual_seed(0)
     model = VQVAE(make_config(**SMALL), 1, 40).eval()
     x = torch.randn(3, 1, 40)
-    distribution = TokenDistribution(model, x, batch_size=2)
+    distribution = TokenDistribution(model, x, temperature=tau, batch_size=2)
     z = model.encode(model.stft(x))
-    p = torch.softmax(-torch.cdist(z.double(), model.vq.codebook.double()).square(), -1)  # [3, n, K]
+    p = torch.softmax(-torch.cdist(z.double(), model.vq.codebook.double()).square() / tau, -1)  # [3, n, K]
     draws, rows = 4000, torch.tensor([2, 0])
     generator = torch.Generator().manual_seed(0)
     counts = sum(F.one_hot(distribution.draw(rows, generator), 5) for _ in range(draws))
@@ -109,6 +165,33 @@ def test_token_distribution_is_the_softmax_of_negative_distances(limit, monkeypa
     z_score = ((counts - expected) / (expected * (1 - p[rows])).sqrt().clamp_min(1e-9))[seen]
     assert z_score.abs().max() < 4.5
     assert 0.7 < z_score.square().mean() < 1.3
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize("limit", [2**31, 0], ids=["probabilities", "latents"])
+def test_at_temperature_0_tokens_are_the_nearest(limit, levels, monkeypatch):
+    monkeypatch.setattr(TokenDistribution, "MAX_BYTES", limit)
+    torch.manual_seed(0)
+    model, x = VQVAE(make_config(**SMALL, codebook_levels=levels), 1, 40).eval(), torch.randn(3, 1, 40)
+    distribution = TokenDistribution(model, x, temperature=0.0, batch_size=2)
+    for seed in range(5):
+        tokens = distribution.draw(torch.tensor([2, 0, 1]), torch.Generator().manual_seed(seed))
+        assert torch.equal(tokens, model.tokenize(x)[[2, 0, 1]])
+
+
+def test_finer_tokens_are_the_nearest_to_what_the_drawn_ones_leave():
+    torch.manual_seed(0)
+    model, x = VQVAE(make_config(**SMALL, codebook_levels=2), 1, 40).eval(), torch.randn(3, 1, 40)
+    distribution, rows = TokenDistribution(model, x), torch.tensor([2, 0])
+    n, z = model.num_tokens // 2, model.encode(model.stft(x))[[2, 0]]
+    first, second = (vq.codebook.double() for vq in model.levels)
+    generator, seen = torch.Generator().manual_seed(0), torch.zeros(2, n, 5)
+    for _ in range(400):
+        coarse, fine = distribution.draw(rows, generator).split(n, 1)
+        assert torch.equal(fine, 5 + torch.cdist(z.double() - first[coarse], second).argmin(-1))
+        seen += F.one_hot(coarse, 5)
+    p = torch.softmax(-torch.cdist(z.double(), first).square(), -1)
+    assert (seen / 400 - p).abs().max() < 4.5 * 0.5 / 20
 
 
 def test_the_distribution_may_take_all_the_bytes_it_is_given(monkeypatch):
