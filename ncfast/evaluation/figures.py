@@ -47,7 +47,7 @@ def figures(material: Material, seed: int) -> list[tuple[str, str, Callable]]:
         (
             "Decoding",
             "One generated series from all masked (grey) to finished. Below: what the tokens decode to, masked ones "
-            "as the mean of all codes.",
+            "as the mean of all codes; a refiner, where there is one, takes the last.",
             decoding,
         ),
     ]

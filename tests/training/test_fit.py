@@ -71,12 +71,7 @@ def finished_run(data_file, tmp_path_factory):
 
 def test_fit_learns_and_samples():
     x, y = waves()
-    options = {
-        **SMALL,
-        "learning_rate": 4e-3,
-        "augment": ("warp", "gauss"),
-        "prior_dropout": 0.0,
-    }  # so short a training
+    options = {**SMALL, "learning_rate": 4e-3, "augment": ("warp", "gauss"), "prior_dropout": 0.0}  # it is short
     model = ncfast.fit(x, y, ssl="vicreg", stage1_epochs=120, stage2_epochs=300, quiet=True, **options)
     assert np.square(model.reconstruct(x) - x).mean() < 0.3 * x.var()
     generated, labels = model.sample(64, labels=["slow", "fast"], seed=1)
