@@ -184,7 +184,7 @@ class Config:
     )
     stage2_steps: int | None = option(
         None,
-        "optimiser steps of stage 2, unless epochs are given [4000; of few series 15 for each, 500 at least]",
+        "optimiser steps of stage 2, unless epochs are given [4000; of few series 15 for each, 1000 at least]",
         "Training",
         minimum=1,
         maximum=10**8,

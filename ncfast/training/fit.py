@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 MAX_COLUMNS = 33  # that short columns may make of a series: the prior has to learn them all
 # A prior remembers few series sooner: generated ones were nearer to train series than test series are.
-STAGE2_STEPS, STEPS_A_SERIES, LEAST_STAGE2_STEPS = 4000, 15, 500
+STAGE2_STEPS, STEPS_A_SERIES, LEAST_STAGE2_STEPS = 4000, 15, 1000
 REFINER_SHARE = 0.75  # epochs of the refiner over those of stage 1
 MAX_CODES = 2**16 - 1  # tokens are uint16 in files
 # Training draws initial weights, and replaces dead codes, with torch's global generators, which it seeds and puts back:
