@@ -33,7 +33,9 @@ from ncfast.training import fit, stages
 CPU = torch.device("cpu")
 METHODS = ("none", "barlow", "vicreg", "vibcreg", "byol", "sigreg")
 STEPS = 20
-OPTIONS = {**SMALL, "refiner": "flow", "refiner_dim": 8, "view_weight": 0.1, "augment": "gauss"}
+OPTIONS = {**SMALL, "refiner": "flow", "refiner_dim": 8}
+# Warped views at full weight magnify what float32 rounds to 3e-5 in so many steps; in float64 they are equal to 1e-10.
+LIGHT_VIEWS = {"view_weight": 0.1, "augment": "gauss"}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -77,7 +79,8 @@ def trained(ssl, num_series, dtype, device=CPU, steps=STEPS, graph=True):
     dataset = from_arrays(*waves(num_series))
     epochs = -(-steps // len(batch_ends(num_series, SMALL["batch_size"])))
     lengths = {"stage1_epochs": epochs, "stage2_epochs": epochs, "refiner_epochs": epochs}
-    config = make_config(ssl=ssl, precision="fp32", **lengths, **OPTIONS)
+    views = LIGHT_VIEWS if dtype == torch.float32 else {}
+    config = make_config(ssl=ssl, precision="fp32", **lengths, **OPTIONS, **views)
     config, data = fit.resolve_config(config, dataset, device), DataStats.of(dataset)
     x, labels = data.normalise(dataset.X_train, device).to(dtype), torch.from_numpy(dataset.y_train).to(device)
     loop = {"seed": 0, "device": device, "state_path": None, "state": None, "quiet": True, "processes": processes}
@@ -166,7 +169,7 @@ def fit_until(out, stop, resume):
             raise Stopped
 
     dataset = from_arrays(*waves(41))
-    config = make_config(ssl="vicreg", stage1_epochs=4, stage2_epochs=4, refiner_epochs=4, **OPTIONS)
+    config = make_config(ssl="vicreg", stage1_epochs=4, stage2_epochs=4, refiner_epochs=4, **OPTIONS, **LIGHT_VIEWS)
     config = fit.resolve_config(config, dataset, CPU)
     original = RunLog.write
     RunLog.write = write
