@@ -3,10 +3,11 @@
 import argparse
 import dataclasses
 import importlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ncfast.cli.flags import add_data_arguments, reading_options
+from ncfast.cli.flags import READING, WINDOWS, add_data_arguments, reading_options
 from ncfast.cli.parser import Parser, run, words
 from ncfast.cli.startup import choose_device, start_driver
 from ncfast.config import MEASURES, SLOW_MEASURES
@@ -15,6 +16,8 @@ from ncfast.errors import UserError
 if TYPE_CHECKING:
     from ncfast.data.dataset import Dataset
     from ncfast.data.stats import DataStats
+
+NOT_GIVEN = {"stride": 1, "test_share": 0.2}  # of the options of reading, where it is not None
 
 
 def make_parser() -> Parser:
@@ -136,12 +139,27 @@ def find_dataset(trained: "DataStats", asked: str | None, data_dir: str | None, 
         return load_dataset(asked, data_dir, **reading)
     if trained.source == "arrays":
         raise UserError("this run was trained on arrays, which it does not keep; give --dataset")
+    remembered = options_of(trained.reading)
+    given = {name: value for name, value in reading.items() if value != NOT_GIVEN.get(name)}
+    if remembered and given.keys() <= {"condition_columns"}:
+        told = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in remembered.items())
+        print(f"data       read as the run read it: {told}")
+        reading |= remembered
     if data_dir is None and Path(trained.source).exists():
         return load_dataset(trained.source, **reading)
     try:
         return load_dataset(trained.name, data_dir, **reading)
     except UserError as error:
         raise UserError(f"the data of the run, {trained.source}, is not found ({error}); give --dataset") from error
+
+
+def options_of(reading: str) -> dict[str, Any]:
+    """Of `DataStats.reading`; what is no longer an option, or damaged, is left out."""
+    try:
+        options = json.loads(reading) if reading else {}
+    except ValueError:
+        return {}
+    return {name: value for name, value in options.items() if name in (*READING, *WINDOWS)}
 
 
 def same_series(trained: "DataStats", given: "DataStats") -> bool:

@@ -127,6 +127,28 @@ def test_missing_packages_are_said_before_any_work(evaluated, monkeypatch, packa
         evaluated("--measures=acd")
 
 
+def test_the_data_are_read_as_the_run_read_them(tmp_path, monkeypatch, capsys):
+    rows = np.random.default_rng(0).normal(size=(300, 2)).cumsum(0)
+    np.savetxt(tmp_path / "R.csv", rows, delimiter=",", header="a,b", comments="", fmt="%.6f")
+    dataset = load_dataset(tmp_path / "R.csv", window=24, stride=8)
+    config = make_config(ssl="none", stage1_epochs=1, stage2_epochs=1, **SMALL)
+    train(
+        resolve_config(config, dataset, torch.device("cpu")), dataset, out=tmp_path / "run", device=torch.device("cpu")
+    )
+    command = ["evaluate", "--run", tmp_path / "run", "--cache", tmp_path / "cache", *QUICK, "--no-report"]
+    command += ["--measures", "acd"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    program.main()
+    printed = capsys.readouterr().out
+    assert (
+        "read as the run read it: --window 24 --stride 8 --test-share 0.2" in printed and "are not those" not in printed
+    )
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--window", "24", "--stride", "12"])
+    program.main()
+    printed = capsys.readouterr().out
+    assert "read as the run" not in printed and "are not those that the run was trained on" in printed
+
+
 def test_a_run_whose_data_is_gone(folder, evaluated, monkeypatch, tmp_path):
     monkeypatch.delenv("NCFAST_DATA", raising=False)
     moved = folder / "moved"

@@ -53,6 +53,7 @@ class Dataset:
     conditions_train: np.ndarray | None = None
     conditions_test: np.ndarray | None = None
     condition_columns: tuple["ConditionColumn", ...] = ()
+    reading: str = ""  # JSON: the options with which a file was read
 
     @property
     def n_channels(self) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib.util
+import json
 import os
 import re
 import tempfile
@@ -70,15 +71,33 @@ def load_dataset(
         UserError: one line: not found (and where it was looked for), unreadable, ambiguous or unfit (`make_dataset`).
     """
     reading = Reading(label_column, layout, header, index_column, condition_columns)
+    columns = {"time_column": time_column, "group_column": group_column}
+    given = {"label_column": label_column, "layout": layout, "header": header, "index_column": index_column}
+    if window is not None:
+        given |= {"window": window, "stride": stride, "test_share": test_share, **columns}
+    given = {name: value for name, value in given.items() if value is not None}
+    dataset = load_read(name_or_path, data_dir, reading, window, stride, test_share, columns)
+    return dataclasses.replace(dataset, reading=json.dumps(given) if given else "")
+
+
+def load_read(
+    name_or_path: str | os.PathLike,
+    data_dir: str | os.PathLike | None,
+    reading: Reading,
+    window: int | None,
+    stride: int,
+    test_share: float,
+    columns: dict[str, str | None],
+) -> Dataset:
+    """`load_dataset`; columns: of windows, time_column and group_column."""
     text = os.fspath(name_or_path)
     if not text.strip():
         raise UserError("the name of the data set is empty: give a name such as FordA, a file or a folder")
     path = Path(text).expanduser()
     if window is not None:
         reading.refuse(text, "label_column", "layout", "index_column")
-        columns = {"time_column": time_column, "group_column": group_column}
         return load_windows(path, window, stride, reading=reading, test_share=test_share, **columns)
-    refuse_without_window(stride, time_column, group_column, test_share)
+    refuse_without_window(stride, columns["time_column"], columns["group_column"], test_share)
     known_suffix = path.suffix.lower() in ACCEPTED
     if path.name != text or known_suffix or path.is_file() or (path.is_dir() and names_directly_in(path)):
         return load_path(path, reading)

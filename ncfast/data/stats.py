@@ -38,6 +38,7 @@ class DataStats:
     missing: float = 0.0
     shortest: int = 0
     conditions: tuple[ConditionColumn, ...] = ()
+    reading: str = ""  # JSON: the options of `load_dataset` with which it was read, but for conditions
 
     @property
     def has_gaps(self) -> bool:
@@ -78,6 +79,7 @@ class DataStats:
             missing=float(gaps.sum() - (X.size - within)) / within,
             shortest=0 if lengths is None else int(min(lengths.min(), X.shape[2] - 1)),
             conditions=with_length(dataset)[0],
+            reading=dataset.reading,
         )
 
     @classmethod
@@ -110,6 +112,7 @@ class DataStats:
             ("std", is_row(stats.std, int | float, channels) and all(is_finite(s) and s > 0 for s in stats.std)),
             ("notes", is_row(stats.notes, str, len(stats.notes))),
             ("missing", isinstance(stats.missing, int | float) and 0 <= stats.missing < 1),
+            ("reading", isinstance(stats.reading, str)),
             ("shortest", isinstance(stats.shortest, int) and 0 <= stats.shortest < stats.length),
         ):
             if not right:
@@ -119,7 +122,7 @@ class DataStats:
     @property
     def identity(self) -> "DataStats":
         """Without what may differ of the same data: where it was read, and what was remarked."""
-        return dataclasses.replace(self, source="", notes=())
+        return dataclasses.replace(self, source="", notes=(), reading="")
 
     def normalise(self, X: np.ndarray, device: torch.device) -> Tensor:
         """Data units -> zero mean and unit variance a channel (over the train set), on `device`.  X [N, C, L]."""

@@ -18,6 +18,8 @@ from ncfast.models.trained import EARLIER, read_config, write_config
 EPOCHS = ("stage1_epochs", "stage2_epochs", "refiner_epochs")  # of each stage; None of a refiner that there is not
 LENGTHS = (*EPOCHS, "stage1_steps", "stage2_steps")  # options of how long a run is
 
+LATER_FACTS = ("missing", "shortest", "conditions", "reading")  # of the data, which earlier versions did not have
+
 
 def prepare_run(out: Path, config: Config, data: DataStats, resume: bool) -> None:
     """A new folder for a new run, or the check that `out` holds this very run."""
@@ -93,9 +95,9 @@ def sha256_of(options: dict[str, Any], data: DataStats) -> str:
     if "refiner" in later:
         later |= {"refiner_dim", "refiner_temperature", "refiner_epochs", "refinements"}
     options = {name: value for name, value in options.items() if name not in later}
-    known = dataclasses.asdict(data.identity)
-    if not known["conditions"]:
-        del known["conditions"]  # as of versions that had none
+    known = {
+        name: value for name, value in dataclasses.asdict(data.identity).items() if value or name not in LATER_FACTS
+    }
     facts = [options, known]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
