@@ -100,7 +100,7 @@ class Config:
     halvings: int | None = option(
         None,
         "how often the encoder halves the time axis [by the length: 7 to 15 columns remain of 70 samples and more, and "
-        "more columns as --samples-per-column says]",
+        "more as --detail and --samples-per-column say]",
         "VQVAE",
         minimum=1,
     )

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from ncfast.data.dataset import Dataset
     from ncfast.data.stats import DataStats
 
-NOT_GIVEN = {"stride": 1, "test_share": 0.2}  # of the options of reading, where it is not None
-
 
 def make_parser() -> Parser:
     parser = Parser(
@@ -134,14 +132,15 @@ def find_dataset(trained: "DataStats", asked: str | None, data_dir: str | None, 
     """The data asked for, or what the run was trained on: where it was then, else by its name."""
     from ncfast.data.sources import load_dataset
 
-    reading["condition_columns"] = reading["condition_columns"] or [column.name for column in trained.user_conditions]
+    reading["condition_columns"] = reading.get("condition_columns") or [
+        column.name for column in trained.user_conditions
+    ]
     if asked is not None:
         return load_dataset(asked, data_dir, **reading)
     if trained.source == "arrays":
         raise UserError("this run was trained on arrays, which it does not keep; give --dataset")
     remembered = options_of(trained.reading)
-    given = {name: value for name, value in reading.items() if value != NOT_GIVEN.get(name)}
-    if remembered and given.keys() <= {"condition_columns"}:
+    if remembered and reading.keys() <= {"condition_columns"}:
         told = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in remembered.items())
         print(f"data       read as the run read it: {told}")
         reading |= remembered

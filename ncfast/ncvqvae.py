@@ -11,8 +11,9 @@ import torch
 
 from ncfast import hub
 from ncfast.config import sampling_config
+from ncfast.data.arrays import to_numpy
 from ncfast.data.conditions import LENGTH, decode_conditions
-from ncfast.data.dataset import series, to_numpy
+from ncfast.data.dataset import series
 from ncfast.data.gaps import cut, last_observed
 from ncfast.engine.checkpoint import make_folder, reason, write_tensors
 from ncfast.engine.device import usable_device

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 import ncfast
+from ncfast import generate
 from ncfast.config import make_config
 from ncfast.data.stats import DataStats
 from ncfast.training.stages import build_models, build_refiner
@@ -57,3 +58,10 @@ def save_run(folder, seed=0, length=21, channels=1, names=("fast", "slow"), std=
         torch.nn.init.normal_(vqvae.refiner.last.weight)  # untrained it moves nothing
     ncfast.NCVQVAE(config, data, vqvae, prior, torch.device("cpu")).save(folder)
     return folder
+
+
+def generated_file(run, out, *more):
+    """150 series of `python -m ncfast.generate`, opened."""
+    arguments = ["--run", run, "--num-samples", 150, "--out", out, "--device", "cpu", "--seed", 2, *more]
+    generate.main([str(argument) for argument in arguments])
+    return ncfast.open_generated(out.with_suffix(".h5"))

@@ -74,11 +74,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
     windows = parser.add_argument_group("Windows", "The file is a long recording: rows in order of time.")
     windows.add_argument("--window", type=int, metavar="N", help="rows of a series, which each column is a channel of")
-    windows.add_argument("--stride", type=int, default=1, metavar="N", help="rows between the starts of two [1]")
+    windows.add_argument("--stride", type=int, metavar="N", help="rows between the starts of two [1]")
     windows.add_argument("--time-column", metavar="NAME", help="orders the rows [a column of times, if there is one]")
     windows.add_argument("--group-column", metavar="NAME", help="rows of one value are one recording [one for all]")
     windows.add_argument(
-        "--test-share", type=float, default=0.2, metavar="X", help="last part of each recording, to test with [0.2]"
+        "--test-share", type=float, metavar="X", help="last part of each recording, to test with [0.2]"
     )
 
 
@@ -87,8 +87,9 @@ WINDOWS = ("window", "stride", "time_column", "group_column", "test_share")
 
 
 def reading_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `ncfast.data.load_dataset`."""
-    return {name: getattr(arguments, name) for name in (*READING, *WINDOWS)}
+    """Arguments of `ncfast.data.load_dataset`, those that were given."""
+    values = {name: getattr(arguments, name) for name in (*READING, *WINDOWS)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def given_config_values(arguments: argparse.Namespace) -> dict[str, Any]:

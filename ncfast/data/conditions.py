@@ -11,13 +11,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ncfast.data.dataset import FLOAT32_MAX, Dataset, Split, label_text, list_some, sorted_classes, to_numpy
+from ncfast.data.arrays import FLOAT32_MAX, label_text, list_some, sorted_classes, to_numpy
 from ncfast.data.layout import Reading
 from ncfast.errors import UserError
+
+if TYPE_CHECKING:
+    from ncfast.data.dataset import Dataset, Split
 
 MOST_CATEGORIES = 1000
 LENGTH = "length"  # the condition that series of unequal lengths have without being given it
@@ -121,7 +124,7 @@ def decode_conditions(columns: Sequence[ConditionColumn], rows: np.ndarray) -> d
 
 
 def conditions_of_splits(
-    train: Split, test: Split | None, n_train: int, n_test: int, notes: list[str]
+    train: "Split", test: "Split | None", n_train: int, n_test: int, notes: list[str]
 ) -> tuple[tuple[ConditionColumn, ...], np.ndarray | None, np.ndarray | None]:
     """The columns, and the conditions of both splits float64 [n, k]; none of either where the training split has none.
 
@@ -152,7 +155,7 @@ def conditions_of_splits(
     return tuple(columns), rows, test_rows
 
 
-def with_length(dataset: Dataset) -> tuple[tuple[ConditionColumn, ...], np.ndarray | None]:
+def with_length(dataset: "Dataset") -> tuple[tuple[ConditionColumn, ...], np.ndarray | None]:
     """What the prior is told of the training series: its columns, and rows float64 [n, k], None without any.
 
     Where series end before the longest, the last column is their length: it is learned and drawn as a condition is.

@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
-from ncfast.data.gaps import ends_with_nan, is_ragged, last_observed, padded, without_none
+from ncfast.data.arrays import FLOAT32_MAX, label_text, list_some, numeric_values, sorted_classes, to_numpy
+from ncfast.data.conditions import LENGTH, ConditionColumn, conditions_of_splits, named_columns
+from ncfast.data.gaps import ends_with_nan, is_ragged, last_observed, padded
 from ncfast.data.layout import (
     GUESS,
     NONE,
@@ -19,11 +21,6 @@ from ncfast.data.layout import (
     time_is_second,
 )
 from ncfast.errors import UserError
-
-if TYPE_CHECKING:
-    from ncfast.data.conditions import ConditionColumn
-
-FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +49,7 @@ class Dataset:
     lengths_test: np.ndarray | None = None
     conditions_train: np.ndarray | None = None
     conditions_test: np.ndarray | None = None
-    condition_columns: tuple["ConditionColumn", ...] = ()
+    condition_columns: tuple[ConditionColumn, ...] = ()
     reading: str = ""  # JSON: the options with which a file was read
 
     @property
@@ -118,8 +115,6 @@ def from_arrays(
     train, roles = split_of(X, y, "X", reading, notes)
     test = None if X_test is None else split_of(X_test, y_test, "X_test", reading, notes, roles)[0]
     if conditions is not None:
-        from ncfast.data.conditions import named_columns
-
         if reading.condition_columns:
             raise UserError("give conditions or condition_columns, not both")
         train = dataclasses.replace(train, conditions=named_columns(conditions))
@@ -157,8 +152,6 @@ def make_dataset(
             missing or are not classes; a test split of another shape. Test series of classes that the training labels
             lack are left out, with a note.
     """
-    from ncfast.data.conditions import LENGTH, conditions_of_splits
-
     notes = list(notes)
     train, test = arrange(train, test, reading, notes)
     splits = [split for split in (train, test) if split is not None]
@@ -356,49 +349,6 @@ def check_precision(X: np.ndarray, converted: np.ndarray, where: str) -> None:  
             )
 
 
-def to_numpy(array: Any, where: str, *, ragged: bool = False) -> np.ndarray:
-    """The array, with NaN where it is masked or None; of objects, and one-dimensional, where NumPy cannot stack its
-    items.
-
-    ragged: items may be series of unequal lengths.
-    """
-    if hasattr(array, "detach"):  # a torch tensor, perhaps on a GPU
-        array = array.detach().cpu()
-    if isinstance(array, list | tuple):
-        array = [unmasked(item) for item in array]
-    array = unmasked(array)
-    try:
-        array = np.asarray(array)
-    except ValueError:  # items of different shapes
-        array = np.fromiter(array, dtype=object, count=len(array))
-    except TypeError as error:
-        raise UserError(f"{where}: expected an array; got {type(array).__name__} ({error})") from error
-    if array.ndim > 1:
-        array = without_none(array)
-    if array.dtype == object and array.ndim == 1 and not ragged:
-        try:
-            shapes = {np.shape(item) for item in array if np.ndim(item)}
-        except ValueError as error:
-            raise UserError(f"{where}: the channels of one series have unequal lengths; they share one") from error
-        for axis in (-1, 0):  # of time, where each series is [C, L] or [L, C]
-            lengths = {shape[axis] for shape in shapes}
-            if len(lengths) > 1:
-                raise UserError(
-                    f"{where}: the series have unequal lengths, {min(lengths)} to {max(lengths)} time points; "
-                    "crop, pad or resample them to one length first"
-                )
-    return array
-
-
-def unmasked(array: Any) -> Any:
-    """What a masked array shows, and NaN (of text, nothing) where it hides; other arrays as they are."""
-    if not isinstance(array, np.ma.MaskedArray) or not np.ma.is_masked(array):
-        return array
-    if array.dtype.kind in "iub":
-        array = array.astype(np.float64)
-    return array.filled(np.nan if array.dtype.kind in "fc" else None if array.dtype.kind == "O" else "")
-
-
 def check_values(X: np.ndarray, where: str, gaps: bool = False) -> None:  # [n, C, L]
     """Refuse NaN unless there may be gaps, infinity and what does not fit float32."""
     # One pass over clean data; the finer looks are taken only at data with a fault.
@@ -456,31 +406,6 @@ def label_names(labels: Any, n: int, where: str, notes: list[str]) -> np.ndarray
     return names
 
 
-def label_text(label: Any) -> str:
-    """The label as a string: 1 for 1.0, nothing for None and NaN."""
-    if isinstance(label, bytes):
-        return label.decode(errors="backslashreplace")
-    if label is None or label != label:
-        return ""
-    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
-
-
-def numeric_values(names: np.ndarray) -> np.ndarray | None:
-    """The names' values, float64, where all are finite numbers."""
-    try:
-        values = names.astype(np.float64)
-    except ValueError:
-        return None
-    return values if np.isfinite(values).all() else None
-
-
-def sorted_classes(names: np.ndarray) -> tuple[str, ...]:
-    """The distinct names: by value when all are numbers ("2" before "10"), else alphabetically."""
-    distinct = np.unique(names)
-    values = numeric_values(distinct)
-    return tuple((distinct if values is None else distinct[np.argsort(values, kind="stable")]).tolist())
-
-
 def encode(names: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
     """int64 [n]: the place of each name in class_names, which holds them all."""
     order = np.argsort(class_names)
@@ -490,7 +415,3 @@ def encode(names: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
 def shape_text(X: np.ndarray) -> str:  # [n, C, L]
     channels = "1 channel" if X.shape[1] == 1 else f"{X.shape[1]} channels"
     return f"{channels} x {X.shape[2]} time points"
-
-
-def list_some(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -9,8 +9,10 @@ import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from ncfast.data.dataset import Dataset, from_arrays, list_some, make_dataset
+from ncfast.data.arrays import list_some
+from ncfast.data.dataset import Dataset, from_arrays, make_dataset
 from ncfast.data.formats import ACCEPTED, SPLIT, dataset_name, label_files, read_file
 from ncfast.data.layout import Reading
 from ncfast.data.windows import load_windows, refuse_without_window
@@ -71,12 +73,12 @@ def load_dataset(
         UserError: one line: not found (and where it was looked for), unreadable, ambiguous or unfit (`make_dataset`).
     """
     reading = Reading(label_column, layout, header, index_column, condition_columns)
-    columns = {"time_column": time_column, "group_column": group_column}
+    windows = {"stride": stride, "time_column": time_column, "group_column": group_column, "test_share": test_share}
     given = {"label_column": label_column, "layout": layout, "header": header, "index_column": index_column}
     if window is not None:
-        given |= {"window": window, "stride": stride, "test_share": test_share, **columns}
+        given |= {"window": window, **windows}
     given = {name: value for name, value in given.items() if value is not None}
-    dataset = load_read(name_or_path, data_dir, reading, window, stride, test_share, columns)
+    dataset = load_read(name_or_path, data_dir, reading, window, windows)
     return dataclasses.replace(dataset, reading=json.dumps(given) if given else "")
 
 
@@ -85,19 +87,17 @@ def load_read(
     data_dir: str | os.PathLike | None,
     reading: Reading,
     window: int | None,
-    stride: int,
-    test_share: float,
-    columns: dict[str, str | None],
+    windows: dict[str, Any],
 ) -> Dataset:
-    """`load_dataset`; columns: of windows, time_column and group_column."""
+    """`load_dataset`; windows: its options of windows."""
     text = os.fspath(name_or_path)
     if not text.strip():
         raise UserError("the name of the data set is empty: give a name such as FordA, a file or a folder")
     path = Path(text).expanduser()
     if window is not None:
         reading.refuse(text, "label_column", "layout", "index_column")
-        return load_windows(path, window, stride, reading=reading, test_share=test_share, **columns)
-    refuse_without_window(stride, columns["time_column"], columns["group_column"], test_share)
+        return load_windows(path, window, reading=reading, **windows)
+    refuse_without_window(**windows)
     known_suffix = path.suffix.lower() in ACCEPTED
     if path.name != text or known_suffix or path.is_file() or (path.is_dir() and names_directly_in(path)):
         return load_path(path, reading)

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ncfast.data.arrays import FLOAT32_MAX
 from ncfast.data.conditions import LENGTH, ConditionColumn, with_length
-from ncfast.data.dataset import FLOAT32_MAX, Dataset
+from ncfast.data.dataset import Dataset
 from ncfast.data.gaps import interpolated
 
 # Of a series, and number of its channels; no model of a longer one can be made in reasonable time.

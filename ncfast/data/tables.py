@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ncfast.data.arrays import list_some
 from ncfast.data.conditions import take_columns
-from ncfast.data.dataset import Split, list_some
+from ncfast.data.dataset import Split
 from ncfast.data.layout import LEAST_LAST, NONE, Reading, label_ends, place_of, refuse_label_column, refuse_long_table
 from ncfast.errors import UserError
 

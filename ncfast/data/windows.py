@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ncfast.data import tables
+from ncfast.data.arrays import to_numpy
 from ncfast.data.conditions import column_values, take_columns
-from ncfast.data.dataset import Dataset, Split, make_dataset, to_numpy
+from ncfast.data.dataset import Dataset, Split, make_dataset
 from ncfast.data.layout import GUESS, Reading
 from ncfast.errors import UserError
 

@@ -99,10 +99,11 @@ class VQVAE(nn.Module):
         residual = self.encode(self.spectrum(x, observed))
         tokens = []
         for level, vq in enumerate(self.levels):
-            tokens.append(nearest_code(residual, vq.codebook))
-            residual = residual - F.embedding(tokens[-1], vq.codebook)
-            tokens[-1] = tokens[-1] + level * vq.codebook_size
-        return torch.cat(tokens, 1)
+            codes = nearest_code(residual, vq.codebook)
+            tokens.append(codes + level * vq.codebook_size if level else codes)
+            if level + 1 < len(self.levels):
+                residual = residual - F.embedding(codes, vq.codebook)
+        return torch.cat(tokens, 1) if self.finer else tokens[0]
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Latents z [B, n, D] -> their codes, straight through, and the commitment loss, which trains the encoder.

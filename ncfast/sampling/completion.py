@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ncfast.data.dataset import FLOAT32_MAX, to_numpy
+from ncfast.data.arrays import FLOAT32_MAX, to_numpy
 from ncfast.data.gaps import interpolated, last_observed
 from ncfast.data.stats import DataStats
 from ncfast.errors import UserError

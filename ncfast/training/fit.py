@@ -185,10 +185,12 @@ def chosen_halvings(dataset: Dataset, config: Config) -> int:
         return by_length
     hop, frames = config.n_fft // 4, 1 + dataset.length // (config.n_fft // 4)
     chosen = by_length
+    longer = structure_within(dataset.X_train, hop << by_length)
     for halvings in range(by_length - 1, 0, -1):
-        longer, shorter = (structure_within(dataset.X_train, hop << k) for k in (halvings + 1, halvings))
+        shorter = structure_within(dataset.X_train, hop << halvings)
         if longer - shorter >= config.detail:
             chosen = halvings
+        longer = shorter
     while chosen < by_length and frames >> chosen > MAX_COLUMNS:
         chosen += 1
     return chosen

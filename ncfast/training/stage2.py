@@ -54,9 +54,8 @@ class TokenDistribution:
         codebook = self.codebooks[level]
         # |z|² is the same for all codes, so it leaves the softmax unchanged.
         scores = 2 * z.double() @ codebook.T - codebook.square().sum(-1)
-        temperature = (
-            0 if level else self.temperature
-        )  # the finer levels make up for a coarse code that is not the nearest
+        # The finer levels make up for a coarse code that is not the nearest.
+        temperature = 0 if level else self.temperature
         if temperature != 1:
             scores = scores / max(temperature, 1e-9)
         return scores.softmax(-1).cumsum(-1).float()

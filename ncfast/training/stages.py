@@ -17,12 +17,13 @@ from ncfast.engine.precision import computing
 from ncfast.engine.processes import ALONE, Processes
 from ncfast.engine.step import Losses
 from ncfast.models.prior import Prior
-from ncfast.models.refiner import Refiner, refiner_losses
+from ncfast.models.refiner import Refiner
 from ncfast.models.trained import build_models, build_prior, build_refiner
 from ncfast.models.vqvae import VQVAE
 from ncfast.training.self_supervision import WITHOUT_LOSS, SelfSupervision
 from ncfast.training.stage1 import Gaps, stage1_losses
 from ncfast.training.stage2 import TokenDistribution, stage2_losses
+from ncfast.training.stage3 import stage3_losses
 
 MAX_DRAWS, MAX_DECODED = 8, 2**28  # of the codes of a series for the refiner; numbers in all of them
 
@@ -135,6 +136,7 @@ def make_stage3(
     processes: Processes = ALONE,
     observed: Tensor | None = None,
 ) -> Stage:
+    """x and observed as for `make_stage1`; vqvae in eval mode, without a refiner. Sets the refiner's sigma."""
     distribution = TokenDistribution(vqvae, x, observed, config.refiner_temperature)
     modules = nn.ModuleDict({"refiner": refiner}).to(device)
 
@@ -156,7 +158,7 @@ def make_stage3(
         own, loss_weight = processes.local_slice(len(rows)), processes.loss_weight(len(rows))
         x_hat = decoded[torch.randint(draws, rows.shape, device=device, generator=generator), rows]
         seen = None if observed is None else observed[rows]
-        found = refiner_losses(refiner, x[rows], x_hat, generator, seen, own)
+        found = stage3_losses(refiner, x[rows], x_hat, generator, seen, own)
         return found if loss_weight == 1 else {name: loss_weight * value for name, value in found.items()}
 
     return make_stage(3, config, modules, losses, len(x))

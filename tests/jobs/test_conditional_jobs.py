@@ -4,10 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from runs import SMALL, waves
+from runs import SMALL, generated_file, waves
 
 import ncfast
-from ncfast import generate
 
 pandas = pytest.importorskip("pandas")
 X, Y = waves(40, 21)
@@ -27,13 +26,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def written(run, tmp_path):
-    def make(name, *more):
-        out = tmp_path / name
-        arguments = ["--run", run, "--num-samples", 150, "--out", out, "--device", "cpu", "--seed", 2, *more]
-        generate.main([str(argument) for argument in arguments])
-        return ncfast.open_generated(out.with_suffix(".h5"))
-
-    return make
+    return lambda name, *more: generated_file(run, tmp_path / name, *more)
 
 
 def test_a_file_holds_what_sample_returns(run, written):

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, waves
+from runs import SMALL, generated_file, waves
 
 import ncfast
 from ncfast import evaluate, generate
@@ -38,13 +38,7 @@ def model(run):
 
 @pytest.fixture
 def written(run, tmp_path):
-    def make(name, *more):
-        out = tmp_path / name
-        arguments = ["--run", run, "--num-samples", 150, "--out", out, "--device", "cpu", "--seed", 2, *more]
-        generate.main([str(argument) for argument in arguments])
-        return ncfast.open_generated(out.with_suffix(".h5"))
-
-    return make
+    return lambda name, *more: generated_file(run, tmp_path / name, *more)
 
 
 def ends_of(x):

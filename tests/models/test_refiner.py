@@ -3,7 +3,8 @@
 import torch
 from torch.nn import functional as F
 
-from ncfast.models.refiner import Refiner, noise_of, refiner_losses
+from ncfast.models.refiner import Refiner, noise_of
+from ncfast.training.stage3 import stage3_losses
 
 
 def test_noise_is_normal_and_independent():
@@ -78,7 +79,7 @@ def test_losses_of_the_rows_and_of_what_was_observed():
     x, x_hat, seen = torch.randn(6, 1, 20), torch.randn(6, 1, 20), torch.rand(6, 1, 20) < 0.7
 
     def loss(**more):
-        return refiner_losses(refiner, x, x_hat, torch.Generator().manual_seed(3), **more)["loss"]
+        return stage3_losses(refiner, x, x_hat, torch.Generator().manual_seed(3), **more)["loss"]
 
     generator = torch.Generator().manual_seed(3)
     t, noise = torch.rand(6, generator=generator), torch.randn(x.shape, generator=generator)
@@ -108,7 +109,7 @@ def test_a_flow_between_normal_distributions_is_learned():
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
         optimiser.zero_grad()
-        refiner_losses(refiner, *batch(64), generator)["loss"].backward()
+        stage3_losses(refiner, *batch(64), generator)["loss"].backward()
         optimiser.step()
     with torch.no_grad():
         x, x_hat = batch(500)

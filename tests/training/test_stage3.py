@@ -44,13 +44,13 @@ def test_sigma_is_of_what_was_observed():
 
 def test_series_go_through_several_draws_of_their_codes(monkeypatch):
     seen = []
-    plain = stages.refiner_losses
+    plain = stages.stage3_losses
 
     def watched(refiner, x, x_hat, *more):
         seen.append((x, x_hat))
         return plain(refiner, x, x_hat, *more)
 
-    monkeypatch.setattr(stages, "refiner_losses", watched)
+    monkeypatch.setattr(stages, "stage3_losses", watched)
     for limit, most in ((2**28, stages.MAX_DRAWS), (3 * 20 * 61, 3), (1, 1)):
         monkeypatch.setattr(stages, "MAX_DECODED", limit)
         seen.clear()
