@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # options of `ncfast.fit`
         "detail": 0.0,
         "prior_dropout": 0.0,
         "refiner": "none",
+        "stretch": 0.0,
         "stage2_steps": 2000,
         "decoding_steps": 20,
         "choice_temperature": 8.0,

@@ -28,6 +28,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments.held_out", description=__doc__.splitlines()[0])
     parser.add_argument("--sets", nargs="+", required=True, help="names in --data, or files")
     parser.add_argument("--holdout", type=float, default=0.25, help="share of the train split to measure on [0.25]")
+    parser.add_argument(
+        "--few", type=int, metavar="N", help="train on so many series, measure on the rest of the split"
+    )
     parser.add_argument("--test", action="store_true", help="train on the whole train split, measure on the test split")
     parser.add_argument("--measures", nargs="+", default=list(MEASURES), help=f"[{' '.join(MEASURES)}]")
     parser.add_argument("--num-samples", type=int, default=2000, help="series a comparison [2000]")
@@ -47,6 +50,7 @@ def main() -> None:
             "seed": seed,
             "budget": arguments.budget,
             "holdout": None if arguments.test else arguments.holdout,
+            "few": None if arguments.test else arguments.few,
             "measures": chosen(arguments.measures),
             "num_samples": arguments.num_samples,
             "draws": arguments.draws,
@@ -62,7 +66,9 @@ def main() -> None:
 
 def measured(cell: Cell, device: torch.device, *, data: Path, runs: Path, cache: Path) -> Row:
     dataset = load_dataset(cell["set"], data)
-    if cell["holdout"] is not None:
+    if cell["few"] is not None:
+        dataset = hold_out(dataset, max(0.0, 1 - cell["few"] / len(dataset.X_train)))
+    elif cell["holdout"] is not None:
         dataset = hold_out(dataset, cell["holdout"])
     model, seconds = trained(cell, dataset, device, runs)
     result = evaluate(

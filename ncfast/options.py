@@ -60,5 +60,6 @@ class Options(SamplingOptions, total=False):
     stage2_batch_size: int
     learning_rate: float
     weight_decay: float
+    stretch: float | None
     precision: Literal["fp32", "tf32", "bf16"] | None
     seed: int

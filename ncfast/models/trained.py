@@ -27,6 +27,7 @@ EARLIER = {
     "prior_dropout": 0.0,
     "token_temperature": 1.0,
     "refiner": "none",
+    "stretch": 0.0,
 }
 
 

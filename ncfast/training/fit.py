@@ -19,12 +19,13 @@ from ncfast.data.detail import structure_within
 from ncfast.data.layout import Reading
 from ncfast.data.sources import Dataset, from_arrays
 from ncfast.data.stats import MAX_LENGTH, DataStats
+from ncfast.data.stretch import Copies
 from ncfast.data.windows import refuse_without_window, windows_of
 from ncfast.engine.checkpoint import write_tensors
 from ncfast.engine.device import usable_device
 from ncfast.engine.lock import sole_writer
 from ncfast.engine.logging import RunLog
-from ncfast.engine.loop import batch_ends, train_stage
+from ncfast.engine.loop import batch_ends, derived_seed, train_stage
 from ncfast.engine.memory import check_fits, exhaustion_explained
 from ncfast.engine.precision import computing, resolve_precision
 from ncfast.engine.processes import Processes, current_processes
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 MAX_COLUMNS = 33  # that short columns may make of a series: the prior has to learn them all
 # A prior remembers few series sooner: generated ones were nearer to train series than test series are.
 STAGE2_STEPS, STEPS_A_SERIES, LEAST_STAGE2_STEPS = 4000, 15, 1000
+FEW_IN_A_CLASS, STRETCH = 12, 0.3
 REFINER_SHARE = 0.75  # epochs of the refiner over those of stage 1
 MAX_CODES = 2**16 - 1  # tokens are uint16 in files
 # Training draws initial weights, and replaces dead codes, with torch's global generators, which it seeds and puts back:
@@ -172,10 +174,25 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
     precision = resolve_precision(config.precision, device)
     if config.halvings is None and config.detail > 0:
         config = dataclasses.replace(config, halvings=chosen_halvings(dataset, config))
+    config = dataclasses.replace(config, stretch=chosen_stretch(dataset, config))
     check_memory(config, dataset, device)
     return dataclasses.replace(
         config, stage1_epochs=epochs1, stage2_epochs=epochs2, refiner_epochs=epochs3, precision=precision
     )
+
+
+def chosen_stretch(dataset: Dataset, config: Config) -> float:
+    """As the configuration says, or by the number of series in a class."""
+    has_gaps = bool(np.isnan(dataset.X_train).any())
+    if config.stretch is None:
+        few = len(dataset.X_train) <= FEW_IN_A_CLASS * max(1, dataset.n_classes)
+        return STRETCH if few and not has_gaps and dataset.length >= MIN_LENGTH else 0.0
+    if config.stretch > 0 and has_gaps:
+        raise UserError(
+            f"--stretch {config.stretch:g} makes copies of whole series, and {dataset.name} has missing values or "
+            "series of unequal lengths: leave it out, or use --stretch 0"
+        )
+    return config.stretch
 
 
 def chosen_halvings(dataset: Dataset, config: Config) -> int:
@@ -281,6 +298,7 @@ def train_stages(
     folder = out if processes.is_first else None  # where this process writes
     run = run_sha256(config, data)
     x, observed = data.normalise_observed(dataset.X_train, device)  # [N, C, L]
+    series = Copies(x, config.stretch or 0.0, derived_seed(config.seed, 4))
     labels = None if dataset.y_train is None else torch.from_numpy(dataset.y_train).to(device)
     rows = with_length(dataset)[1]
     conditions = None if rows is None else torch.from_numpy(rows).to(device)
@@ -301,7 +319,7 @@ def train_stages(
             processes.on_every_rank(lambda: load_weights(out / "stage1.safetensors", vqvae))
             vqvae = vqvae.to(device).eval()
         else:
-            first = make_stage1(config, vqvae, x, device, processes, observed)
+            first = make_stage1(config, vqvae, series, device, processes, observed)
             with synchronised(vqvae, processes.group):
                 result = train_stage(first, log=log, state=state, **loop)
             state = None
@@ -315,7 +333,7 @@ def train_stages(
         if state is not None and state["stage"] > 2:
             processes.on_every_rank(lambda: load_weights(out / "stage2.safetensors", prior))
         else:
-            second = make_stage2(config, vqvae, prior, x, labels, device, processes, observed, conditions)
+            second = make_stage2(config, vqvae, prior, series, labels, device, processes, observed, conditions)
             result = train_stage(second, log=log, state=state, **loop)
             state = None
             if folder is not None:
@@ -324,7 +342,7 @@ def train_stages(
 
         refiner = new_refiner(config, data)
         if refiner is not None:
-            third = make_stage3(config, vqvae, refiner, x, device, processes, observed)
+            third = make_stage3(config, vqvae, refiner, series, device, processes, observed)
             result = train_stage(third, log=log, state=state, **loop)
             if folder is not None:
                 write_tensors(folder / "stage3.safetensors", refiner.state_dict())

@@ -26,6 +26,7 @@ from ncfast import train as train_program
 from ncfast.config import make_config
 from ncfast.data.sources import from_arrays
 from ncfast.data.stats import DataStats
+from ncfast.data.stretch import Copies
 from ncfast.engine.checkpoint import read_state
 from ncfast.engine.loop import batch_ends
 from ncfast.engine.processes import Processes
@@ -293,7 +294,7 @@ def test_a_run_with_a_refiner(straight, data_file, tmp_path):
 def test_a_run_of_a_version_without_the_later_options(data_file, tmp_path):
     """It draws the same series, and goes on."""
     later = {"codebook_levels", "detail", "samples_per_column", "prior_dropout", "token_temperature", "refinements"}
-    later |= {"refiner", "refiner_dim", "refiner_temperature", "refiner_epochs"}
+    later |= {"stretch", "refiner", "refiner_dim", "refiner_temperature", "refiner_epochs"}
     out = tmp_path / "run"
     flags = [f for f in FLAGS if "refiner" not in f]
     options = ["--preset=paper", "--dataset", str(data_file), *flags, "--out", str(out), "--stage1-epochs=2"]
@@ -499,7 +500,7 @@ def test_only_processes_of_one_kind_keep_a_projector_each_without_a_word(kinds, 
     config, dataset, data = prepared(ssl="barlow")
     monkeypatch.setattr(Processes, "gathered", lambda *_: kinds)
     x = torch.from_numpy(dataset.X_train)
-    stage = stages.make_stage1(config, stages.new_vqvae(config, data), x, torch.device("cpu"), Processes(0, 2))
+    stage = stages.make_stage1(config, stages.new_vqvae(config, data), Copies(x), torch.device("cpu"), Processes(0, 2))
     assert stage.whole is (stage.modules["ssl"] if alike else None)
 
 
