@@ -12,7 +12,6 @@ from ncfast.config import make_config
 from ncfast.data.augment import Augment
 from ncfast.data.sources import from_arrays
 from ncfast.data.stats import DataStats
-from ncfast.data.stretch import Copies
 from ncfast.engine.precision import PRECISIONS, computing
 from ncfast.engine.step import TrainingStep
 from ncfast.training import fit, stages
@@ -52,10 +51,10 @@ class Step:
         x, labels = data.normalise(dataset.X_train, self.device), torch.from_numpy(dataset.y_train).to(self.device)
         self.vqvae = stages.new_vqvae(config, data).to(self.device).eval()
         if number == 1:
-            stage = stages.make_stage1(config, self.vqvae, Copies(x), self.device)
+            stage = stages.make_stage1(config, self.vqvae, x, self.device)
         else:
             prior = stages.new_prior(config, self.vqvae, data)
-            stage = stages.make_stage2(config, self.vqvae, prior, Copies(x), labels, self.device)
+            stage = stages.make_stage2(config, self.vqvae, prior, x, labels, self.device)
         stage.modules.train()
         self.config, self.modules, self.x = config, stage.modules, x
         self.batch_size = stage.batch_size

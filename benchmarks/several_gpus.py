@@ -18,7 +18,6 @@ from ncfast.cli.torchrun import launched, local_rank
 from ncfast.config import make_config
 from ncfast.data.sources import from_arrays
 from ncfast.data.stats import DataStats
-from ncfast.data.stretch import Copies
 from ncfast.engine.device import kind
 from ncfast.engine.precision import computing
 from ncfast.engine.processes import ALONE, Processes
@@ -37,7 +36,7 @@ def step_seconds(number: int, options: argparse.Namespace, batch: int, device: t
     batches = {"batch_size": batch, "stage2_batch_size": batch}
     config = make_config(options.preset, ssl=options.ssl, precision=options.precision, **batches)
     config, data = fit.resolve_config(config, dataset, device), DataStats.of(dataset)
-    series, labels = Copies(data.normalise(dataset.X_train, device)), torch.from_numpy(dataset.y_train).to(device)
+    series, labels = data.normalise(dataset.X_train, device), torch.from_numpy(dataset.y_train).to(device)
     vqvae = stages.new_vqvae(config, data).to(device).eval()
     if number == 1:
         stage = stages.make_stage1(config, vqvae, series, device, processes)

@@ -24,7 +24,6 @@ from ncfast.config import PRESETS, Config, make_config, sampling_config
 from ncfast.data.dataset import Dataset
 from ncfast.data.sources import load_dataset
 from ncfast.data.stats import DataStats
-from ncfast.data.stretch import Copies
 from ncfast.engine.logging import RunLog
 from ncfast.engine.loop import Stage, train_stage
 from ncfast.engine.precision import computing
@@ -193,14 +192,14 @@ def trained(
 
     with seeded(seed, 1):
         vqvae = network(config, data.channels, data.length)
-    first = make_stage1(config, vqvae, Copies(x), device)
+    first = make_stage1(config, vqvae, x, device)
     seconds = run(first)
     del first  # the projector
     vqvae.eval()
 
     def with_prior(config: Config, average: float | None = None) -> tuple[NCVQVAE, float]:
         prior = new_prior(config, vqvae, data)
-        stage = make_stage2(config, vqvae, prior, Copies(x), labels, device)
+        stage = make_stage2(config, vqvae, prior, x, labels, device)
         if average is None:
             taken = run(stage)
         else:

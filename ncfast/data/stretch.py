@@ -12,7 +12,7 @@ from ncfast.data.augment import interpolate
 
 KNOTS = 4  # of the speed over a series, with straight lines between them
 LEAST_SERIES = 1000  # that copies make of few
-FEWEST_COPIES, MOST_COPIES = 4, 64  # of a series, itself among them
+FEWEST_COPIES, MOST_COPIES = 4, 64
 
 
 def stretch(x: Tensor, log_speed: Tensor) -> Tensor:
@@ -38,33 +38,18 @@ def stretch(x: Tensor, log_speed: Tensor) -> Tensor:
     return centred * torch.where(std > 1e-6, scale, 1) + mean
 
 
-class Copies:
-    """The series that stages train on: those given or, of few, stretched copies too.
+def num_copies(num_series: int) -> int:
+    """Of each series, itself among them."""
+    return min(MOST_COPIES, max(FEWEST_COPIES, -(-LEAST_SERIES // num_series)))
 
-    Attributes:
-        x: [copies · N, C, L], the given series first.
-        num_series: N.
+
+def stretched_copies(x: Tensor, copies: int, strength: float, seed: int) -> Tensor:
+    """Series [N, C, L] -> [copies * N, C, L]: themselves, then N copies that are stretched at random, and again.
+
+    Args:
+        strength: standard deviation of the log speed.
     """
-
-    def __init__(self, x: Tensor, strength: float = 0.0, seed: int = 0) -> None:
-        """
-        Args:
-            x: normalised series [N, C, L] on their device.
-            strength: standard deviation of the log speed; 0 makes no copies.
-        """
-        self.num_series = len(x)
-        self.count = 1
-        if strength > 0:
-            self.count = min(MOST_COPIES, max(FEWEST_COPIES, -(-LEAST_SERIES // len(x))))
-            generator = torch.Generator(x.device).manual_seed(seed)
-            others = x.repeat(self.count - 1, 1, 1)
-            speed = torch.randn(len(others), KNOTS, dtype=x.dtype, device=x.device, generator=generator)
-            x = torch.cat([x, stretch(others, strength * speed)])
-        self.x = x
-
-    def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Series' numbers int64 [B] -> rows of x, a copy of each at random."""
-        if self.count == 1:
-            return rows
-        copy = torch.randint(self.count, rows.shape, device=rows.device, generator=generator)
-        return rows + self.num_series * copy
+    generator = torch.Generator(x.device).manual_seed(seed)
+    others = x.repeat(copies - 1, 1, 1)
+    log_speed = torch.randn(len(others), KNOTS, dtype=x.dtype, device=x.device, generator=generator)
+    return torch.cat([x, stretch(others, strength * log_speed)])

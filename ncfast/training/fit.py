@@ -19,7 +19,7 @@ from ncfast.data.detail import structure_within
 from ncfast.data.layout import Reading
 from ncfast.data.sources import Dataset, from_arrays
 from ncfast.data.stats import MAX_LENGTH, DataStats
-from ncfast.data.stretch import Copies
+from ncfast.data.stretch import num_copies, stretched_copies
 from ncfast.data.windows import refuse_without_window, windows_of
 from ncfast.engine.checkpoint import write_tensors
 from ncfast.engine.device import usable_device
@@ -167,6 +167,9 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
             f"{config.codebook_levels} of --codebook-size {config.codebook_size}"
         )
     Augment(config.augment)  # an unknown name is refused before anything is written
+    config = dataclasses.replace(config, stretch=chosen_stretch(dataset, config))
+    if config.stretch:
+        n *= num_copies(n)
     epochs1 = config.stage1_epochs or math.ceil(config.stage1_steps / len(batch_ends(n, config.batch_size)))
     steps2 = config.stage2_steps or min(STAGE2_STEPS, max(LEAST_STAGE2_STEPS, STEPS_A_SERIES * n))
     epochs2 = config.stage2_epochs or math.ceil(steps2 / len(batch_ends(n, config.stage2_batch_size)))
@@ -174,7 +177,6 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
     precision = resolve_precision(config.precision, device)
     if config.halvings is None and config.detail > 0:
         config = dataclasses.replace(config, halvings=chosen_halvings(dataset, config))
-    config = dataclasses.replace(config, stretch=chosen_stretch(dataset, config))
     check_memory(config, dataset, device)
     return dataclasses.replace(
         config, stage1_epochs=epochs1, stage2_epochs=epochs2, refiner_epochs=epochs3, precision=precision
@@ -298,10 +300,14 @@ def train_stages(
     folder = out if processes.is_first else None  # where this process writes
     run = run_sha256(config, data)
     x, observed = data.normalise_observed(dataset.X_train, device)  # [N, C, L]
-    series = Copies(x, config.stretch or 0.0, derived_seed(config.seed, 4))
     labels = None if dataset.y_train is None else torch.from_numpy(dataset.y_train).to(device)
     rows = with_length(dataset)[1]
     conditions = None if rows is None else torch.from_numpy(rows).to(device)
+    if config.stretch:
+        copies = num_copies(len(x))
+        x = stretched_copies(x, copies, config.stretch, derived_seed(config.seed, 4))
+        labels = None if labels is None else labels.repeat(copies)
+        conditions = None if conditions is None else conditions.repeat(copies, 1)
     state = None if out is None else processes.on_every_rank(lambda: saved_state(out, device, run))
     processes.check_alike(f"states in {out}", None if state is None else (state["stage"], state["epoch"]))
     loop = {
@@ -319,7 +325,7 @@ def train_stages(
             processes.on_every_rank(lambda: load_weights(out / "stage1.safetensors", vqvae))
             vqvae = vqvae.to(device).eval()
         else:
-            first = make_stage1(config, vqvae, series, device, processes, observed)
+            first = make_stage1(config, vqvae, x, device, processes, observed)
             with synchronised(vqvae, processes.group):
                 result = train_stage(first, log=log, state=state, **loop)
             state = None
@@ -333,7 +339,7 @@ def train_stages(
         if state is not None and state["stage"] > 2:
             processes.on_every_rank(lambda: load_weights(out / "stage2.safetensors", prior))
         else:
-            second = make_stage2(config, vqvae, prior, series, labels, device, processes, observed, conditions)
+            second = make_stage2(config, vqvae, prior, x, labels, device, processes, observed, conditions)
             result = train_stage(second, log=log, state=state, **loop)
             state = None
             if folder is not None:
@@ -342,7 +348,7 @@ def train_stages(
 
         refiner = new_refiner(config, data)
         if refiner is not None:
-            third = make_stage3(config, vqvae, refiner, series, device, processes, observed)
+            third = make_stage3(config, vqvae, refiner, x, device, processes, observed)
             result = train_stage(third, log=log, state=state, **loop)
             if folder is not None:
                 write_tensors(folder / "stage3.safetensors", refiner.state_dict())

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ncfast.config import Config
 from ncfast.data.augment import Augment
 from ncfast.data.stats import DataStats
-from ncfast.data.stretch import Copies
 from ncfast.engine.device import kind
 from ncfast.engine.loop import Stage, derived_seed
 from ncfast.engine.precision import computing
@@ -47,19 +46,19 @@ def new_prior(config: Config, vqvae: VQVAE, data: DataStats) -> Prior:
 def make_stage1(
     config: Config,
     vqvae: VQVAE,
-    series: Copies,
+    x: Tensor,
     device: torch.device,
     processes: Processes = ALONE,
     observed: Tensor | None = None,
 ) -> Stage:
-    """observed: bool [N, C, L], of series with gaps, which have no copies."""
+    """x: normalised series [N, C, L]; observed, bool like x, of series with gaps."""
     observed_share = 1.0 if observed is None else float(observed.double().mean())
     ssl = new_self_supervision(config)
     augment = None if config.ssl == "none" else Augment(config.augment)
     modules = on_device(nn.ModuleDict({"vqvae": vqvae} if ssl is None else {"vqvae": vqvae, "ssl": ssl}), device)
 
     def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        batch, B = series.x[series.draw(rows, generator)], len(rows)
+        batch, B = x[rows], len(rows)
         own, loss_weight = processes.local_slice(B), processes.loss_weight(B)
         gaps = None
         if observed is None:
@@ -79,7 +78,7 @@ def make_stage1(
 
     # Processes that round alike keep the same projector without a word; others have to agree on its gradients.
     whole = ssl if processes.is_alone or len(set(processes.gathered(kind(device)))) == 1 else None
-    return dataclasses.replace(make_stage(1, config, modules, losses, series.num_series), whole=whole)
+    return dataclasses.replace(make_stage(1, config, modules, losses, len(x)), whole=whole)
 
 
 def on_device(modules: nn.Module, device: torch.device) -> nn.Module:
@@ -93,7 +92,7 @@ def make_stage2(
     config: Config,
     vqvae: VQVAE,
     prior: Prior,
-    series: Copies,
+    x: Tensor,
     labels: Tensor | None,
     device: torch.device,
     processes: Processes = ALONE,
@@ -103,11 +102,11 @@ def make_stage2(
     """conditions: of a prior that has some, float64 [N, k] on the device; they become part of it."""
     if conditions is not None:
         prior.condition_embedding.remember(conditions, labels)
-    distribution = TokenDistribution(vqvae, series.x, observed, config.token_temperature)
+    distribution = TokenDistribution(vqvae, x, observed, config.token_temperature)
     modules = nn.ModuleDict({"prior": prior}).to(device)
 
     def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        tokens = distribution.draw(series.draw(rows, generator), generator)
+        tokens = distribution.draw(rows, generator)
         own, loss_weight = processes.local_slice(len(rows)), processes.loss_weight(len(rows))
         return stage2_losses(
             prior,
@@ -120,7 +119,7 @@ def make_stage2(
             None if conditions is None else conditions[rows],
         )
 
-    return make_stage(2, config, modules, losses, series.num_series)
+    return make_stage(2, config, modules, losses, len(x))
 
 
 def new_refiner(config: Config, data: DataStats) -> Refiner | None:
@@ -132,13 +131,12 @@ def make_stage3(
     config: Config,
     vqvae: VQVAE,
     refiner: Refiner,
-    series: Copies,
+    x: Tensor,
     device: torch.device,
     processes: Processes = ALONE,
     observed: Tensor | None = None,
 ) -> Stage:
-    """observed as for `make_stage1`; vqvae in eval mode, without a refiner. Sets the refiner's sigma."""
-    x = series.x
+    """x and observed as for `make_stage1`; vqvae in eval mode, without a refiner. Sets the refiner's sigma."""
     distribution = TokenDistribution(vqvae, x, observed, config.refiner_temperature)
     modules = nn.ModuleDict({"refiner": refiner}).to(device)
 
@@ -158,13 +156,12 @@ def make_stage3(
 
     def losses(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         own, loss_weight = processes.local_slice(len(rows)), processes.loss_weight(len(rows))
-        chosen = series.draw(rows, generator)
-        x_hat = decoded[torch.randint(draws, rows.shape, device=device, generator=generator), chosen]
+        x_hat = decoded[torch.randint(draws, rows.shape, device=device, generator=generator), rows]
         seen = None if observed is None else observed[rows]
-        found = stage3_losses(refiner, x[chosen], x_hat, generator, seen, own)
+        found = stage3_losses(refiner, x[rows], x_hat, generator, seen, own)
         return found if loss_weight == 1 else {name: loss_weight * value for name, value in found.items()}
 
-    return make_stage(3, config, modules, losses, series.num_series)
+    return make_stage(3, config, modules, losses, len(x))
 
 
 def make_stage(number: int, config: Config, modules: nn.ModuleDict, losses: Losses, num_series: int) -> Stage:

@@ -22,7 +22,6 @@ from ncfast.cli.startup import choose_device
 from ncfast.config import make_config
 from ncfast.data.sources import from_arrays
 from ncfast.data.stats import DataStats
-from ncfast.data.stretch import Copies
 from ncfast.engine.logging import RunLog
 from ncfast.engine.loop import batch_ends, train_stage
 from ncfast.engine.precision import computing
@@ -88,18 +87,16 @@ def trained(ssl, num_series, dtype, device=CPU, steps=STEPS, graph=True):
     loop |= {"graph": graph, "log": RunLog(None)}
 
     with computing("fp32", device):
-        first = stages.make_stage1(config, stages.new_vqvae(config, data), Copies(x), device, processes)
+        first = stages.make_stage1(config, stages.new_vqvae(config, data), x, device, processes)
         first.modules.to(dtype)
         with synchronised(first.modules["vqvae"], processes.group):
             losses1 = train_stage(first, **loop).losses
         # Another VQVAE, the same for all, as the tokens that are drawn are discontinuous in its weights.
         vqvae = stages.new_vqvae(config, data).to(device, dtype).eval()
-        second = stages.make_stage2(
-            config, vqvae, stages.new_prior(config, vqvae, data), Copies(x), labels, device, processes
-        )
+        second = stages.make_stage2(config, vqvae, stages.new_prior(config, vqvae, data), x, labels, device, processes)
         second.modules.to(dtype)
         losses2 = train_stage(second, **loop).losses
-        third = stages.make_stage3(config, vqvae, stages.new_refiner(config, data), Copies(x), device, processes)
+        third = stages.make_stage3(config, vqvae, stages.new_refiner(config, data), x, device, processes)
         third.modules.to(dtype)
         losses3 = train_stage(third, **loop).losses
     return {

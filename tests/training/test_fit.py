@@ -26,7 +26,6 @@ from ncfast import train as train_program
 from ncfast.config import make_config
 from ncfast.data.sources import from_arrays
 from ncfast.data.stats import DataStats
-from ncfast.data.stretch import Copies
 from ncfast.engine.checkpoint import read_state
 from ncfast.engine.loop import batch_ends
 from ncfast.engine.processes import Processes
@@ -500,7 +499,7 @@ def test_only_processes_of_one_kind_keep_a_projector_each_without_a_word(kinds, 
     config, dataset, data = prepared(ssl="barlow")
     monkeypatch.setattr(Processes, "gathered", lambda *_: kinds)
     x = torch.from_numpy(dataset.X_train)
-    stage = stages.make_stage1(config, stages.new_vqvae(config, data), Copies(x), torch.device("cpu"), Processes(0, 2))
+    stage = stages.make_stage1(config, stages.new_vqvae(config, data), x, torch.device("cpu"), Processes(0, 2))
     assert stage.whole is (stage.modules["ssl"] if alike else None)
 
 

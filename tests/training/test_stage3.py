@@ -10,7 +10,6 @@ from runs import SMALL, waves
 from ncfast.config import make_config
 from ncfast.data.sources import from_arrays
 from ncfast.data.stats import DataStats
-from ncfast.data.stretch import Copies
 from ncfast.training import fit, stages
 
 CPU = torch.device("cpu")
@@ -22,7 +21,7 @@ def stage3(x, **options):
     config, data = fit.resolve_config(make_config(**options), dataset, CPU), DataStats.of(dataset)
     x, observed = data.normalise_observed(dataset.X_train, CPU)
     vqvae = stages.new_vqvae(config, data).eval()
-    stage = stages.make_stage3(config, vqvae, stages.new_refiner(config, data), Copies(x), CPU, observed=observed)
+    stage = stages.make_stage3(config, vqvae, stages.new_refiner(config, data), x, CPU, observed=observed)
     return stage, vqvae, x, observed
 
 
