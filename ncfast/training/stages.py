@@ -100,8 +100,9 @@ def make_stage2(
     conditions: Tensor | None = None,
 ) -> Stage:
     """conditions: of a prior that has some, float64 [N, k] on the device; they become part of it."""
-    if conditions is not None:
-        prior.condition_embedding.remember(conditions, labels)
+    if conditions is not None:  # of the series themselves, without their copies
+        own = slice(len(prior.condition_embedding.rows))
+        prior.condition_embedding.remember(conditions[own], None if labels is None else labels[own])
     distribution = TokenDistribution(vqvae, x, observed, config.token_temperature)
     modules = nn.ModuleDict({"prior": prior}).to(device)
 
