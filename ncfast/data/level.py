@@ -12,7 +12,7 @@ from ncfast.data.detail import MAX_SERIES
 
 LEAST_SHARE = 0.9  # of the variance that lies between series, from where on `--level auto` takes levels apart
 # Of a series over that of its channel: what is constant but for rounding is not blown up to unit variance.
-LEAST_STD = 1e-3
+LEAST_STD = 1e-4
 
 
 def level_share(X: np.ndarray) -> float:
