@@ -109,11 +109,11 @@ class DataStats:
         if not isinstance(values, dict) or set(values) != set(names):
             raise ValueError(f"facts of the data are {', '.join(names)}")
         stats = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-        for name in ("conditions", "levels"):
-            columns = getattr(stats, name)
-            if not isinstance(columns, tuple):
-                raise ValueError(f"{name} of the data are a list; got {str(columns)[:40]}")
-            stats = dataclasses.replace(stats, **{name: tuple(map(ConditionColumn.from_json, columns))})
+        stats = dataclasses.replace(
+            stats,
+            conditions=columns_of_json("conditions", stats.conditions),
+            levels=columns_of_json("levels", stats.levels),
+        )
         classes, channels = len(stats.class_names), stats.channels
         for name, right in (
             ("name", isinstance(stats.name, str)),
@@ -147,9 +147,10 @@ class DataStats:
     def told(self, dataset: Dataset) -> np.ndarray | None:
         """What the prior is told of each training series: conditions, then levels, float64 [N, k]; None of nothing."""
         rows, levels = with_length(dataset)[1], self.levels_of(dataset.X_train)
-        parts = [rows] if levels is None else [rows, filled(levels, levels)]
-        parts = [part for part in parts if part is not None]
-        return np.concatenate(parts, 1) if parts else None
+        if levels is None:
+            return rows
+        levels = filled(levels, levels)
+        return levels if rows is None else np.concatenate([rows, levels], 1)
 
     def normalise(self, X: np.ndarray, device: torch.device) -> Tensor:
         """Data units -> zero mean and unit variance a channel, over the train set or, with `levels`, each series by
@@ -187,6 +188,12 @@ class DataStats:
         (mean, std), (own_mean, own_std) = self.moments(device), self.moments(device, levels)
         shift, scale = ((own_mean - mean) / std).float(), (own_std / std).float()
         return (shift, scale) if levels is not None else (shift[None], scale[None])
+
+
+def columns_of_json(name: str, columns: Any) -> tuple[ConditionColumn, ...]:
+    if not isinstance(columns, tuple):
+        raise ValueError(f"{name} of the data are a list; got {str(columns)[:40]}")
+    return tuple(map(ConditionColumn.from_json, columns))
 
 
 def is_row(values: Any, kind: Any, length: int) -> bool:

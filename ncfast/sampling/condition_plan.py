@@ -66,10 +66,9 @@ class ConditionPlan:
         self.in_turn = {i: torch.from_numpy(values).to(device) for i, values in self.given.items()}
         self.levels, self.own_levels = None, None
         if num_levels:
-            rows = self.rows[:, -num_levels:]
-            self.levels = LevelPlan(rows, classes[order])
+            self.levels = LevelPlan(self.rows[:, -num_levels:], classes[order])
             if levels is not None:
-                self.own_levels = torch.from_numpy(filled(levels, rows.cpu().numpy())).to(device)
+                self.own_levels = torch.from_numpy(filled(levels, self.levels.levels.cpu().numpy())).to(device)
 
     def __call__(self, sample: Tensor, labels: Tensor, seed: int) -> Tensor:
         """Global sample indices and class indices, both int64 [B] -> conditions float64 [B, k], NaN where unknown."""
