@@ -87,6 +87,9 @@ class NCVQVAE(TrainedModel):
         A model of series of unequal lengths has a condition more, `length`, an integer from 1 to L, which is drawn or
         given like the others. With `context` and no length given, series have the length L.
 
+        A model with `--level on` draws a mean and a standard deviation of each series and channel besides, near those
+        of a training series of the class; with `context` they are those of the observed samples.
+
         Returns:
             X float32 [n, C, L], NaN from the end of each series on where lengths are unequal (`ncfast.data.to_list`
             makes a list of such series), and y, the class name of each series [n]; None for series without a class.
