@@ -166,7 +166,9 @@ def measured(cell: Cell, device: torch.device, *, data: Path, runs: Path, cache:
 
 def facts(model: NCVQVAE, x: np.ndarray) -> Row:
     """Of the codes: how many tokens a window is, how many codes are used, what is lost."""
-    coded = model.data.normalise(x[np.random.default_rng(0).permutation(len(x))[:CODED]], model.device)
+    chosen = x[np.random.default_rng(0).permutation(len(x))[:CODED]]
+    coded = model.data.normalise(chosen, model.device)
+    scale = model.data.units(model.device, model.data.levels_of(chosen))[1]  # where levels are apart, of each window
     blocks = coded.split(model.chunk_size)
     with torch.no_grad():
         tokens = torch.cat([model.vqvae.tokenize(block) for block in blocks])
@@ -175,7 +177,7 @@ def facts(model: NCVQVAE, x: np.ndarray) -> Row:
         "tokens": tokens.shape[1],
         "codes": model.config.codebook_size,
         "codes_used": len(tokens.unique()),
-        "reconstruction_mse": float((rebuilt - coded).square().mean()),
+        "reconstruction_mse": float(((rebuilt - coded) * scale).square().mean()),
         "precision": model.precision,
     }
 

@@ -119,6 +119,12 @@ class Config:
         minimum=0,
         maximum=2**24,
     )
+    level: Literal["auto", "on", "off"] = option(
+        "auto",
+        "on: each series is coded without its mean and standard deviation, which are drawn beside the tokens; auto: "
+        "where 90 %% of the variance or more lies between the means of series",
+        "VQVAE",
+    )
     codebook_decay: float = option(0.9, "decay of the codebook's moving averages", "VQVAE", minimum=0, maximum=1)
 
     prior_dim: int = option(256, "width of the prior's transformer", "Prior", minimum=1, maximum=2**16)
@@ -225,6 +231,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "codebook_size": 32,
         "detail": 0.0,
         "samples_per_column": 0,
+        "level": "off",
         "prior_dropout": 0.0,
         "refiner": "none",
         "stretch": 0.0,

@@ -87,6 +87,9 @@ class NCVQVAE(TrainedModel):
         A model of series of unequal lengths has a condition more, `length`, an integer from 1 to L, which is drawn or
         given like the others. With `context` and no length given, series have the length L.
 
+        A model with `--level on` draws a mean and a standard deviation of each series and channel besides, near those
+        of a training series of the class; with `context` they are those of the observed samples.
+
         Returns:
             X float32 [n, C, L], NaN from the end of each series on where lengths are unequal (`ncfast.data.to_list`
             makes a list of such series), and y, the class name of each series [n]; None for series without a class.
@@ -144,7 +147,7 @@ class NCVQVAE(TrainedModel):
         **sampling: "Unpack[SamplingOptions]",
     ) -> Iterator[Batch]:
         """As `sample`, `batch_size` series at a time (None: as they come), with token grids, class indices, encoded
-        conditions (`ncfast.data.conditions`) and lengths.
+        conditions (`ncfast.data.conditions`), lengths and levels (`ncfast.data.level`).
 
         Args:
             batch_size: of the batches; the last may be smaller.
@@ -164,7 +167,9 @@ class NCVQVAE(TrainedModel):
         return sampler, checked_index("n", n)
 
     @torch.no_grad()
-    def decode(self, tokens: np.ndarray, refinements: int | None = None) -> np.ndarray:
+    def decode(
+        self, tokens: np.ndarray, refinements: int | None = None, levels: np.ndarray | None = None
+    ) -> np.ndarray:
         """Series of token grids, in data units: int [n, T] in 0..K-1 -> float32 [n, C, L].
 
         On the device and in the precision that drew them, the same series bit for bit, wherever in `tokens` they are.
@@ -172,6 +177,8 @@ class NCVQVAE(TrainedModel):
 
         Args:
             refinements: steps of the refiner, where there is one; None takes the run's own.
+            levels: of a model that draws level and scale apart (`--level`), those drawn with the tokens, float64
+                [n, 2C]: `levels` of a batch or a file (`ncfast.data.level`). Others take none.
         """
         config = self.config if refinements is None else sampling_config(self.config, {"refinements": refinements})
         tokens = to_numpy(tokens, "tokens")
@@ -180,13 +187,22 @@ class NCVQVAE(TrainedModel):
             raise UserError(f"tokens are integers [n, {T}]; got {tokens.dtype} {list(tokens.shape)}")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < K:
             raise UserError(f"tokens are 0 to {K - 1}; got {tokens.min()} to {tokens.max()}")
+        shape = (len(tokens), len(self.data.levels))
+        if (levels is None) != (shape[1] == 0) or (levels is not None and np.shape(levels) != shape):
+            expected = f"takes levels {list(shape)}, `levels` of a batch or a file" if shape[1] else "takes no levels"
+            raise UserError(
+                f"this model {expected}; got {'none' if levels is None else f'the shape {list(np.shape(levels))}'}"
+            )
         parts = [np.empty((0, self.data.channels, self.data.length), np.float32)]
         for first in range(0, len(tokens), self.chunk_size):
             chunk = tokens[first : first + self.chunk_size].astype(np.int64)
             whole = np.resize(chunk, (self.chunk_size, T))  # as many rows as when they were drawn
             with computing(self.precision, self.device), autocast(self.precision, self.device):
                 x = self.vqvae.detokenize(torch.from_numpy(whole).to(self.device), config.refinements)
-            parts.append(self.data.denormalise(x)[: len(chunk)])
+            own = None
+            if levels is not None:
+                own = np.resize(levels[first : first + self.chunk_size], (self.chunk_size, shape[1]))
+            parts.append(self.data.denormalise(x, own)[: len(chunk)])
         return np.concatenate(parts)
 
     @torch.no_grad()
@@ -207,7 +223,7 @@ class NCVQVAE(TrainedModel):
             for first in range(0, len(x), self.chunk_size):
                 rows = slice(first, first + self.chunk_size)
                 blocks.append(self.vqvae.reconstruct(x[rows], None if observed is None else observed[rows]))
-        x_hat = self.data.denormalise(torch.cat(blocks))
+        x_hat = self.data.denormalise(torch.cat(blocks), self.data.levels_of(X))
         return cut(x_hat, last_observed(X)) if self.data.has_lengths else x_hat
 
     def save(self, folder: str | Path) -> None:

@@ -37,6 +37,7 @@ class Options(SamplingOptions, total=False):
     halvings: int | None
     detail: float
     samples_per_column: int
+    level: Literal["auto", "on", "off"]
     codebook_decay: float
     prior_dim: int
     prior_layers: int

@@ -64,7 +64,7 @@ def main(command_line: list[str] | None = None) -> None:
 def train_program(processes: "Processes", command_line: list[str] | None = None) -> None:
     from ncfast.cli.torchrun import local_rank
     from ncfast.data.sources import load_dataset
-    from ncfast.training.fit import columns_reason, resolve_config, train
+    from ncfast.training.fit import columns_reason, level_reason, resolve_config, train
 
     arguments = make_parser().parse_args(command_line)
     if arguments.checkpoint_every is not None and arguments.checkpoint_every < 1:
@@ -82,7 +82,8 @@ def train_program(processes: "Processes", command_line: list[str] | None = None)
         print(f"warning: {note}")
     config = resolve_config(given, dataset, device)
     out = arguments.out or Path("runs") / f"{dataset.name}-{config.ssl}"
-    print_plan(config, columns_reason(given, config, dataset), dataset, device, device_reason, out, processes)
+    reasons = columns_reason(given, config, dataset), level_reason(given, dataset)
+    print_plan(config, reasons, dataset, device, device_reason, out, processes)
     if arguments.dry_run:
         return
     if processes.is_first:  # the picture's library, beside the training
@@ -112,25 +113,25 @@ def import_quietly(module: str) -> None:
 
 def print_plan(
     config: Config,
-    columns_reason: str,
+    reasons: tuple[str, str],
     dataset: "Dataset",
     device: "torch.device",
     device_reason: str,
     out: Path,
     processes: "Processes",
 ) -> None:
-    """Everything that was decided, before any time is spent."""
+    """Everything that was decided, before any time is spent; reasons: of the columns and of --level."""
     import torch
 
-    from ncfast.data.stats import DataStats
     from ncfast.engine.loop import batch_ends
     from ncfast.models.trained import on_meta
     from ncfast.nn.meta import without_memory
     from ncfast.ops import dispatch
     from ncfast.ops.nearest_code import why_not
+    from ncfast.training.fit import stats_of
     from ncfast.training.self_supervision import WITHOUT_LOSS, SelfSupervision
 
-    data = DataStats.of(dataset)
+    data = stats_of(config, dataset)
     vqvae, prior, refiner = on_meta(config, data)
     with without_memory():
         projector = None if config.ssl in WITHOUT_LOSS else SelfSupervision(config)
@@ -152,7 +153,8 @@ def print_plan(
         f"model      {grid} = {vqvae.num_tokens} tokens of {config.codebook_size} codes; parameters: "
         + ", ".join(f"{name} {count:,}" for name, count in counts.items())
     )
-    print(f"columns    {vqvae.grid[1]} of {vqvae.samples_per_column} samples, {columns_reason}")
+    print(f"columns    {vqvae.grid[1]} of {vqvae.samples_per_column} samples, {reasons[0]}")
+    print(f"level      {'of each series apart' if data.levels else 'not apart'}: {reasons[1]}")
     print(
         f"stage 1    {config.stage1_epochs} epochs x {steps1} steps; ssl {config.ssl}, views {' '.join(config.augment)}"
     )

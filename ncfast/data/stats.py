@@ -12,6 +12,7 @@ from ncfast.data.arrays import FLOAT32_MAX
 from ncfast.data.conditions import LENGTH, ConditionColumn, with_length
 from ncfast.data.dataset import Dataset
 from ncfast.data.gaps import interpolated
+from ncfast.data.level import filled, levels_of
 
 # Of a series, and number of its channels; no model of a longer one can be made in reasonable time.
 MAX_LENGTH = 2**24
@@ -23,7 +24,8 @@ class DataStats:
 
     mean and std are of each channel over the values of the train set, of which the share `missing` is missing. The
     shortest series has `shortest` time points, or 0 stands for series of one length. `conditions` are those of the
-    prior: those of the user, and last the length of series that do not all have one.
+    prior: those of the user, and last the length of series that do not all have one. `levels` are what the prior is
+    told besides, 2C or none (`ncfast.data.level`): then each series is normalised by its own mean and deviation.
     """
 
     name: str
@@ -40,6 +42,7 @@ class DataStats:
     shortest: int = 0
     conditions: tuple[ConditionColumn, ...] = ()
     reading: str = ""  # JSON: the options of `load_dataset` with which it was read, but for conditions
+    levels: tuple[ConditionColumn, ...] = ()
 
     @property
     def has_gaps(self) -> bool:
@@ -57,7 +60,8 @@ class DataStats:
         return self.conditions[:-1] if self.has_lengths else self.conditions
 
     @classmethod
-    def of(cls, dataset: Dataset) -> "DataStats":
+    def of(cls, dataset: Dataset, *, level: bool = False) -> "DataStats":
+        """level: whether each series is normalised by itself."""
         X = dataset.X_train.astype(np.float64)  # [N, C, L]
         counts = () if dataset.y_train is None else np.bincount(dataset.y_train, minlength=dataset.n_classes).tolist()
         gaps = np.isnan(X)
@@ -65,7 +69,7 @@ class DataStats:
         lengths = dataset.lengths_train
         within = X.size if lengths is None else int(lengths.sum()) * X.shape[1]
         std = std(X, axis=(0, 2))
-        return cls(
+        stats = cls(
             name=dataset.name,
             source=dataset.source,
             num_series=X.shape[0],
@@ -82,6 +86,14 @@ class DataStats:
             conditions=with_length(dataset)[0],
             reading=dataset.reading,
         )
+        return stats.with_levels(dataset.X_train) if level else stats
+
+    def with_levels(self, X: np.ndarray) -> "DataStats":
+        """The same of series that are each normalised by themselves; X [N, C, L], the train set."""
+        names = [f"{what} of channel {c}" for what in ("mean", "log standard deviation") for c in range(self.channels)]
+        rows = levels_of(X, self.std)
+        columns = zip(names, filled(rows, rows).T, strict=True)
+        return dataclasses.replace(self, levels=tuple(ConditionColumn.of(name, values) for name, values in columns))
 
     @classmethod
     def from_json(cls, values: Any) -> "DataStats":
@@ -97,9 +109,11 @@ class DataStats:
         if not isinstance(values, dict) or set(values) != set(names):
             raise ValueError(f"facts of the data are {', '.join(names)}")
         stats = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-        if not isinstance(stats.conditions, tuple):
-            raise ValueError(f"conditions of the data are a list; got {str(stats.conditions)[:40]}")
-        stats = dataclasses.replace(stats, conditions=tuple(map(ConditionColumn.from_json, stats.conditions)))
+        stats = dataclasses.replace(
+            stats,
+            conditions=columns_of_json("conditions", stats.conditions),
+            levels=columns_of_json("levels", stats.levels),
+        )
         classes, channels = len(stats.class_names), stats.channels
         for name, right in (
             ("name", isinstance(stats.name, str)),
@@ -115,6 +129,7 @@ class DataStats:
             ("missing", isinstance(stats.missing, int | float) and 0 <= stats.missing < 1),
             ("reading", isinstance(stats.reading, str)),
             ("shortest", isinstance(stats.shortest, int) and 0 <= stats.shortest < stats.length),
+            ("levels", len(stats.levels) in (0, 2 * channels) and all(each.kind == "number" for each in stats.levels)),
         ):
             if not right:
                 raise ValueError(f"{name} of the data cannot be {str(getattr(stats, name))[:40]}")
@@ -122,12 +137,25 @@ class DataStats:
 
     @property
     def identity(self) -> "DataStats":
-        """Without what may differ of the same data: where it was read, and what was remarked."""
-        return dataclasses.replace(self, source="", notes=(), reading="")
+        """Without what may differ of the same data: where it was read, what was remarked, how it is normalised."""
+        return dataclasses.replace(self, source="", notes=(), reading="", levels=())
+
+    def levels_of(self, X: np.ndarray) -> np.ndarray | None:
+        """Those of series [N, C, L], float64 [N, 2C], NaN where nothing was observed; None where they are not told."""
+        return levels_of(X, self.std) if self.levels else None
+
+    def told(self, dataset: Dataset) -> np.ndarray | None:
+        """What the prior is told of each training series: conditions, then levels, float64 [N, k]; None of nothing."""
+        rows, levels = with_length(dataset)[1], self.levels_of(dataset.X_train)
+        if levels is None:
+            return rows
+        levels = filled(levels, levels)
+        return levels if rows is None else np.concatenate([rows, levels], 1)
 
     def normalise(self, X: np.ndarray, device: torch.device) -> Tensor:
-        """Data units -> zero mean and unit variance a channel (over the train set), on `device`.  X [N, C, L]."""
-        mean, std = (np.array(v)[:, None] for v in (self.mean, self.std))
+        """Data units -> zero mean and unit variance a channel, over the train set or, with `levels`, each series by
+        itself, on `device`.  X [N, C, L]."""
+        mean, std = (each.numpy() for each in self.moments(torch.device("cpu"), self.levels_of(X)))
         return torch.from_numpy(((X - mean) / std).astype(np.float32)).to(device)
 
     def normalise_observed(self, X: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -141,15 +169,31 @@ class DataStats:
             x = interpolated(x, observed)
         return x, observed if self.has_gaps else None
 
-    def denormalise(self, x: Tensor) -> np.ndarray:
-        """Back to data units, in float64 on the way.  x [N, C, L] -> float32."""
-        mean, std = self.moments(x.device)
+    def denormalise(self, x: Tensor, levels: np.ndarray | Tensor | None = None) -> np.ndarray:
+        """Back to data units, in float64 on the way.  x [N, C, L], levels [N, 2C] where there are some -> float32."""
+        mean, std = self.moments(x.device, levels)
         return (x.double() * std + mean).float().cpu().numpy()
 
-    def moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel, float64 [C, 1]."""
+    def moments(self, device: torch.device, levels: np.ndarray | Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel, float64 [C, 1], or with levels [N, 2C] of each series
+        [N, C, 1]."""
+        if levels is not None:
+            mean, log_std = torch.as_tensor(levels, device=device)[..., None].chunk(2, 1)
+            return mean, log_std.exp()
         mean, std = (torch.tensor(v, dtype=torch.float64, device=device)[:, None] for v in (self.mean, self.std))
         return mean, std
+
+    def units(self, device: torch.device, levels: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        """What a normalised series is in units of the train set, shift + scale * x: float32 [N or 1, C, 1] both."""
+        (mean, std), (own_mean, own_std) = self.moments(device), self.moments(device, levels)
+        shift, scale = ((own_mean - mean) / std).float(), (own_std / std).float()
+        return (shift, scale) if levels is not None else (shift[None], scale[None])
+
+
+def columns_of_json(name: str, columns: Any) -> tuple[ConditionColumn, ...]:
+    if not isinstance(columns, tuple):
+        raise ValueError(f"{name} of the data are a list; got {str(columns)[:40]}")
+    return tuple(map(ConditionColumn.from_json, columns))
 
 
 def is_row(values: Any, kind: Any, length: int) -> bool:

@@ -48,7 +48,8 @@ def trace_decoding(model: NCVQVAE, labels: str = "none", seed: int = 0) -> Trace
     embedding = model.prior.condition_embedding
     conditions = None
     if embedding is not None:
-        conditions = ConditionPlan(embedding, None, len(model.class_names))(sample, classes, seed)
+        plan = ConditionPlan(embedding, None, len(model.class_names), num_levels=len(model.data.levels))
+        conditions = plan(sample, classes, seed)
     vqvae = model.vqvae
     with computing(model.precision, model.device), autocast(model.precision, model.device):
         finished = sampler.decode(classes, sample, seed, conditions=conditions)

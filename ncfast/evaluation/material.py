@@ -218,13 +218,15 @@ class Material:
         x, observed = model.data.normalise_observed(X, model.device)
         if observed is None:
             observed = torch.ones_like(x, dtype=torch.bool)
-        parts = zip(x.split(model.chunk_size), observed.split(model.chunk_size), strict=True)
+        shift, scale = (each.expand(len(x), -1, -1) for each in model.data.units(x.device, model.data.levels_of(X)))
+        parts = zip(*(each.split(model.chunk_size) for each in (x, observed, shift, scale)), strict=True)
         with computing("fp32", model.device):
             blocks = [self.code_block(*part) for part in parts]
         tokens, pooled, reconstructed, time, spectrum = (torch.cat(parts).cpu() for parts in zip(*blocks, strict=True))
         return Coded(tokens.numpy(), pooled.numpy(), reconstructed, time.double().numpy(), spectrum.double().numpy())
 
-    def code_block(self, x: Tensor, observed: Tensor) -> tuple[Tensor, ...]:  # [B, C, L] both
+    def code_block(self, x: Tensor, observed: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        """x, observed [B, C, L]; shift and scale [B, C, 1] make units of the train set of x (`DataStats.units`)."""
         vqvae = self.model.vqvae
         tokens = vqvae.tokenize(x, observed)
         z_q = vqvae.embed(tokens)  # [B, n, D]
@@ -233,8 +235,10 @@ class Material:
         # Where nothing was observed there is no error, as in the losses (`training.stage1`).
         x = torch.where(observed, x, x_hat)
         share = observed.flatten(1).float().mean(1)  # [B]
-        errors = [(a - b).square().flatten(1).mean(1) / share for a, b in ((x_hat, x), (u_hat, vqvae.stft(x)))]
-        return tokens, z_q.mean(1), x_hat, *errors
+        both = scale.repeat_interleave(2, 1)[..., None]  # of real and imaginary part
+        missed = (x_hat - x) * scale, (u_hat - vqvae.stft(x)) * both
+        errors = [each.square().flatten(1).mean(1) / share for each in missed]
+        return tokens, z_q.mean(1), shift + scale * x_hat, *errors
 
     def usage(self, tokens: np.ndarray) -> np.ndarray:
         """How often each code occurs in each series.  tokens [N, T] -> int64 [N, K]."""

@@ -164,6 +164,8 @@ def make_job(arguments: argparse.Namespace, sampler: SeriesSampler, labels: Any,
         columns["conditions"] = ((len(model.data.user_conditions),), "f8")
     if model.data.has_lengths:
         columns["length"] = ((), "i8")
+    if model.data.levels:
+        columns["levels"] = ((len(model.data.levels),), "f8")
     columns = {k: v for k, v in columns.items() if (k != "x" or sampler.decode) and (k != "y" or with_classes)}
     made_from = {
         "weights_sha256": weights_sha256(arguments.run),

@@ -57,6 +57,7 @@ class Generated(torch.utils.data.Dataset):
         index: int64 [n], the number that the series is drawn from, with the seed.
         length: int64 [n], time points of each series, from where on x is NaN; None for series of one length.
         conditions: float64 [n, k], None for series without; `condition_values` gives them by name.
+        levels: float64 [n, 2C], for `NCVQVAE.decode`; None of a run that does not draw them apart (`--level`).
         class_names: of the model.
         condition_columns: k of `ncfast.data.conditions.ConditionColumn`, in the order of `conditions`.
         attributes: what else the file says of itself: dataset, seed, config, weights_sha256, ...
@@ -81,7 +82,7 @@ class Generated(torch.utils.data.Dataset):
         self.attributes = attributes
         self.x, self.y = columns.get("x"), columns.get("y")
         self.tokens, self.index = columns["tokens"], columns["index"]
-        self.conditions, self.length = columns.get("conditions"), columns.get("length")
+        self.conditions, self.length, self.levels = (columns.get(k) for k in ("conditions", "length", "levels"))
         try:
             described = json.loads(attributes.pop("condition_columns", "[]"))
             self.condition_columns = tuple(map(ConditionColumn.from_json, described))

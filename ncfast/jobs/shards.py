@@ -7,8 +7,9 @@ A job of one shard is one plain file. A job of several writes, beside the file t
 - when all are there, the manifest again, with the checksum of every shard, and last `NAME.h5`: virtual data sets.
 
 A shard has `x` [n, C, L], `tokens` [n, T], `index` [n] and, for series with a class, `y` [n], for series with
-conditions, `conditions` [n, k], for series of unequal lengths, `length` [n], from where on x is NaN; as attributes
-everything that a lone file needs to explain itself, and a sha256 of the bytes of each data set, in row-major order.
+conditions, `conditions` [n, k], for series of unequal lengths, `length` [n], from where on x is NaN, and of a run with
+`--level on`, `levels` [n, 2C]; as attributes everything that a lone file needs to explain itself, and a sha256 of the
+bytes of each data set, in row-major order.
 """
 
 import hashlib

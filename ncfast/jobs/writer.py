@@ -31,7 +31,7 @@ CHUNK_BYTES = 2**20
 FLUSH_BYTES = 2**25
 PUT_SECONDS = 5.0  # between the two steps of a name without hard links
 # Of a data set that no shard is there for; a reader other than ours sees these.
-FILL = {"x": np.nan, "tokens": 2**16 - 1, "index": -1, "y": -1, "conditions": np.nan, "length": -1}
+FILL = {"x": np.nan, "tokens": 2**16 - 1, "index": -1, "y": -1, "conditions": np.nan, "length": -1, "levels": np.nan}
 
 
 class Disk(io.FileIO):

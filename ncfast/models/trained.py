@@ -23,6 +23,7 @@ FORMAT = 1
 EARLIER = {
     "detail": 0.0,
     "samples_per_column": 0,
+    "level": "off",
     "codebook_levels": 1,
     "prior_dropout": 0.0,
     "token_temperature": 1.0,
@@ -71,7 +72,8 @@ def build_prior(config: Config, data: DataStats, vqvae: VQVAE) -> Prior:
     """On the CPU, but for that of a model without memory."""
     codebook = vqvae.codebook
     codebook = codebook if codebook.is_meta else codebook.cpu()
-    return Prior(config, codebook, vqvae.num_tokens, len(data.class_names), data.conditions, data.num_series)
+    conditions = data.conditions + data.levels
+    return Prior(config, codebook, vqvae.num_tokens, len(data.class_names), conditions, data.num_series)
 
 
 def build_refiner(config: Config, data: DataStats) -> Refiner | None:

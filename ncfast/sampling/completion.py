@@ -86,6 +86,13 @@ class Context:
         """How many time points each series has up to the last that was observed, int64 [m]."""
         return last_observed(np.where(self.observed, 0.0, np.nan))
 
+    def levels(self) -> np.ndarray | None:
+        """Of what was observed, float64 [m, 2C], NaN where that does not tell: a single sample has no scale."""
+        levels = self.data.levels_of(np.where(self.observed, self.original, np.nan))
+        if levels is not None:
+            levels[:, self.data.channels :][self.observed.sum(2) < 2] = np.nan
+        return levels
+
     def __len__(self) -> int:
         return len(self.original)
 
@@ -98,7 +105,7 @@ class Context:
             chunk_size: rows a forward pass of the encoder.
         """
         device = fills.device
-        x = self.data.normalise(self.original, torch.device("cpu"))  # [m, C, L]
+        x = self.data.normalise(np.where(self.observed, self.original, np.nan), torch.device("cpu"))  # [m, C, L]
         observed = torch.from_numpy(self.observed.copy())
         lines = interpolated(x, observed)
         versions = [lines]

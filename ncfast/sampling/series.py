@@ -34,6 +34,7 @@ class Batch(NamedTuple):
     # float64 [B, k] of the user's k conditions, as `ncfast.data.conditions` encodes them; None where none is known
     conditions: np.ndarray | None = None
     length: np.ndarray | None = None  # int64 [B], x is NaN from there on; None for series of full length
+    levels: np.ndarray | None = None  # float64 [B, 2C], see `ncfast.data.level`; None where they are not drawn apart
 
 
 class SeriesSampler:
@@ -72,11 +73,18 @@ class SeriesSampler:
         self.plan = LabelPlan(labels, model.class_names, model.data.class_counts)
         self.conditions = None
         embedding = model.prior.condition_embedding
-        if embedding is None and condition is not None:
+        if not model.data.conditions and condition is not None:
             raise UserError("this model was trained without conditions; fit(conditions=...) makes one that has some")
         # Of what is completed, conditions drawn at random could contradict what is observed.
-        if embedding is not None and (context is None or condition is not None):
-            self.conditions = ConditionPlan(embedding, condition, len(model.class_names), draw=context is None)
+        if embedding is not None and (context is None or condition is not None or model.data.levels):
+            self.conditions = ConditionPlan(
+                embedding,
+                condition,
+                len(model.class_names),
+                draw=context is None,
+                num_levels=len(model.data.levels),
+                levels=None if self.context is None else self.context.levels(),
+            )
             self.check_lengths(model)
         self.model = model
         self.seed = seed
@@ -173,7 +181,7 @@ class SeriesSampler:
 
     def unknown(self) -> Tensor:
         """Conditions of a chunk of which none is known, float64 [B, k]."""
-        shape = self.size, len(self.conditions.columns)
+        shape = self.size, self.conditions.rows.shape[1]
         return torch.full(shape, torch.nan, dtype=torch.float64, device=self.model.device)
 
     def launch(self, first: int, rows: slice) -> "Chunk":
@@ -184,7 +192,11 @@ class SeriesSampler:
             conditions = None if self.conditions is None else self.conditions(sample, labels, self.seed)
             tokens, x = self.decoder(labels, sample, self.seed, known, conditions)
             if x is not None:
-                x = (x.double() * self.std + self.mean).float()
+                mean, std = self.mean, self.std
+                if self.model.data.levels:
+                    levels = conditions[:, len(self.conditions.columns) :]
+                    mean, std = self.model.data.moments(self.model.device, levels)
+                x = (x.double() * std + mean).float()
             return Chunk(first, rows, labels, tokens, x, conditions)
 
     def arrived(self, chunk: "Chunk") -> Batch:
@@ -196,15 +208,18 @@ class SeriesSampler:
             self.check(index, "condition", np.isnan(conditions[:, self.conditions.known]).astype(np.int64), 1)
         if x is not None and self.context is not None:
             x = self.context.keep_observed(x, index)
-        length = None
+        length = levels = None
+        if conditions is not None and self.model.data.levels:
+            conditions, levels = np.split(conditions, [len(self.conditions.columns)], axis=1)
+            conditions = conditions if self.conditions.draw or self.conditions.given else None
         if conditions is not None and self.model.data.has_lengths:
             conditions, length = conditions[:, :-1], conditions[:, -1]
             length = None if np.isnan(length).any() else length.astype(np.int64)
-            conditions = conditions if conditions.shape[1] else None
+        conditions = None if conditions is None or conditions.shape[1] == 0 else conditions
         if x is not None and length is not None:
             x = cut(x, length)
         y = labels if self.plan.names_classes else None
-        return Batch(index, x, y, tokens.astype(np.uint16), conditions, length)
+        return Batch(index, x, y, tokens.astype(np.uint16), conditions, length, levels)
 
     def check(self, index: np.ndarray, what: str, values: np.ndarray, end: int) -> None:
         """That all values [B] or [B, n] are below `end`: the host's copy of what was not computed has none of these."""

@@ -14,9 +14,9 @@ import torch
 
 from ncfast.config import Config, make_config
 from ncfast.data.augment import MIN_LENGTH, Augment
-from ncfast.data.conditions import with_length
 from ncfast.data.detail import structure_within
 from ncfast.data.layout import Reading
+from ncfast.data.level import LEAST_SHARE, level_share
 from ncfast.data.sources import Dataset, from_arrays
 from ncfast.data.stats import MAX_LENGTH, DataStats
 from ncfast.data.stretch import num_copies, stretched_copies
@@ -175,6 +175,9 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
     epochs2 = config.stage2_epochs or math.ceil(steps2 / len(batch_ends(n, config.stage2_batch_size)))
     epochs3 = None if config.refiner == "none" else config.refiner_epochs or math.ceil(REFINER_SHARE * epochs1)
     precision = resolve_precision(config.precision, device)
+    if config.level == "auto":
+        apart = level_share(dataset.X_train) >= LEAST_SHARE
+        config = dataclasses.replace(config, level="on" if apart else "off")
     if config.halvings is None and config.detail > 0:
         config = dataclasses.replace(config, halvings=chosen_halvings(dataset, config))
     check_memory(config, dataset, device)
@@ -204,9 +207,12 @@ def chosen_halvings(dataset: Dataset, config: Config) -> int:
         return by_length
     hop, frames = config.n_fft // 4, 1 + dataset.length // (config.n_fft // 4)
     chosen = by_length
-    longer = structure_within(dataset.X_train, hop << by_length)
+    X = dataset.X_train
+    if config.level == "on":
+        X = stats_of(config, dataset).normalise(X, torch.device("cpu")).numpy()  # what is coded
+    longer = structure_within(X, hop << by_length)
     for halvings in range(by_length - 1, 0, -1):
-        shorter = structure_within(dataset.X_train, hop << halvings)
+        shorter = structure_within(X, hop << halvings)
         if longer - shorter >= config.detail:
             chosen = halvings
         longer = shorter
@@ -226,9 +232,16 @@ def columns_reason(given: Config, resolved: Config, dataset: Dataset) -> str:
     return f"for detail that {frames >> by_length} by the length would lose (--detail {given.detail:g})"
 
 
+def level_reason(given: Config, dataset: Dataset) -> str:
+    """Why levels are taken apart or not, behind what was decided."""
+    if given.level != "auto":
+        return "as --level says"
+    return f"{level_share(dataset.X_train):.1%} of the variance lies between the means of series (--level auto)"
+
+
 def check_memory(config: Config, dataset: Dataset, device: torch.device) -> None:
     """Refuses what cannot fit, by what it takes at least: each counts only its largest tensors."""
-    vqvae, prior, refiner = on_meta(config, DataStats.of(dataset))
+    vqvae, prior, refiner = on_meta(config, stats_of(config, dataset))
     with without_memory():
         ssl = [] if config.ssl in WITHOUT_LOSS else [SelfSupervision(config)]
     n, dim = len(dataset.X_train), config.dim
@@ -249,6 +262,11 @@ def check_memory(config: Config, dataset: Dataset, device: torch.device) -> None
         "stage 2",
         "lower --codebook-size, --stage2-batch-size, --prior-dim, --prior-layers or --prior-ff-mult",
     )
+
+
+def stats_of(config: Config, dataset: Dataset) -> DataStats:
+    """config: resolved."""
+    return DataStats.of(dataset, level=config.level == "on")
 
 
 @exhaustion_explained(OUT_OF_MEMORY)
@@ -275,7 +293,7 @@ def train(
         checkpoint_every: epochs between two states on disk; None: checkpointing takes at most 5 % of the time.
         graph: on a GPU, make each training step one CUDA graph.
     """
-    data = DataStats.of(dataset)
+    data = stats_of(config, dataset)
     processes = current_processes()
     processes.check_alike("options or data", (config, data.identity))
     train_options = {"checkpoint_every": checkpoint_every, "graph": graph, "quiet": quiet or not processes.is_first}
@@ -301,7 +319,7 @@ def train_stages(
     run = run_sha256(config, data)
     x, observed = data.normalise_observed(dataset.X_train, device)  # [N, C, L]
     labels = None if dataset.y_train is None else torch.from_numpy(dataset.y_train).to(device)
-    rows = with_length(dataset)[1]
+    rows = data.told(dataset)
     conditions = None if rows is None else torch.from_numpy(rows).to(device)
     if config.stretch:
         copies = num_copies(len(x))
@@ -359,14 +377,15 @@ def train_stages(
 
 @torch.no_grad()
 def reconstruction(vqvae: VQVAE, data: DataStats, dataset: Dataset) -> dict[str, float]:
-    """Mean squared error of the test series through the codebook, in normalised units."""
+    """Mean squared error of the test series through the codebook, in units of the train set."""
     if dataset.X_test is None:
         return {}
     x, observed = data.normalise_observed(dataset.X_test, next(vqvae.parameters()).device)
+    scale = data.units(x.device, data.levels_of(dataset.X_test))[1].expand(len(x), -1, -1)
     there = torch.from_numpy(~np.isnan(dataset.X_test)).to(x.device)
     error = 0.0
     for first in range(0, len(x), 256):
         rows = slice(first, first + 256)
         x_hat = vqvae.reconstruct(x[rows], None if observed is None else observed[rows])
-        error += float((x_hat - x[rows]).square()[there[rows]].sum())
+        error += float(((x_hat - x[rows]) * scale[rows]).square()[there[rows]].sum())
     return {"test_reconstruction_mse": error / int(there.sum())}

@@ -18,7 +18,8 @@ from ncfast.models.trained import EARLIER, read_config, write_config
 EPOCHS = ("stage1_epochs", "stage2_epochs", "refiner_epochs")  # of each stage; None of a refiner that there is not
 LENGTHS = (*EPOCHS, "stage1_steps", "stage2_steps")  # options of how long a run is
 
-LATER_FACTS = ("missing", "shortest", "conditions", "reading")  # of the data, which earlier versions did not have
+# Of the data, which earlier versions did not have.
+LATER_FACTS = ("missing", "shortest", "conditions", "reading", "levels")
 
 
 def prepare_run(out: Path, config: Config, data: DataStats, resume: bool) -> None:

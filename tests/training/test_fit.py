@@ -293,7 +293,7 @@ def test_a_run_with_a_refiner(straight, data_file, tmp_path):
 def test_a_run_of_a_version_without_the_later_options(data_file, tmp_path):
     """It draws the same series, and goes on."""
     later = {"codebook_levels", "detail", "samples_per_column", "prior_dropout", "token_temperature", "refinements"}
-    later |= {"stretch", "refiner", "refiner_dim", "refiner_temperature", "refiner_epochs"}
+    later |= {"stretch", "level", "refiner", "refiner_dim", "refiner_temperature", "refiner_epochs"}
     out = tmp_path / "run"
     flags = [f for f in FLAGS if "refiner" not in f]
     options = ["--preset=paper", "--dataset", str(data_file), *flags, "--out", str(out), "--stage1-epochs=2"]
