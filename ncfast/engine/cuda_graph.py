@@ -49,6 +49,9 @@ class CudaGraph:
             # Other threads, such as the one that watches over NCCL, may go on with what a capture forbids.
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = function(*self.inputs)
+            # Where a capture begins, it sets the counters of the generators on its stream, and each replay sets them on
+            # the current one: a replay that overtook the capture would draw the numbers of another step.
+            torch.cuda.current_stream().wait_stream(stream)
 
     def __call__(self, *inputs: Tensor) -> Any:
         for own, value in zip(self.inputs, inputs, strict=True):

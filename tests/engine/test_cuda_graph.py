@@ -23,3 +23,23 @@ def test_what_waits_for_the_device_cannot_be_captured():
         CudaGraph(lambda x: x * float(x.sum()), torch.ones(3, device="cuda"))
     torch.cuda.synchronize()
     assert float(torch.ones(2, device="cuda").sum()) == 2  # the device goes on
+
+
+@pytest.mark.gpu
+def test_the_first_replay_waits_for_what_the_capture_left_on_its_stream(monkeypatch):
+    """The capture sets the generator's counter to 0 there; late, it would undo what the replay has set."""
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def late(graph, *args, **kwargs):
+        torch.cuda._sleep(200_000_000)  # about a tenth of a second, before the counter is set
+        begin(graph, *args, **kwargs)
+
+    generator, expected = (torch.Generator("cuda").manual_seed(7) for _ in range(2))
+    for each in (generator, expected):
+        torch.rand(1000, device="cuda", generator=each)  # a counter that is not 0
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", late)
+    x = torch.zeros(1000, device="cuda")
+    graph = CudaGraph(
+        lambda x: x + torch.rand(1000, device="cuda", generator=generator), x, warm_ups=0, generators=[generator]
+    )
+    assert torch.equal(graph(x), torch.rand(1000, device="cuda", generator=expected))

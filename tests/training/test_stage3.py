@@ -1,6 +1,5 @@
 """What trains the refiner: of which series it learns."""
 
-import dataclasses
 
 import numpy as np
 import pytest
