@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # options of `ncfast.fit`
         "prior_dropout": 0.0,
         "refiner": "none",
         "stretch": 0.0,
+        "stage1_steps": 2000,
         "stage2_steps": 2000,
         "decoding_steps": 20,
         "choice_temperature": 8.0,

@@ -186,7 +186,7 @@ class Config:
         None, "epochs of stage 2 [as many as make --stage2-steps]", "Training", minimum=1, maximum=10**7
     )
     stage1_steps: int = option(
-        2000, "optimiser steps of stage 1, unless epochs are given", "Training", minimum=1, maximum=10**8
+        3000, "optimiser steps of stage 1, unless epochs are given", "Training", minimum=1, maximum=10**8
     )
     stage2_steps: int | None = option(
         None,
@@ -197,7 +197,7 @@ class Config:
     )
     refiner_epochs: int | None = option(
         None,
-        "epochs of stage 3, the refiner [three quarters of those of stage 1]",
+        "epochs of stage 3, the refiner [half of those of stage 1]",
         "Training",
         minimum=1,
         maximum=10**7,

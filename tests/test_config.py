@@ -173,4 +173,4 @@ def test_the_default_preset_is_what_the_experiments_chose():
         "stage1_epochs": None,
         "stage2_epochs": None,
     }
-    assert (default["stage1_steps"], default["stage2_steps"], default["seed"]) == (2000, None, 0)
+    assert (default["stage1_steps"], default["stage2_steps"], default["seed"]) == (3000, None, 0)

@@ -48,7 +48,7 @@ MAX_COLUMNS = 33  # that short columns may make of a series: the prior has to le
 # A prior remembers few series sooner: generated ones were nearer to train series than test series are.
 STAGE2_STEPS, STEPS_A_SERIES, LEAST_STAGE2_STEPS = 4000, 15, 1000
 FEW_IN_A_CLASS, STRETCH = 12, 0.3
-REFINER_SHARE = 0.75  # epochs of the refiner over those of stage 1
+REFINER_SHARE = 0.5  # epochs of the refiner over those of stage 1
 MAX_CODES = 2**16 - 1  # tokens are uint16 in files
 # Training draws initial weights, and replaces dead codes, with torch's global generators, which it seeds and puts back:
 # trainings in threads of one process take turns.
