@@ -21,8 +21,7 @@ def code_stats_triton(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tenso
     counts = make(H, K, dtype=torch.float32, device=z.device)
     sums = make(H, K, D, dtype=torch.float32, device=z.device)
     if H * M > 0:
-        with torch.cuda.device_of(z):
-            (sum_by_product if K <= FEW_CODES else sum_sorted)(z, indices, counts, sums)
+        (sum_by_product if K <= FEW_CODES else sum_sorted)(z, indices, counts, sums)
     return counts, sums
 
 
@@ -33,18 +32,19 @@ def sum_by_product(z: Tensor, indices: Tensor, counts: Tensor, sums: Tensor) -> 
     chunks = triton.cdiv(M, rows)
     partial_counts = torch.empty(H, chunks, K, dtype=torch.int32, device=z.device)
     partials = torch.empty(H, chunks, K, D, dtype=torch.float32, device=z.device)
-    code_stats_product_kernel[(H * chunks, max(1, triton.cdiv(D, blocks["BLOCK_D"])))](
-        z, indices, partial_counts, partials, M, K, D, rows, **blocks
-    )
-    code_stats_add_kernel[(H * K, max(1, triton.cdiv(D, ADD_BLOCKS["BLOCK_D"])))](
-        partial_counts, partials, counts, sums, chunks, K, D, **ADD_BLOCKS
-    )
+    with torch.cuda.device_of(z):
+        code_stats_product_kernel[(H * chunks, max(1, triton.cdiv(D, blocks["BLOCK_D"])))](
+            z, indices, partial_counts, partials, M, K, D, rows, **blocks
+        )
+        code_stats_add_kernel[(H * K, max(1, triton.cdiv(D, ADD_BLOCKS["BLOCK_D"])))](
+            partial_counts, partials, counts, sums, chunks, K, D, **ADD_BLOCKS
+        )
 
 
 # Sums only, in most kernels: fusion changes nothing, but newer Triton warns where nobody has said whether to fuse.
 FUSED = {"enable_fp_fusion": True}
 ADD_BLOCKS = {"BLOCK_C": 64, "BLOCK_D": 16, "num_warps": 4, **FUSED}
-MOST_CHUNKS = 512
+MOST_CHUNKS = 256
 
 
 def product_blocks(K: int, D: int) -> dict:
@@ -53,8 +53,8 @@ def product_blocks(K: int, D: int) -> dict:
 
 
 def rows_of_a_program(M: int, K: int, block: int) -> int:
-    """So many that the partial sums are a quarter of the vectors at most, or few anyway."""
-    return triton.cdiv(max(4 * K, triton.cdiv(M, MOST_CHUNKS)), block) * block
+    """So many that there are no more partial sums than vectors."""
+    return triton.cdiv(max(K, triton.cdiv(M, MOST_CHUNKS)), block) * block
 
 
 @triton.jit
@@ -170,31 +170,33 @@ def sum_sorted(z: Tensor, indices: Tensor, counts: Tensor, sums: Tensor) -> None
     """Counts are taken of each RANK_ROWS rows or more, so that there are at most 16 of them for each row."""
     (H, M, D), K, device = z.shape, counts.shape[1], z.device
     rows = min(max(triton.next_power_of_2(K) // 16, RANK_ROWS), MOST_RANK_ROWS)
-    chunks, rank_blocks = triton.cdiv(M, rows), triton.cdiv(M, RANK_BLOCKS["BLOCK_I"])
+    chunks, sum_chunks = triton.cdiv(M, rows), triton.cdiv(M, CHUNK)
     ranks = dispatch.empty_indices(H, M, device=device, dtype=torch.int32)
-    sizes = torch.zeros(H, chunks, K, dtype=torch.int32, device=device)
-    code_stats_rank_kernel[(H * rank_blocks,)](indices, ranks, sizes, M, K, rows, **RANK_BLOCKS)
-    totals = dispatch.empty_indices(H, K, device=device, dtype=torch.int32)
-    code_stats_scan_kernel[(H * triton.cdiv(K, SCAN_BLOCKS["BLOCK_K"]),)](
-        sizes, totals, counts, chunks, K, **SCAN_BLOCKS
-    )
-    ends = totals.cumsum(-1)  # int64 [H, K]: code k has the sorted rows ends[k] - totals[k] to ends[k]
     order = dispatch.empty_indices(H, M, device=device)
-    code_stats_order_kernel[(H * triton.cdiv(M, ORDER_BLOCKS["BLOCK_M"]),)](
-        indices, ranks, sizes, totals, ends, order, M, K, rows, **ORDER_BLOCKS
-    )
-    blocks = sum_blocks(M, K, D)
-    d_blocks, sum_chunks = max(1, triton.cdiv(D, blocks["BLOCK_D"])), triton.cdiv(M, CHUNK)
+    totals = dispatch.empty_indices(H, K, device=device, dtype=torch.int32)
+    sizes = torch.zeros(H, chunks, K, dtype=torch.int32, device=device)
     partials = torch.empty(H, sum_chunks, 2, D, dtype=torch.float32, device=device)
-    if M > CHUNK:
-        chunk_blocks = {**blocks, "BLOCK_M": 32}
-        del chunk_blocks["BLOCK_K"]
-        code_stats_chunk_kernel[(H * sum_chunks, d_blocks)](
-            z, indices, order, totals, ends, partials, M, K, D, CHUNK=CHUNK, **chunk_blocks
+    blocks = sum_blocks(M, K, D)
+    chunk_blocks = {name: size for name, size in blocks.items() if name != "BLOCK_K"} | {"BLOCK_M": 32}
+    d_blocks = max(1, triton.cdiv(D, blocks["BLOCK_D"]))
+    with torch.cuda.device_of(z):
+        code_stats_rank_kernel[(H * triton.cdiv(M, RANK_BLOCKS["BLOCK_I"]),)](
+            indices, ranks, sizes, M, K, rows, **RANK_BLOCKS
         )
-    code_stats_sum_kernel[(H * triton.cdiv(K, blocks["BLOCK_K"]), d_blocks)](
-        z, order, totals, ends, partials, sums, M, K, D, CHUNK=CHUNK, **blocks
-    )
+        code_stats_scan_kernel[(H * triton.cdiv(K, SCAN_BLOCKS["BLOCK_K"]),)](
+            sizes, totals, counts, chunks, K, **SCAN_BLOCKS
+        )
+        ends = totals.cumsum(-1)  # int64 [H, K]: code k has the sorted rows ends[k] - totals[k] to ends[k]
+        code_stats_order_kernel[(H * triton.cdiv(M, ORDER_BLOCKS["BLOCK_M"]),)](
+            indices, ranks, sizes, totals, ends, order, M, K, rows, **ORDER_BLOCKS
+        )
+        if M > CHUNK:
+            code_stats_chunk_kernel[(H * sum_chunks, d_blocks)](
+                z, indices, order, totals, ends, partials, M, K, D, CHUNK=CHUNK, **chunk_blocks
+            )
+        code_stats_sum_kernel[(H * triton.cdiv(K, blocks["BLOCK_K"]), d_blocks)](
+            z, order, totals, ends, partials, sums, M, K, D, CHUNK=CHUNK, **blocks
+        )
 
 
 RANK_ROWS, MOST_RANK_ROWS = 256, 16384
