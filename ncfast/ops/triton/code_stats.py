@@ -49,7 +49,8 @@ MOST_CHUNKS = 256
 
 def product_blocks(K: int, D: int) -> dict:
     size = {"BLOCK_K": max(triton.next_power_of_2(K), 16), "BLOCK_D": min(max(triton.next_power_of_2(D), 16), 64)}
-    return {"BLOCK_M": 64, **size, "INTERPRETED": dispatch.triton_interpreted(), "num_warps": 4, **FUSED}
+    warps = 4 if K <= 64 else 8  # the sums are in registers
+    return {"BLOCK_M": 64, **size, "INTERPRETED": dispatch.triton_interpreted(), "num_warps": warps, **FUSED}
 
 
 def rows_of_a_program(M: int, K: int, block: int) -> int:
