@@ -1,11 +1,17 @@
-"""One training step of each stage at the paper's FordA configuration, whole and part by part."""
+"""One training step of each stage at the paper's FordA configuration, whole and part by part.
 
+On a GPU also with each hand-written operation left to PyTorch, and with PyTorch's operations under torch.compile. The
+rule: an operation of training stays while the whole step is at least 5 % faster with it than with the best of these.
+"""
+
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-from common import OURS, Timing, peak_memory, rows, timings
+from common import OURS, Timing, peak_memory, reason, rows, timings
 from torch import Tensor
 
 from ncfast.config import make_config
@@ -14,9 +20,26 @@ from ncfast.data.sources import from_arrays
 from ncfast.data.stats import DataStats
 from ncfast.engine.precision import PRECISIONS, computing
 from ncfast.engine.step import TrainingStep
+from ncfast.nn import encoder_decoder
+from ncfast.ops import dispatch
 from ncfast.training import fit, stages
 
 LENGTH, CLASSES, SERIES = 500, 2, 3601  # FordA
+
+LOSSES = ("barlow_twins_loss", "vicreg_loss", "vibcreg_loss")
+HAND_WRITTEN = {  # of each stage: what is left to PyTorch, one after the other and all together
+    1: {
+        "batch_norm": ("batch_norm",),
+        "thin_conv_transpose": ("thin_conv_transpose",),
+        "SSL losses": LOSSES,
+        "rotate_to_code": ("rotate_to_code",),
+    },
+    2: {
+        "layer_norm": ("layer_norm",),
+        "fused_linear": ("fused_linear",),
+        "masked_attention": ("masked_attention",),
+    },
+}
 
 
 def forward_backward(outputs: Callable[[], Tensor | tuple[Tensor, ...]]) -> Callable[[], None]:
@@ -29,8 +52,41 @@ def forward_backward(outputs: Callable[[], Tensor | tuple[Tensor, ...]]) -> Call
     return call
 
 
+@contextmanager
+def left_to_pytorch(operations: tuple[str, ...]) -> Iterator[None]:
+    """Steps that are made and captured inside take PyTorch's operations in the place of these."""
+    choose, takes_triton = dispatch.choose, encoder_decoder.takes_triton
+
+    def chosen(operation: str, impl: str | None, why_not: dict[str, str | None]) -> str:
+        return "reference" if operation in operations else choose(operation, impl, why_not)
+
+    dispatch.choose = chosen
+    if "thin_conv_transpose" in operations:
+        encoder_decoder.takes_triton = lambda *_: False
+    try:
+        yield
+    finally:
+        dispatch.choose, encoder_decoder.takes_triton = choose, takes_triton
+
+
+class CompiledStep(TrainingStep):
+    def compile_kernels(self, *_: object) -> None:
+        """torch.compile does that."""
+
+
+def compile_networks(modules: torch.nn.Module, mode: str) -> None:
+    """Those that train, each as a whole. Weights are in channels_last and AdamW is fused, as in every step of ours."""
+    torch.compiler.reset()  # after a few compilations of the same code the next would run as it is
+    networks = [modules["vqvae"].encoder, modules["vqvae"].decoder] if "vqvae" in modules else [modules["prior"]]
+    for network in [*networks, *([modules["ssl"]] if "ssl" in modules else [])]:
+        network.compile(mode=mode)
+
+
 class Step:
-    """A call is a step of stage 1 or 2, as `ncfast.train` takes it."""
+    """A call is a step of stage 1 or 2, as `ncfast.train` takes it.
+
+    compile: of torch.compile, the mode in which it compiles the networks.
+    """
 
     def __init__(
         self,
@@ -40,6 +96,7 @@ class Step:
         *,
         precision: str | None = None,
         graph: bool = True,
+        compile: str | None = None,
     ) -> None:
         self.device = torch.device(device)
         generator = np.random.default_rng(0)
@@ -58,7 +115,9 @@ class Step:
         stage.modules.train()
         self.config, self.modules, self.x = config, stage.modules, x
         self.batch_size = stage.batch_size
-        self.step = TrainingStep(
+        if compile is not None:
+            compile_networks(stage.modules, compile)
+        self.step = (TrainingStep if compile is None else CompiledStep)(
             stage.losses,
             stage.modules,
             num_series=SERIES,
@@ -124,7 +183,7 @@ def test_stage2_step(benchmark):
 
 
 def cases(device: str, seconds: float) -> Iterator[list[dict]]:
-    """The steps, on a GPU in every precision and without the graph; their parts on a CPU.
+    """The steps, on a GPU in every precision, without the graph, and against PyTorch; their parts on a CPU.
 
     On a GPU a step is called as the training loop does, and brings its own graph.
     """
@@ -133,14 +192,49 @@ def cases(device: str, seconds: float) -> Iterator[list[dict]]:
         steps = {precision: Step(number, ssl, device, precision=precision) for precision in own}
         name = f"stage 1 (batch 128), ssl {ssl}" if number == 1 else "stage 2 (batch 256)"
         yield timed(name, {f"whole step{f', {each}' if each else ''}": step for each, step in steps.items()}, seconds)
-    if device == "cuda":
+    if device == "cpu":
         for number in (1, 2):
-            eager = Step(number, device=device, graph=False)
-            yield timed(f"stage {number}, a launch a kernel", {f"whole step, {eager.config.precision}": eager}, seconds)
+            parts = Step(number, device=device).parts()
+            yield timed(f"stage {number}, part by part", {f"  {name}": part for name, part in parts.items()}, seconds)
         return
     for number in (1, 2):
-        parts = Step(number, device=device).parts()
-        yield timed(f"stage {number}, part by part", {f"  {name}": part for name, part in parts.items()}, seconds)
+        eager = Step(number, device=device, graph=False)
+        yield timed(f"stage {number}, a launch a kernel", {f"whole step, {eager.config.precision}": eager}, seconds)
+    # Last what may compile for many minutes: its time can end here.
+    for mode in ("default", "max-autotune-no-cudagraphs"):
+        for number in (1, 2):
+            for precision in ("bf16", "tf32"):
+                yield against_pytorch(number, precision, mode, seconds)
+
+
+def against_pytorch(number: int, precision: str, mode: str, seconds: float, device: str = "cuda") -> list[dict]:
+    """Ours and PyTorch's under torch.compile in turns; in its mode "default" what lies between them too.
+
+    `compile_seconds` of a row: from making the step to its capture, less what that takes without torch.compile.
+    """
+    hand_written = HAND_WRITTEN[number]
+    everything = tuple(operation for each in hand_written.values() for operation in each)
+    peers: dict[str, tuple[tuple[str, ...], str | None]] = {OURS: ((), None)}
+    if mode == "default":
+        peers |= {f"without {name}": (operations, None) for name, operations in hand_written.items()}
+    peers |= {"PyTorch": (everything, None), f"PyTorch, torch.compile, {mode}": (everything, mode)}
+    steps, times, started = {}, {}, {}
+    for name, (operations, compile) in peers.items():
+        begin = time.perf_counter()
+        try:
+            with left_to_pytorch(operations):
+                steps[name] = Step(number, "vicreg", device, precision=precision, compile=compile)
+        except Exception as error:  # which class it is depends on the compiler
+            times[name] = Timing(None, reason(error))
+        started[name] = time.perf_counter() - begin
+    times |= timings({name: [step] for name, step in steps.items()}, seconds, device, capture=False)
+    for name, step in steps.items():
+        times[name] = how({name: times[name]}, step, name)[name]
+    compiled = {name: max(0.0, started[name] - started["PyTorch"]) for name in steps if peers[name][1]}
+    for name, taken in compiled.items():
+        times[name] = times[name]._replace(how=f"{times[name].how}, compiled in {taken:.0f} s")
+    memory = {name: peak_memory(step, device) for name, step in steps.items()} if device == "cuda" else {}
+    return rows(f"stage {number}, whole step against PyTorch", times, precision, mib=memory, compile_seconds=compiled)
 
 
 def timed(case: str, steps: dict[str, Callable], seconds: float) -> list[dict]:
@@ -154,8 +248,8 @@ def timed(case: str, steps: dict[str, Callable], seconds: float) -> list[dict]:
     return made
 
 
-def how(times: dict[str, Timing], step: Callable) -> dict[str, Timing]:
-    """That ours is a graph, if it is."""
+def how(times: dict[str, Timing], step: Callable, name: str = OURS) -> dict[str, Timing]:
+    """That a step is a graph, if it is."""
     if isinstance(step, Step) and step.step.graphs:
-        times[OURS] = times[OURS]._replace(how="graph")
+        times[name] = times[name]._replace(how="graph")
     return times

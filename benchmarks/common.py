@@ -140,7 +140,9 @@ def reason(error: BaseException) -> str:
 def rows(
     case: str, times: dict[str, Timing], what: str = "", unit: str = "GFLOP/s", **more: dict[str, object]
 ) -> list[dict]:
-    """One row a peer. `more`: columns that some peers have, by peer: `rate` in `unit`, `mib`, `error`."""
+    """One row a peer. `more`: columns that some peers have, by peer: `rate` in `unit`, `mib`, `error`; others are in
+    the JSON only.
+    """
     ours = times[OURS].seconds if OURS in times else None
     made = []
     for name, (seconds, how) in times.items():

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = {
     "nearest_code": 4,
     "ssl": 7,
-    "training": 14,
+    "training": 24,
     "sampling": 5,
     "attention": 8,
     "vector_quantize": 4,

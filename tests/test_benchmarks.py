@@ -161,3 +161,17 @@ def test_every_benchmark_and_experiment_imports():
         code += f"importlib.import_module({name})\n"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_operations_are_left_to_pytorch_by_their_names(runner):
+    from ncfast.info import OPERATIONS
+    from ncfast.ops import dispatch
+
+    training = importlib.import_module("bench_training")
+    names = {name for stage in training.HAND_WRITTEN.values() for each in stage.values() for name in each}
+    assert names <= set(OPERATIONS)
+    able = {"cpp": None, "reference": None}
+    with training.left_to_pytorch(("batch_norm",)):
+        assert dispatch.choose("batch_norm", "auto", able) == "reference"
+        assert dispatch.choose("layer_norm", "auto", able) == "cpp"
+    assert dispatch.choose("batch_norm", "auto", able) == "cpp"

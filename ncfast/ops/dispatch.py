@@ -32,10 +32,10 @@ library = torch.library.Library("ncfast", "DEF")
 kernels_left_out = False
 
 
-def empty_indices(*shape: int, device: torch.device) -> Tensor:
-    """int64, to be filled by a kernel with what others take for indices: none of them ever points nowhere."""
+def empty_indices(*shape: int, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """To be filled by a kernel with what others take for indices: none of them ever points nowhere."""
     make = torch.zeros if kernels_left_out else torch.empty
-    return make(*shape, dtype=torch.int64, device=device)
+    return make(*shape, dtype=dtype, device=device)
 
 
 def constant_when_compiled(function: Callable) -> Callable:

@@ -1,12 +1,31 @@
 import numpy as np
 import pytest
 import torch
-from implementations import compile_offline, each, implementations, needs_triton, poisoned_memory
+from implementations import (
+    GPU,
+    Implementation,
+    compile_offline,
+    each,
+    implementations,
+    needs_triton,
+    poisoned_memory,
+)
 
 from ncfast.ops import code_stats
 from ncfast.ops.code_stats import why_not
 
+
+def code_stats_sorted(*arguments, **options):
+    """Triton as it does for many codes."""
+    from ncfast.ops.triton import code_stats as kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "FEW_CODES", 0)
+        return code_stats(*arguments, **options)
+
+
 IMPLEMENTATIONS = implementations(code_stats, why_not)
+IMPLEMENTATIONS["triton-sorted"] = Implementation(code_stats_sorted, why_not, "triton", GPU)
 every_implementation, every_cpp = each(IMPLEMENTATIONS), each(IMPLEMENTATIONS, "cpp")
 every_kernel = each(IMPLEMENTATIONS, "cpp", "triton")
 # What overflows in the interpreter is NumPy's to report and the kernel's to expect.
@@ -249,16 +268,29 @@ def test_more_than_2_to_the_31_elements():
 
 @needs_triton
 def test_triton_kernels_compile_offline(tmp_path):
-    from ncfast.ops.triton.code_stats import CHUNK, sum_blocks
+    from ncfast.ops.triton import code_stats as kernels
 
-    blocks = {**sum_blocks(64), "CHUNK": CHUNK}
-    types = {"keys": "*i32", "order": "*i64", "bounds": "*i64", "partials": "*fp32", "counts": "*fp32", "sums": "*fp32"}
+    indices = dict.fromkeys(("indices", "ends", "order"), "*i64")
+    indices |= dict.fromkeys(("partial_counts", "ranks", "sizes", "before", "totals"), "*i32")
+    types = {**indices, **dict.fromkeys(("partials", "counts", "sums"), "*fp32")}
+    blocks = {**kernels.sum_blocks(65536, 1024, 64), "CHUNK": kernels.CHUNK}
     jobs = [
-        (name, {**types, "z": z}, blocks)
+        (name, {**types, "z": z}, {"D": 64, **each})
         for z in ("*fp32", "*bf16")
-        for name in ("code_stats_chunk_kernel", "code_stats_kernel")
+        for name, each in (
+            ("code_stats_product_kernel", {**kernels.product_blocks(128, 64), "INTERPRETED": False}),
+            ("code_stats_chunk_kernel", {name: size for name, size in blocks.items() if name != "BLOCK_K"}),
+            ("code_stats_sum_kernel", blocks),
+        )
     ]
-    compile_offline("ncfast.ops.triton.code_stats", jobs, tmp_path)
+    jobs += [
+        ("code_stats_add_kernel", types, {"D": 64, **kernels.ADD_BLOCKS}),
+        ("code_stats_rank_kernel", types, kernels.RANK_BLOCKS),
+        ("code_stats_scan_kernel", types, kernels.SCAN_BLOCKS),
+        ("code_stats_order_kernel", types, kernels.ORDER_BLOCKS),
+    ]
+    for used in compile_offline("ncfast.ops.triton.code_stats", jobs, tmp_path):
+        assert used["stack"] == 0
 
 
 @pytest.mark.parametrize(
