@@ -140,7 +140,7 @@ def print_plan(
     steps1 = len(batch_ends(data.num_series, config.batch_size))
     steps2 = len(batch_ends(data.num_series, config.stage2_batch_size))
     classes = f"{len(data.class_names)} classes" if data.class_names else "no labels"
-    lookup = dispatch.choose("nearest_code", "auto", why_not(device, torch.float32, num_codes=config.codebook_size))
+    lookup = dispatch.choose("nearest_code", "auto", why_not(device, torch.float32))
     print(f"ncfast {__version__}")
     length = f"{data.shortest} to {data.length}" if data.shortest else data.length
     print(f"data       {data.name}: {data.num_series} series [{data.channels}, {length}], {classes} ({data.source})")
