@@ -123,6 +123,7 @@ def print_plan(
     """Everything that was decided, before any time is spent; reasons: of the columns and of --level."""
     import torch
 
+    from ncfast.data.stretch import num_copies
     from ncfast.engine.loop import batch_ends
     from ncfast.models.trained import on_meta
     from ncfast.nn.meta import without_memory
@@ -137,8 +138,9 @@ def print_plan(
         projector = None if config.ssl in WITHOUT_LOSS else SelfSupervision(config)
     modules = {"VQVAE": vqvae, "prior": prior, "projector": projector, "refiner": refiner}
     counts = {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items() if m is not None}
-    steps1 = len(batch_ends(data.num_series, config.batch_size))
-    steps2 = len(batch_ends(data.num_series, config.stage2_batch_size))
+    trained_on = data.num_series * (num_copies(data.num_series) if config.stretch else 1)
+    steps1 = len(batch_ends(trained_on, config.batch_size))
+    steps2 = len(batch_ends(trained_on, config.stage2_batch_size))
     classes = f"{len(data.class_names)} classes" if data.class_names else "no labels"
     lookup = dispatch.choose("nearest_code", "auto", why_not(device, torch.float32))
     print(f"ncfast {__version__}")
@@ -154,6 +156,9 @@ def print_plan(
         + ", ".join(f"{name} {count:,}" for name, count in counts.items())
     )
     print(f"columns    {vqvae.grid[1]} of {vqvae.samples_per_column} samples, {reasons[0]}")
+    if config.stretch:
+        copies = num_copies(data.num_series)
+        print(f"copies     {copies} of each series, {copies - 1} of them stretched (--stretch {config.stretch:g})")
     print(f"level      {'of each series apart' if data.levels else 'not apart'}: {reasons[1]}")
     print(
         f"stage 1    {config.stage1_epochs} epochs x {steps1} steps; ssl {config.ssl}, views {' '.join(config.augment)}"

@@ -1,5 +1,7 @@
 """Stage 2: what trains the prior, its masks and its loss (NC-VQVAE; MaskGIT, arXiv 2202.04200)."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -111,9 +113,18 @@ class Dropout:
         self.p, self.generator, self.num_rows, self.local_slice = p, generator, num_rows, local_slice
 
     def __call__(self, x: Tensor) -> Tensor:
-        kept = torch.empty(self.num_rows, *x.shape[1:], dtype=x.dtype, device=x.device)
-        kept.bernoulli_(1 - self.p, generator=self.generator)
+        kept = coins(1 - self.p, (self.num_rows, *x.shape[1:]), self.generator, x)
         return x * kept[self.local_slice] * (1 / (1 - self.p))
+
+
+def coins(p: float, shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+    """Zeros and ones of that shape, of the type and on the device of `like`; ones with probability p > 0."""
+    if like.device.type != "cpu":
+        return like.new_empty(shape).bernoulli_(p, generator=generator)
+    # PyTorch's generator takes as long for a number of 64 bits as for one coin, and 16 bits are enough for that.
+    n = math.prod(shape)
+    numbers = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    return (numbers.view(torch.int16)[:n] <= round(p * 2**16) - 2**15 - 1).view(shape).to(like.dtype)
 
 
 def stage2_losses(

@@ -11,7 +11,7 @@ from ncfast.models import prior as prior_module
 from ncfast.models.prior import Prior
 from ncfast.models.vqvae import VQVAE
 from ncfast.ops import dispatch, layer_norm
-from ncfast.training.stage2 import Dropout, TokenDistribution, random_mask, ranks, stage2_losses
+from ncfast.training.stage2 import Dropout, TokenDistribution, coins, random_mask, ranks, stage2_losses
 
 SMALL = {"dim": 8, "residual_blocks": 1, "codebook_size": 5, "prior_dim": 16, "prior_layers": 2, "prior_head_dim": 8}
 
@@ -99,6 +99,17 @@ def test_dropout_keeps_a_share_and_the_mean():
     torch.testing.assert_close(x[kept], torch.full_like(x[kept], 1 / 0.7))
     assert abs(kept.double().mean() - 0.7) < 4 * (0.21 / 20_000) ** 0.5
     assert not torch.equal(drop(torch.ones(500, 40)) != 0, kept)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1.0])
+def test_coins_on_a_cpu_are_independent(p):
+    """Four of them come from one number."""
+    each = coins(p, (60_000, 5), torch.Generator().manual_seed(0), torch.ones(())).double()
+    flat = each.flatten()
+    for lag in (1, 2, 3, 4, 5):
+        both = (flat[:-lag] * flat[lag:]).mean()
+        assert abs(both - p * p) <= 5 * (p * p * (1 - p * p) / len(flat)) ** 0.5 * 2, lag
+    assert (each.mean(0) - p).abs().max() <= 5 * (p * (1 - p) / len(each)) ** 0.5
 
 
 def test_dropout_does_not_depend_on_the_number_of_processes():

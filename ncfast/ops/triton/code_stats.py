@@ -200,7 +200,7 @@ def sum_sorted(z: Tensor, indices: Tensor, counts: Tensor, sums: Tensor) -> None
         )
 
 
-RANK_ROWS, MOST_RANK_ROWS = 256, 16384
+RANK_ROWS, MOST_RANK_ROWS = 128, 16384
 RANK_BLOCKS = {"BLOCK_I": 64, "BLOCK_J": 64, "num_warps": 4, **FUSED}
 SCAN_BLOCKS = {"BLOCK_C": 64, "BLOCK_K": 16, "num_warps": 4, **FUSED}
 ORDER_BLOCKS = {"BLOCK_M": 256, "num_warps": 4, **FUSED}
