@@ -20,6 +20,7 @@ SMALL = {
     "prior_layers": 1,
     "prior_head_dim": 16,
     "refiner": "none",
+    "stretch": 0.0,
     "batch_size": 16,
     "stage2_batch_size": 16,
 }

@@ -43,6 +43,7 @@ TINY = {
     "decoding_steps": 4,
     "stage1_steps": 2,
     "stage2_steps": 2,
+    "stretch": 0.0,
 }
 LENGTH = 48
 

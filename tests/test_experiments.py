@@ -137,15 +137,26 @@ def test_a_cell_of_held_out_series(tmp_path):
     y = np.arange(40) % 2
     x = (rng.normal(size=(40, 24)) + 3 * y[:, None]).astype(np.float32)
     np.savez(tmp_path / "two.npz", X_train=x, y_train=y, X_test=x[:9] + 1, y_test=y[:9])
-    cell = {"set": "two", "variant": "tiny", "options": TINY, "seed": 1, "budget": 1.0, "holdout": 0.25, "draws": 1}
+    cell = {
+        "set": "two",
+        "variant": "tiny",
+        "options": TINY,
+        "seed": 1,
+        "budget": 1.0,
+        "holdout": 0.25,
+        "few": None,
+        "draws": 1,
+    }
     cell |= {"measures": ["reconstruction", "fid", "nndr"], "num_samples": 12, "fcn_epochs": 1}
     folders = {"data": tmp_path, "runs": tmp_path / "runs", "cache": tmp_path / "cache"}
     rows = []
-    for change in ({}, {"holdout": None}, {"variant": "other"}):
+    for change in ({}, {"holdout": None}, {"variant": "other"}, {"few": 8}):
         rows.append(held_out.measured(cell | change, CPU, **folders) | {"cell": cell | change, "seconds": 1.0})
     assert {"FID", "FID_reconstructed", "NNDR", "test_reconstruction_mse"} <= rows[0]["values"].keys()
     assert rows[0]["values"] != rows[1]["values"] and rows[0]["values"] == rows[2]["values"]
-    assert len(list((tmp_path / "cache").glob("fcn-*.safetensors"))) == 2  # one without and one with the test split
+    assert len(list((tmp_path / "cache").glob("fcn-*.safetensors"))) == 3  # of each train set
+    few = hold_out(load_dataset("two", tmp_path), 0.8)
+    assert len(few.X_train) == 8 and rows[3]["values"] != rows[0]["values"]
     held = hold_out(load_dataset("two", tmp_path), 0.25)
     assert (len(held.X_train), len(held.X_test)) == (30, 10)
     text = held_out.as_table([rows[0], rows[2]])

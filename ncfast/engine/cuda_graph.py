@@ -51,7 +51,7 @@ class CudaGraph:
                 self.outputs = function(*self.inputs)
             # Where a capture begins, it sets the counters of the generators on its stream, and each replay sets them on
             # the current one: a replay that overtook the capture would draw the numbers of another step.
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream(device).wait_stream(stream)
 
     def __call__(self, *inputs: Tensor) -> Any:
         for own, value in zip(self.inputs, inputs, strict=True):

@@ -28,7 +28,8 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        self.tensorboard = SummaryWriter(folder / "tb")
+        # It waits for its thread, which looks again after flush_secs where Ctrl-C came between a value and its news.
+        self.tensorboard = SummaryWriter(folder / "tb", flush_secs=2)
 
     def rewind(self, stage: int, epoch: int) -> None:
         """Drops the lines of epochs that a killed run logged but did not save: a resumed run writes them again."""

@@ -241,7 +241,7 @@ def test_killed_and_resumed_equals_uninterrupted(stage, epoch, kill, straight, d
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     wait_for_epoch(process, broken, stage, epoch)
     process.send_signal(kill)
-    _, stderr = process.communicate()
+    _, stderr = process.communicate(timeout=60)
     if kill == signal.SIGINT:
         assert process.returncode == 130 and "--resume" in stderr.splitlines()[-1]
     else:
