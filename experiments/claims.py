@@ -229,7 +229,7 @@ def scores_of(values: Values, metric: str) -> tuple[list[str], np.ndarray]:
     """Variants, and their means over seeds [sets, variants]."""
     means: dict[str, dict[str, list[float]]] = {}
     for (name, _, variant), measures in values.items():
-        if metric in measures and "+" not in variant:
+        if metric in measures and variant in SETTINGS:
             means.setdefault(name, {}).setdefault(variant, []).append(measures[metric])
     variants = sorted({variant for each in means.values() for variant in each}, key=[*SETTINGS].index)
     whole = [each for each in means.values() if len(each) == len(variants)]

@@ -225,6 +225,10 @@ def test_claims_are_tested_over_pairs_and_over_sets():
     assert "| SSL: FID down | barlowtwins_warp | x 0.354 | 10 of 10 | -1.00 |" in text
     assert "| SSL: kNN up | barlowtwins_warp | +0.15 | 10 of 10 | +1.00 |" in text
     assert "| 36 % masked: FID up | regular+kept | x 1 | 0 of 10 | +0.00 | 1 | 5 | 1 | 1 |" in text
+    values["a", 1, "views_warp"] = {"FID": 1.0}  # what is no setting of the table has no place in a diagram
+    values["f", 1, "regular"] = {"FID": 1.0}  # nor has a set that lacks some
+    variants, scores = claims.scores_of(values, "FID")
+    assert variants == ["regular", "barlowtwins_warp"] and scores.tolist() == [[4.0, 1.5]] * 5
     theirs = claims.as_table(claims.values_of_authors())
     assert "| SSL: kNN up | barlowtwins_slice | +0.121 | 11 of 13 |" in theirs  # as counted from their files
     assert "| SSL: FID down | barlowtwins_gauss | x 0.764 | 8 of 13 |" in theirs
