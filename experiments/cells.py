@@ -1,18 +1,18 @@
 """Cells of an experiment (a data set, a variant, a seed), shared among processes and GPUs under a limit of time.
 
-A finished cell is a line of a JSON lines file, so that the same command goes on where the last one was stopped; a
+A finished cell is a line of a file (`rows`), so that the same command goes on where the last one was stopped; a
 training that was stopped goes on from its last checkpoint.
 """
 
 import argparse
 import contextlib
-import dataclasses
+import datetime
 import hashlib
-import json
 import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 import ncfast
+from experiments.rows import Cell, Row, add_row, identity, key_and_value, options_of, rows_of
 from ncfast.cli.startup import choose_device, leave_compiler_out
 from ncfast.config import PRESETS, Config, make_config
 from ncfast.data.dataset import Dataset
@@ -33,9 +34,8 @@ from ncfast.evaluation.network_cache import default_folder
 from ncfast.jobs.reproduction import is_trained, shortened
 from ncfast.ncvqvae import NCVQVAE
 from ncfast.training.fit import resolve_config, train
+from ncfast.version import __version__
 
-Cell = dict[str, Any]  # "set", "variant", "options", "seed", "budget" and what an experiment adds
-Row = dict[str, Any]  # "cell", "seconds" and what an experiment measures
 LONG = {"stage1_steps": 6000, "stage2_steps": 8000}
 REVIVED = {"codebook_size": 512, "codebook_init": "kmeans", "dead_code_threshold": 1.0}
 VARIANTS: dict[str, dict[str, Any]] = {  # options of `ncfast.fit`
@@ -60,8 +60,23 @@ VARIANTS: dict[str, dict[str, Any]] = {  # options of `ncfast.fit`
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the data sets")
+def add_arguments(parser: argparse.ArgumentParser, variants: bool = True, data: bool = True) -> None:
+    if data:
+        parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the data sets")
+    if variants:
+        add_variants(parser)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of training and sampling [0]")
+    parser.add_argument("--budget", type=float, default=1.0, metavar="X", help="share of each variant's epochs [1]")
+    parser.add_argument("--devices", nargs="+", default=["auto"], help="cpu, or GPUs such as cuda:0 cuda:1 [auto]")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes on each device [1]")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, metavar="M", help="what is not finished is stopped; 0: only print [8]"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines or .csv, added to")
+    parser.add_argument("--cache", type=Path, default=default_folder(), metavar="DIR", help="trained evaluators")
+
+
+def add_variants(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants", nargs="+", default=None, metavar="NAME", help=f"out of {', '.join(VARIANTS)} and of --variant"
     )
@@ -75,13 +90,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="of every variant. Repeatable"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of training and sampling [0]")
-    parser.add_argument("--budget", type=float, default=1.0, metavar="X", help="share of each variant's epochs [1]")
-    parser.add_argument("--devices", nargs="+", default=["auto"], help="cpu, or GPUs such as cuda:0 cuda:1 [auto]")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes on each device [1]")
-    parser.add_argument("--minutes", type=float, default=8.0, metavar="M", help="what is not finished is stopped [8]")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines, added to")
-    parser.add_argument("--cache", type=Path, default=default_folder(), metavar="DIR", help="trained evaluators")
 
 
 def chosen_variants(arguments: argparse.Namespace, more: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
@@ -97,7 +105,7 @@ def chosen_variants(arguments: argparse.Namespace, more: Sequence[str] = ()) -> 
     own = []
     for text in arguments.variant:
         name, _, options = text.partition(":")
-        known[name] = dict(map(key_and_value, filter(None, options.split(","))))
+        known[name] = options_of(options)
         own.append(name)
     for_all = dict(map(key_and_value, arguments.option))
     asked = [*(arguments.variants if arguments.variants is not None else [] if own else ["default"]), *own]
@@ -111,19 +119,6 @@ def chosen_variants(arguments: argparse.Namespace, more: Sequence[str] = ()) -> 
         else:
             raise UserError(f"no variant {name!r}; there are {', '.join([*known, *more])}, or make one with --variant")
     return chosen
-
-
-def key_and_value(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"an option is KEY=VALUE; got {text!r}")
-    key = key.strip().replace("-", "_")
-    hints = {f.name: f.type for f in dataclasses.fields(Config)}
-    if hints.get(key) == tuple[str, ...]:
-        return key, value.split("+")
-    with contextlib.suppress(json.JSONDecodeError):
-        return key, json.loads(value)
-    return key, value
 
 
 def configured(options: dict[str, Any], seed: int) -> Config:
@@ -152,19 +147,6 @@ def run_folder(cell: Cell, runs: Path) -> Path:
     return runs / hashlib.sha256(identity(cell).encode()).hexdigest()[:16]
 
 
-def identity(cell: Cell) -> str:
-    return json.dumps(cell, sort_keys=True)
-
-
-def rows_of(out: Path) -> list[Row]:
-    """What is finished. A line that was cut short is none."""
-    rows = []
-    for line in out.read_text().splitlines() if out.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
 def runs_of(out: Path) -> Path:
     """Where the trainings of a file of results have their folders."""
     return out.with_suffix(".runs")
@@ -183,7 +165,7 @@ def run(cells: Sequence[Cell], work: Callable[[Cell, torch.device], Row], argume
     deadline = begin + 60 * arguments.minutes
     out: Path = arguments.out
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists() and not out.read_bytes().endswith(b"\n"):
+    if out.suffix != ".csv" and out.exists() and not out.read_bytes().endswith(b"\n"):
         with open(out, "a") as file:
             file.write("\n")
     rows = {identity(row["cell"]): row for row in rows_of(out)}
@@ -192,7 +174,8 @@ def run(cells: Sequence[Cell], work: Callable[[Cell, torch.device], Row], argume
     workers: list[Worker] = []
     failed = 0
     try:
-        devices = [device for _ in range(arguments.jobs) for device in arguments.devices][: len(todo)]
+        devices = [device for _ in range(arguments.jobs) for device in arguments.devices]
+        devices = devices[: len(todo) if arguments.minutes else 0]
         workers = [Worker(work, device, len(devices)) for device in devices]
         while time.monotonic() < deadline:
             for worker in workers:
@@ -212,9 +195,8 @@ def run(cells: Sequence[Cell], work: Callable[[Cell, torch.device], Row], argume
                     print(f"{said} failed: {error}", flush=True)
                     workers[workers.index(worker)] = Worker(work, worker.device, len(workers))
                     continue
+                add_row(out, row, rows.values())
                 rows[identity(cell)] = row
-                with open(out, "a") as file:
-                    file.write(json.dumps(row) + "\n")
                 shutil.rmtree(run_folder(cell, runs_of(out)), ignore_errors=True)
                 print(f"{said}: {row['seconds']:.0f} s", flush=True)
     finally:
@@ -300,11 +282,34 @@ def serve(work: Callable[[Cell, torch.device], Row], device: str, threads: int, 
             try:
                 row = {"cell": cell, **work(cell, where)}
             except Exception as error:  # whatever it is, other cells go on
-                traceback.print_exc()
+                if not isinstance(error, UserError):
+                    traceback.print_exc()
                 connection.send((None, f"{type(error).__name__}: {error}"))
                 return
-            connection.send(({**row, "seconds": round(time.monotonic() - begin, 1), "machine": name_of(where)}, ""))
+            seconds = round(time.monotonic() - begin, 1)
+            connection.send(({**row, "seconds": seconds, "machine": name_of(where), **provenance()}, ""))
 
 
 def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def provenance() -> Row:
+    """Versions, the commit of this program and the day. $NCFAST_COMMIT says it where there is no repository."""
+    versions = {"ncfast": __version__, "torch": torch.__version__, "cuda": torch.version.cuda}
+    return {**versions, "commit": commit(), "date": datetime.date.today().isoformat()}
+
+
+def commit() -> str | None:
+    """Of what runs; "+" says that it has been changed since."""
+    root = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+
+    try:
+        head = git("rev-parse", "--short=10", "HEAD").stdout.strip()
+        changed = head and git("diff", "--quiet", "HEAD", "--", "ncfast", "csrc", "experiments").returncode
+    except OSError:  # there is no git
+        head = ""
+    return (head + "+" * bool(changed)) if head else os.environ.get("NCFAST_COMMIT")

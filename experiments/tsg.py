@@ -22,6 +22,7 @@ from ncfast.cli.parser import run as run_program
 from ncfast.data.dataset import Dataset, from_arrays
 from ncfast.data.layout import Reading
 from ncfast.data.windows import load_windows
+from ncfast.errors import UserError
 from ncfast.evaluation.gru_scores import discriminative_scores, predictive_scores
 from ncfast.evaluation.published import Interval, ScoreRecipe, to_unit_range
 from ncfast.evaluation.ts2vec import cached_ts2vec, context_fid
@@ -102,6 +103,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = make_parser().parse_args()
+    if arguments.out.suffix == ".csv":
+        raise UserError("--out of this program is a file of JSON lines")
     cells = [
         {
             "set": name,

@@ -62,7 +62,10 @@ class Config:
         )
     )
     augment: tuple[str, ...] = option(
-        ("warp",), "recipes (gauss, slice, warp) or single operations, applied in this order", "Self-supervision"
+        ("warp",),
+        "recipes (gauss, slice, warp) or single operations, applied in this order; with a strength from 0 to 2 behind "
+        "it, such as warp:0.5, weaker or stronger than the paper's",
+        "Self-supervision",
     )
     ssl_weight: float | None = option(
         None,

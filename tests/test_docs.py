@@ -30,7 +30,8 @@ PROGRAMS = {
     for name in ("train", "generate", "evaluate", "reproduce", "info")
 }
 EXPERIMENTS = [
-    importlib.import_module(f"experiments.{name}").make_parser() for name in ("compare_variants", "held_out", "tsg")
+    importlib.import_module(f"experiments.{name}").make_parser()
+    for name in ("held_out", "paper_table", "claims", "checks", "augmentations", "dependence", "tsg")
 ]
 TINY = {
     "dim": 8,

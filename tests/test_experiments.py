@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import held_out, tsg
-from experiments.cells import add_arguments, chosen_variants, identity, next_cell, rows_of, run, runs_of
+from experiments import augmentations, checks, claims, dependence, held_out, paper_table, tsg
+from experiments.cells import add_arguments, chosen_variants, configured, next_cell, run, runs_of
+from experiments.rows import identity, rows_of
+from ncfast.data.dataset import from_arrays
 from ncfast.data.sources import load_dataset
 from ncfast.errors import UserError
 from ncfast.jobs.reproduction import hold_out
@@ -85,6 +87,35 @@ def test_finished_cells_are_kept_and_failed_ones_are_tried_again(tmp_path, capfd
     assert [row["cell"]["set"] for row in again] == ["a", "b", "c"]
     assert sorted(log.read_text().split()) == ["a", "b", "c", "crash", "error"]
     assert len(rows_of(out)) == 3
+
+
+def test_a_table_has_a_cell_once_and_no_line_that_was_cut(tmp_path, capfd):
+    out, log = tmp_path / "out.csv", tmp_path / "log"
+    options = {"preset": "paper", "augment": ["warp:0.5", "gauss"], "ssl_weight": 0.1, "ssl": "barlow", "dim": 16}
+    both = [each | {"options": options, "few": None, "terms": {}, "measures": ["fid"]} for each in cells(["a", "b"])]
+    work = functools.partial(toy_measures, log=log)
+    rows = run(both, work, parsed("--out", out))
+    assert [row["values"] for row in rows] == [{"FID": 0.25, "of a": 1.0}, {"FID": 0.25, "of b": 1.0}]
+    read = rows_of(out)
+    assert [identity(row["cell"]) for row in read] == [identity(cell) for cell in both]
+    assert read[0]["cell"]["options"] == options and read[0]["values"] == {"FID": 0.25, "of a": 1.0}
+    assert read[1]["machine"] == "CPU" and read[1]["torch"] == torch.__version__ and read[1]["seconds"] >= 0
+    text = out.read_text()
+    run(both, work, parsed("--out", out))
+    assert out.read_text() == text and log.read_text().split() == ["a", "b"]
+    out.write_text(text[:-1])  # of a copy that was cut: the last number may have lost digits
+    assert [row["cell"]["set"] for row in rows_of(out)] == ["a"]
+    run(both, work, parsed("--out", out))
+    assert log.read_text().split() == ["a", "b", "b"] and len(rows_of(out)) == 2
+    assert len(run([*both, both[0] | {"seed": 7}], work, parsed("--out", out, "--minutes", 0))) == 2  # only read
+    out.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="is no table of cells: it has the columns a, b"):
+        rows_of(out)
+
+
+def toy_measures(cell, device, *, log):
+    toy(cell, device, log=log)
+    return {"values": {"FID": 0.25, f"of {cell['set']}": 1.0}}
 
 
 def test_what_is_not_finished_in_time_is_stopped(tmp_path, capfd):
@@ -162,3 +193,141 @@ def test_a_cell_of_held_out_series(tmp_path):
     text = held_out.as_table([rows[0], rows[2]])
     assert "| two | tiny | 1 |" in text and "| other | 1.000 | two 1.00 |" in text
     assert runs_of(Path("a/out.jsonl")) == Path("a/out.runs")
+
+
+def test_cells_of_the_papers_table_go_from_the_smallest_set_on_and_seed_by_seed(tmp_path):
+    for name, count in (("large", 30), ("small", 8)):
+        x, y = np.random.default_rng(0).normal(size=(count, 24)), np.arange(count) % 2
+        np.savez(tmp_path / f"{name}.npz", X_train=x, y_train=y, X_test=x, y_test=y)
+    parser = paper_table.make_parser()
+    given = ["--data", str(tmp_path), "--out", "t.csv", "--sets", "large", "small"]
+    order = [(cell["set"], cell["seed"], cell["variant"]) for cell in paper_table.cells_of(parser.parse_args(given))]
+    names = list(paper_table.SETTINGS)
+    assert len(names) == 11 and names[0] == "regular" and names[-1] == "default"
+    assert order == [(s, seed, name) for s in ("small", "large") for seed in (1, 2, 3, 4) for name in names]
+    cell = paper_table.cells_of(parser.parse_args(given))[1]
+    assert cell["options"] == {"preset": "paper", "ssl": "barlow", "augment": ["gauss"]} and cell["num_samples"] is None
+    row = {"cell": cell | {"set": "ECG5000"}, "values": {"FID": 2.0}, "train": 500, "test": 4499, "incomplete": "one"}
+    row |= {"training_seconds": 3600.0, "evaluation_seconds": 900.0, "machine": "a card"}
+    text = paper_table.as_table([row, row | {"cell": row["cell"] | {"seed": 2}, "values": {"FID": 3.0}}])
+    assert "| ECG5000 | barlowtwins_gauss | **2.5 ± 0.71** | 2 | 2.472 ± 0.25 | +0.0283 |" in text
+    assert (
+        "2 cells, 2.00 hours of training and 0.50 of measuring" in text and "4499 test series; incomplete: one" in text
+    )
+
+
+def test_claims_are_tested_over_pairs_and_over_sets():
+    assert claims.wilcoxon([1, 2, 3, -4]) == pytest.approx(14 / 16)  # 7 of 16 sign patterns have a rank sum up to 4
+    assert claims.rank_biserial([1, 2, 3, -4]) == pytest.approx((1 + 2 + 3 - 4) / 10)
+    assert claims.rank_biserial([0, 5, 5, -1]) == pytest.approx((2.5 + 2.5 - 1) / 6)
+    assert (claims.wilcoxon([0, 0]), claims.rank_biserial([])) == (1.0, 0.0)
+    assert claims.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    values = {}
+    for name in "abcde":
+        for seed in (1, 2):
+            values[name, seed, "regular"] = {"FID": 4.0, "knn_accuracy": 0.5}
+            values[name, seed, "barlowtwins_warp"] = {"FID": 1.0 * seed, "knn_accuracy": 0.5 + 0.1 * seed}
+            values[name, seed, "regular+kept"] = {"FID": 4.0}
+    ratios = claims.effects_of(values, claims.Claim("", "FID", False, ratio=True), "barlowtwins_warp", "regular")
+    result = claims.Result.of(ratios)
+    assert np.exp(result.effect) == pytest.approx(2**-1.5) and (result.pairs, result.ups, result.downs) == (10, 0, 10)
+    assert result.sets == 5 and result.p_sets == pytest.approx(2 / 2**5)
+    text = claims.as_table(values)
+    assert "| SSL: FID down | barlowtwins_warp | x 0.354 | 10 of 10 | -1.00 |" in text
+    assert "| SSL: kNN up | barlowtwins_warp | +0.15 | 10 of 10 | +1.00 |" in text
+    assert "| 36 % masked: FID up | regular+kept | x 1 | 0 of 10 | +0.00 | 1 | 5 | 1 | 1 |" in text
+    values["a", 1, "views_warp"] = {"FID": 1.0}  # what is no setting of the table has no place in a diagram
+    values["f", 1, "regular"] = {"FID": 1.0}  # nor has a set that lacks some
+    variants, scores = claims.scores_of(values, "FID")
+    assert variants == ["regular", "barlowtwins_warp"] and scores.tolist() == [[4.0, 1.5]] * 5
+    theirs = claims.as_table(claims.values_of_authors())
+    assert "| SSL: kNN up | barlowtwins_slice | +0.121 | 11 of 13 |" in theirs  # as counted from their files
+    assert "| SSL: FID down | barlowtwins_gauss | x 0.764 | 8 of 13 |" in theirs
+
+
+def test_checks_vary_what_they_are_called_after():
+    def variants(check, methods=("none", "vicreg")):
+        return checks.variants_of(check, list(methods), ["gauss"], [10.0])
+
+    assert variants("masking")["regular+kept"] == ({"ssl": "none", "masking": "kept"}, {})
+    assert variants("embeddings")["vicreg_gauss+random-embeddings"][0]["embeddings"] == "random"
+    views = variants("views")
+    assert views["vicreg_gauss+view-weight-0"][0]["view_weight"] == 0 and views["views_gauss"][0]["ssl"] == "views"
+    assert "regular+view-weight-0" not in views
+    weights = variants("weights")
+    assert weights["vicreg_gauss+weight-x10"][0]["ssl_weight"] == pytest.approx(0.1)
+    assert weights["vicreg_gauss+cov-x10"] == (views["vicreg_gauss"][0], {"cov": 10.0}) and len(weights) == 6
+
+
+@pytest.mark.parametrize("ssl", ["barlow", "vicreg", "vibcreg"])
+def test_weights_within_a_loss_are_those_of_the_check_and_then_the_papers_again(ssl):
+    a, b = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+    before = checks.SSL_LOSSES[ssl](a, b)
+    assert torch.equal(checks.SSL_LOSSES[ssl](a, b, **checks.TERMS[ssl]), before)
+    with checks.loss_with(ssl, {next(iter(checks.TERMS[ssl])): 1000.0}):
+        assert checks.SSL_LOSSES[ssl](a, b) > before
+    assert torch.equal(checks.SSL_LOSSES[ssl](a, b), before)
+
+
+def test_views_of_every_strength_and_what_a_set_is_like():
+    made = augmentations.variants_of(["flip", "slope"], [0.5, 1], True, "barlow")
+    assert list(made) == [
+        "regular",
+        "flip:0.5",
+        "flip:1",
+        "slope:0.5",
+        "slope:1",
+        "flip:0.5+slope:0.5",
+        "flip:1+slope:1",
+    ]
+    assert made["flip:1+slope:1"] == {"ssl": "barlow", "augment": ["flip:1", "slope:1"]}
+    with pytest.raises(UserError, match="at most 2"):
+        augmentations.variants_of(["flip"], [3.0], False, "barlow")
+    rng, t, y = np.random.default_rng(0), np.arange(128), np.arange(200) % 2
+    noise = rng.normal(size=(200, 128))
+    tone = np.sin(2 * np.pi * (t / 8 + rng.random((200, 1))))
+    sets = {"noise": noise, "tone": tone, "walk": noise.cumsum(1), "level": noise + 9 * y[:, None]}
+    sets["shape"] = 0.1 * noise + np.where(y[:, None] == 1, 1, -1) * np.sin(2 * np.pi * t / 32)
+    known = {name: augmentations.properties(from_arrays(x, y, name=name)) for name, x in sets.items()}
+    assert known["tone"]["centroid"] == pytest.approx(1 / 8, abs=1e-3) and known["tone"]["flatness"] < 0.01
+    assert known["noise"]["centroid"] == pytest.approx(0.25, abs=0.01) and known["noise"]["flatness"] > 0.5
+    assert known["walk"]["drift"] > 0.7 > 0.1 > known["noise"]["drift"]
+    assert known["level"]["classes by level"] > 0.99 and known["level"]["classes by shape"] < 0.05
+    assert known["shape"]["classes by shape"] > 0.9 and known["shape"]["classes by level"] < 0.05
+    cell = {"seed": 1, "set": "noise"}
+    rows = [
+        {"cell": {"seed": 1, "set": name, "variant": variant}, "values": {"knn_accuracy": value}}
+        for name, values in {"noise": (0.5, 0.8), "tone": (0.5, 0.4), "walk": (0.5, 0.6)}.items()
+        for variant, value in zip(("regular", "flip:1"), values, strict=True)
+    ] + [{"cell": cell | {"variant": "slope:1"}, "values": {}}]
+    found = augmentations.gains(rows)
+    assert found.keys() == {"flip:1"} and found["flip:1"]["noise"] == pytest.approx([0.3])
+    text = augmentations.correlation_table(
+        found, {name: {"p": p} for name, p in zip(found["flip:1"], (3, 1, 2), strict=True)}
+    )
+    assert "| flip:1 | 3 | +1.00 |" in text
+
+
+@pytest.mark.parametrize("lag", [1, 4, 16])
+def test_real_series_have_the_dependence_and_shuffled_ones_have_not(lag):
+    first, second = dependence.signs(dependence.dataset_of(lag).X_train, lag)
+    assert dependence.bits(first, second) > 0.98 and 0.45 < first.mean() < 0.55
+    assert dependence.bits(first, np.random.default_rng(0).permutation(second)) < 0.01
+    at_another_lag = dependence.signs(dependence.dataset_of(lag).X_train, lag + 3)[1]
+    assert dependence.bits(first, at_another_lag) < 0.2
+    assert dependence.bits(first, ~first) == pytest.approx(dependence.bits(first, first)) == pytest.approx(1, abs=0.01)
+    agree = np.array([True] * 3 + [False] * 5), np.array([True] * 3 + [False] * 4 + [True])
+    by_hand = 3 / 8 * np.log2(3 * 8 / (3 * 4)) + 1 / 8 * np.log2(1 * 8 / (5 * 4)) + 4 / 8 * np.log2(4 * 8 / (5 * 4))
+    assert dependence.bits(*agree) == pytest.approx(by_hand)
+
+
+def test_a_cell_of_the_dependence(tmp_path, monkeypatch):
+    monkeypatch.setattr(dependence, "TRAIN", 32)
+    monkeypatch.setattr(dependence, "TEST", 40)
+    for preset, window in (("paper", 8), ("default", 4)):
+        options = dependence.with_columns({**TINY, "preset": preset, "refiner": "none"})
+        cell = {"set": "lag4", "variant": preset, "options": options, "seed": 0, "budget": 1.0}
+        row = dependence.measured(cell, CPU, runs=tmp_path) | {"cell": cell}
+        assert row["values"]["columns"] == 32 and configured(options, 0).n_fft == window
+        assert row["values"]["bits_test"] > 0.8 > 0.3 > row["values"]["bits_shuffled"]
+    assert "| lag4 | default | 1 |" in dependence.as_table([row])

@@ -160,6 +160,7 @@ def test_one_series_and_one_class_train():
         {"augment": 5},
         {"augment": None},
         {"augment": ("nope",)},
+        {"augment": ("warp:9",)},
         {"ssl": 5},
         {"ssl": ["vicreg"]},
         {"precision": "fp8"},

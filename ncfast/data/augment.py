@@ -15,6 +15,7 @@ hold it. Positions are float64: in float32 a long series would be read beside it
 import difflib
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -232,7 +233,7 @@ def integers(u: Tensor, high: int) -> Tensor:
     return (u * high).long().clamp(max=high - 1)
 
 
-OPERATIONS: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "window_warp": random_window_warp,
     "amplitude_resize": random_amplitude_resize,
     "slice_and_shuffle": random_slice_and_shuffle,
@@ -243,6 +244,20 @@ OPERATIONS: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {
     "magnitude_warp": random_magnitude_warp,
     "random_crop": random_crop,
 }
+
+# What a strength s makes of the arguments of `OPERATIONS`; 1 leaves the paper's.
+STRENGTHS: dict[str, Callable[[float], dict[str, Any]]] = {
+    "window_warp": lambda s: {"scale": (1 - 0.1 * s, 1 + s)},
+    "amplitude_resize": lambda s: {"std": 0.2 * s},
+    "slice_and_shuffle": lambda s: {"num_cuts": max(1, round(3 * s))},
+    "gaussian_noise": lambda s: {"std": 0.05 * s},
+    "flip": lambda s: {"probability": 0.5 * s},
+    "slope": lambda s: {"rate": 0.005 * s},
+    "noise_window": lambda s: {"std": 0.05 * s},
+    "magnitude_warp": lambda s: {"std": 0.2 * s},
+    "random_crop": lambda s: {"fraction": 0.4 * s},
+}
+MAX_STRENGTH = 2.0  # flips all series, and leaves a fifth of each after a crop
 
 MOVES_SAMPLES = {"window_warp", "slice_and_shuffle", "flip", "random_crop"}  # the others change them where they are
 
@@ -258,10 +273,14 @@ class Augment:
     """A view of a batch: the named operations, in order, each of them always applied.
 
     Args:
-        operations: names of `OPERATIONS` and `RECIPES`, in any mixture; one name may be given as a plain string.
+        operations: names of `OPERATIONS` and `RECIPES`, in any mixture; one name may be given as a plain string. A name
+            may have a strength behind it, above 0 and at most 2: "window_warp:0.5" warps half as far as the paper's,
+            "warp:2" is a recipe of twice the paper's. It multiplies the standard deviation of noise and factors, how
+            far a window is stretched, the number of cuts (rounded, 1 at least), the rate of the slope, the share that a
+            crop leaves out and the probability of a flip.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name, or a strength that is none.
 
     The same generator state gives the same view of the same batch, on one device type. In a CUDA graph, pass None (the
     default generator) or a generator registered with the graph, after a warm-up call, as capture asks for anyway;
@@ -270,15 +289,19 @@ class Augment:
 
     def __init__(self, operations: Sequence[str]):
         names = (operations,) if isinstance(operations, str) else tuple(operations)
-        self.operations = tuple(operation for name in names for operation in expand(name))
+        chosen = [(each, strength) for name in names for each, strength in expand(name)]
+        self.operations = tuple(name if strength == 1 else f"{name}:{strength:g}" for name, strength in chosen)
+        self.steps = [
+            (name, functools.partial(OPERATIONS[name], **STRENGTHS[name](strength))) for name, strength in chosen
+        ]
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:  # x [B, C, L] -> [B, C, L]
         if x.dim() != 3 or x.shape[-1] < MIN_LENGTH or not x.is_floating_point():
             raise ValueError(
                 f"Augment: x is floating point [B, C, L] with L >= {MIN_LENGTH}; got {x.dtype} {list(x.shape)}"
             )
-        for name in self.operations:
-            x = OPERATIONS[name](x, generator)
+        for _, step in self.steps:
+            x = step(x, generator)
         return x
 
     def with_observed(
@@ -288,11 +311,11 @@ class Augment:
 
         What lies between samples was observed if both were.
         """
-        for name in self.operations:
+        for name, step in self.steps:
             if name not in MOVES_SAMPLES:
-                x = OPERATIONS[name](x, generator)
+                x = step(x, generator)
                 continue
-            x, seen = OPERATIONS[name](torch.cat([x, observed.to(x)], 1), generator).chunk(2, 1)
+            x, seen = step(torch.cat([x, observed.to(x)], 1), generator).chunk(2, 1)
             observed = seen > 1 - 1e-5
         return x, observed
 
@@ -300,14 +323,21 @@ class Augment:
         return f"Augment({list(self.operations)})"
 
 
-def expand(name: str) -> tuple[str, ...]:
-    """The operations that a name stands for."""
-    if name in RECIPES:
-        return RECIPES[name]
-    if name in OPERATIONS:
-        return (name,)
+def expand(text: str) -> list[tuple[str, float]]:
+    """The operations that NAME or NAME:STRENGTH stands for, each with its strength."""
+    name, colon, number = str(text).partition(":")
+    try:
+        strength = float(number) if colon else 1.0
+    except ValueError:
+        strength = 0.0
+    if not 0 < strength <= MAX_STRENGTH:
+        raise UserError(
+            f"an augmentation's strength is above 0 and at most {MAX_STRENGTH:g}, such as {name}:0.5; got {text!r}"
+        )
+    if name in RECIPES or name in OPERATIONS:
+        return [(each, strength) for each in RECIPES.get(name, (name,))]
     known = [*RECIPES, *OPERATIONS]
-    close = difflib.get_close_matches(str(name), known, n=1)
+    close = difflib.get_close_matches(name, known, n=1)
     meant = f" (did you mean {close[0]!r}?)" if close else ""
     raise UserError(
         f"no augmentation {name!r}{meant}: recipes {', '.join(RECIPES)}; operations {', '.join(OPERATIONS)}"

@@ -157,11 +157,7 @@ def run_jobs(jobs: int, command_line: Sequence[str]) -> None:
 def make_cells(arguments: argparse.Namespace) -> list[Cell]:
     """Seed by seed, so that a table that is cut short has every method."""
     given = given_config_values(arguments)
-    methods: dict[str, dict[str, Any]] = {}
-    for ssl in arguments.methods:
-        for view in arguments.views if ssl != "none" else [None]:
-            name = METHODS[ssl] if view is None else f"{METHODS[ssl]}_{view}"
-            methods[name] = {"ssl": ssl} if view is None else {"ssl": ssl, "augment": (view,)}
+    methods = settings(arguments.methods, arguments.views)
     if arguments.authors_masking and "regular" in methods:
         methods["regular"]["masking"] = "kept"
     more = {}
@@ -177,6 +173,17 @@ def make_cells(arguments: argparse.Namespace) -> list[Cell]:
         for seed in arguments.seeds
         for method, values in (methods | more).items()
     ]
+
+
+def settings(methods: Sequence[str], views: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Options of each method with each view, by the authors' names, such as "barlowtwins_warp"; "none" has no views."""
+    chosen: dict[str, dict[str, Any]] = {}
+    for ssl in methods:
+        if ssl == "none":
+            chosen[METHODS[ssl]] = {"ssl": ssl}
+        else:
+            chosen |= {f"{METHODS[ssl]}_{view}": {"ssl": ssl, "augment": [view]} for view in views}
+    return chosen
 
 
 def own(values: dict[str, Any]) -> dict[str, Any]:

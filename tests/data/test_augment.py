@@ -271,7 +271,35 @@ def test_what_was_observed_moves_with_the_samples(name):
         assert seen.sum() == observed.sum()
 
 
+def test_a_strength_scales_the_operation():
+    x = batch(16, 1, 40)
+    for name, arguments in (
+        ("window_warp", {"scale": (0.95, 1.5)}),
+        ("amplitude_resize", {"std": 0.1}),
+        ("slice_and_shuffle", {"num_cuts": 2}),  # of 1.5, rounded
+        ("gaussian_noise", {"std": 0.025}),
+        ("flip", {"probability": 0.25}),
+        ("slope", {"rate": 0.0025}),
+        ("noise_window", {"std": 0.025}),
+        ("magnitude_warp", {"std": 0.1}),
+        ("random_crop", {"fraction": 0.2}),
+    ):
+        view = Augment(f"{name}:0.5")
+        assert view.operations == (f"{name}:0.5",)
+        torch.testing.assert_close(view(x, seeded()), OPERATIONS[name](x, seeded(), **arguments))
+        assert torch.equal(Augment(f"{name}:1.0")(x, seeded()), OPERATIONS[name](x, seeded()))  # the paper's
+        assert Augment(f"{name}:2")(x, seeded()).isfinite().all()
+    assert Augment(["warp:2", "gauss"]).operations == ("window_warp:2", "amplitude_resize:2", "gaussian_noise")
+    assert torch.equal(Augment("flip:2")(x, seeded()), x.flip(-1))
+    x = batch(4, 1, 8)
+    for name in OPERATIONS:
+        assert Augment(f"{name}:2")(x, seeded()).shape == x.shape
+
+
 def test_refusals():
+    for text in ("warp:", "warp:x", "warp:0", "warp:-1", "warp:2.1", "warp:nan"):
+        with pytest.raises(UserError, match=rf"strength is above 0 and at most 2, such as warp:0.5; got '{text}'"):
+            Augment(text)
     with pytest.raises(
         UserError, match=r"no augmentation 'window_wrap' \(did you mean 'window_warp'\?\).*gauss, slice"
     ):

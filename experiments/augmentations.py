@@ -1,0 +1,152 @@
+"""Which views help which data? Operations alone and in pairs, weaker and stronger, beside properties of the sets.
+
+Stage 1 alone. The gain of a view is kNN on its codes less kNN on a plain VQVAE's. The last table has, for each view,
+the rank correlation over sets of its gain with each property: with few sets, a hint of where to look.
+"""
+
+import argparse
+import itertools
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import table
+from experiments.cells import add_arguments, run
+from experiments.held_out import add_measuring, cell_of, sizes_of, spread, work_of
+from experiments.rows import Row
+from ncfast.cli.parser import run as run_program
+from ncfast.config import PAPER_METHODS
+from ncfast.data.augment import OPERATIONS, Augment
+from ncfast.data.dataset import Dataset
+from ncfast.data.sources import load_dataset
+from ncfast.errors import UserError
+
+MEASURES = ("reconstruction", "codebook", "knn", "svm")
+PLAIN = "regular"
+WINDOWS = 8  # of a series, whose means tell whether it is stationary
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m experiments.augmentations", description=__doc__.splitlines()[0])
+    names = list(OPERATIONS)
+    parser.add_argument("--operations", nargs="+", default=names, choices=names, metavar="NAME", help="[all]")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1, 2], help="above 0, at most 2 [0.5 1 2]")
+    parser.add_argument("--pairs", action="store_true", help="pairs of operations, both of a strength, too")
+    methods = [name for name in PAPER_METHODS if name != "none"]
+    parser.add_argument("--ssl", default="barlow", choices=methods, help="loss that compares the views [barlow]")
+    add_arguments(parser, variants=False)
+    add_measuring(parser, measures=MEASURES, num_samples=None)
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
+    sizes_of(arguments)
+    variants = variants_of(arguments.operations, arguments.strengths, arguments.pairs, arguments.ssl)
+    cells = [
+        cell_of(arguments, name, variant, {"preset": "paper", "stage2_epochs": 1, **options}, seed)
+        for name in arguments.sets
+        for seed in arguments.seeds
+        for variant, options in variants.items()
+    ]
+    rows = run(cells, work_of(arguments), arguments)
+    known = {Path(name).stem: properties(load_dataset(name, arguments.data)) for name in arguments.sets}
+    print("\n\n".join([gain_table(rows), property_table(known), correlation_table(gains(rows), known)]))
+
+
+def variants_of(operations: list[str], strengths: list[float], pairs: bool, ssl: str) -> dict[str, dict[str, object]]:
+    views = [(each,) for each in operations]
+    if pairs:
+        views += itertools.combinations(operations, 2)
+    chosen = [[f"{name}:{strength:g}" for name in view] for view in views for strength in strengths]
+    for view in chosen:
+        Augment(view)  # raises UserError where a strength is none
+    return {PLAIN: {"ssl": "none"}} | {"+".join(view): {"ssl": ssl, "augment": view} for view in chosen}
+
+
+def gains(rows: list[Row]) -> dict[str, dict[str, list[float]]]:
+    """View -> set -> kNN less that of a plain VQVAE of the same seed, of each seed."""
+    accuracy = {
+        (row["cell"]["variant"], Path(row["cell"]["set"]).stem, row["cell"]["seed"]): row["values"]["knn_accuracy"]
+        for row in rows
+        if "knn_accuracy" in row["values"]
+    }
+    found: dict[str, dict[str, list[float]]] = {}
+    for (view, name, seed), value in accuracy.items():
+        if view != PLAIN and (PLAIN, name, seed) in accuracy:
+            found.setdefault(view, {}).setdefault(name, []).append(value - accuracy[PLAIN, name, seed])
+    return found
+
+
+def gain_table(rows: list[Row]) -> str:
+    found = gains(rows)
+    sets = list(dict.fromkeys(name for each in found.values() for name in each))
+    lines = [[view, *(spread(each.get(name, [])) for name in sets)] for view, each in found.items()]
+    return table(["view, gain of kNN", *sets], lines)
+
+
+def properties(dataset: Dataset) -> dict[str, float]:
+    """Of the train series [N, C, L], without gaps; means over series and channels.
+
+    centroid: mean frequency of the power spectrum, in cycles a sample, 0..0.5, the mean of the series left out.
+    flatness: geometric over arithmetic mean of the power spectrum: 1 for white noise, 0 for a tone.
+    drift: variance of the means of 8 windows over the variance of the series: 0 where the level does not move.
+    classes by level, by shape: share of the variance between classes, of the means of series, and of the series
+        without their means. Classes that only differ in when something happens have little of both.
+    """
+    x = dataset.X_train.astype(np.float64)
+    if not np.isfinite(x).all():
+        raise UserError(f"{dataset.name} has missing values, and its properties are of series without")
+    means = x.mean(-1)  # [N, C]
+    flat = x - means[..., None]
+    power = np.square(np.abs(np.fft.rfft(flat)[..., 1:])) + 1e-12  # [N, C, L // 2]
+    frequency = np.arange(1, power.shape[-1] + 1) / x.shape[-1]
+    windows = np.stack([part.mean(-1) for part in np.array_split(x, WINDOWS, axis=-1)], -1)  # [N, C, WINDOWS]
+    found = {
+        "centroid": float(((power * frequency).sum(-1) / power.sum(-1)).mean()),
+        "flatness": float((np.exp(np.log(power).mean(-1)) / power.mean(-1)).mean()),
+        "drift": float((windows.var(-1) / (flat.var(-1) + 1e-12)).mean()),
+    }
+    if dataset.y_train is not None:
+        found["classes by level"] = between_classes(means, dataset.y_train)
+        found["classes by shape"] = between_classes(flat.reshape(len(x), -1), dataset.y_train)
+    return found
+
+
+def between_classes(x: np.ndarray, y: np.ndarray) -> float:
+    """Share of the variance of x [N, D] that lies between the means of classes y [N]."""
+    centred = x - x.mean(0)
+    total = np.square(centred).sum()
+    if total <= 1e-9 * max(1.0, np.square(x).sum()):  # series that all have one level
+        return 0.0
+    between = sum((y == k).sum() * np.square(centred[y == k].mean(0)).sum() for k in np.unique(y))
+    return float(between / total)
+
+
+def property_table(known: dict[str, dict[str, float]]) -> str:
+    columns = list(dict.fromkeys(name for each in known.values() for name in each))
+    lines = [[name, *(f"{each[c]:.3g}" if c in each else "" for c in columns)] for name, each in known.items()]
+    return table(["set", *columns], lines)
+
+
+def correlation_table(found: dict[str, dict[str, list[float]]], known: dict[str, dict[str, float]]) -> str:
+    """Spearman's, over sets, of mean gain and property; none of fewer than 3 sets, or where all are alike."""
+    try:
+        from scipy import stats
+    except ModuleNotFoundError:
+        raise UserError("rank correlations need scipy: pip install 'ncfast[eval]'") from None
+    columns = list(dict.fromkeys(name for each in known.values() for name in each))
+    lines = []
+    for view, each in found.items():
+        cells = []
+        for column in columns:
+            pairs = [(statistics.fmean(v), known[name][column]) for name, v in each.items() if column in known[name]]
+            usable = len(pairs) > 2 and all(len(set(side)) > 1 for side in zip(*pairs, strict=True))
+            cells.append(f"{stats.spearmanr(*zip(*pairs, strict=True)).statistic:+.2f}" if usable else "-")
+        lines.append([view, str(len(each)), *cells])
+    return table(["view, rank correlation of its gain with", "sets", *columns], lines)
+
+
+if __name__ == "__main__":
+    run_program(main, on_interrupt="interrupted; the same command goes on")
