@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,17 @@ def runs_of(out: Path) -> Path:
     return out.with_suffix(".runs")
 
 
+@contextlib.contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """SIGTERM, which `timeout` sends, ends the block as Ctrl-C does, so that its processes do not go on alone."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@sigterm_as_exit()
 def run(cells: Sequence[Cell], work: Callable[[Cell, torch.device], Row], arguments: argparse.Namespace) -> list[Row]:
     """Rows of all cells that are finished, in their order, when all are or the time is up.
 

@@ -4,6 +4,9 @@ import argparse
 import functools
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -124,6 +127,26 @@ def test_what_is_not_finished_in_time_is_stopped(tmp_path, capfd):
     rows = run(cells(["slow", "a"]), functools.partial(toy, log=log), parsed("--out", out, "--minutes", 0.1))
     assert not rows and time.monotonic() - begin < 60
     assert "2 cells are not finished" in capfd.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are read from /proc")
+def test_sigterm_leaves_no_process_behind(tmp_path):
+    program = (
+        "import functools, test_experiments as t; "
+        "t.run(t.cells(['slow']), functools.partial(t.toy, log='log'), t.parsed('--out', 'out.jsonl'))"
+    )
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment)
+    end = time.monotonic() + 120
+    while not (tmp_path / "log").exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM and children
+    while any(Path("/proc", child).exists() for child in children) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not [child for child in children if Path("/proc", child).exists()]
 
 
 def test_a_cell_that_would_take_too_long_lets_others_go_before_it():
