@@ -1,7 +1,7 @@
 """One training step of each stage at the paper's FordA configuration, whole and part by part.
 
-On a GPU also with each hand-written operation left to PyTorch, and with PyTorch's operations under torch.compile. The
-rule: an operation of training stays while the whole step is at least 5 % faster with it than with the best of these.
+Also with each hand-written operation left to PyTorch, and with PyTorch's operations under torch.compile: by these
+the rule of CONTRIBUTING says which operations stay.
 """
 
 import time

@@ -123,13 +123,12 @@ def print_plan(
     """Everything that was decided, before any time is spent; reasons: of the columns and of --level."""
     import torch
 
-    from ncfast.data.stretch import num_copies
     from ncfast.engine.loop import batch_ends
     from ncfast.models.trained import on_meta
     from ncfast.nn.meta import without_memory
     from ncfast.ops import dispatch
     from ncfast.ops.nearest_code import why_not
-    from ncfast.training.fit import stats_of
+    from ncfast.training.fit import num_trained_on, stats_of
     from ncfast.training.self_supervision import WITHOUT_LOSS, SelfSupervision
 
     data = stats_of(config, dataset)
@@ -138,7 +137,7 @@ def print_plan(
         projector = None if config.ssl in WITHOUT_LOSS else SelfSupervision(config)
     modules = {"VQVAE": vqvae, "prior": prior, "projector": projector, "refiner": refiner}
     counts = {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items() if m is not None}
-    trained_on = data.num_series * (num_copies(data.num_series) if config.stretch else 1)
+    trained_on = num_trained_on(data.num_series, config)
     steps1 = len(batch_ends(trained_on, config.batch_size))
     steps2 = len(batch_ends(trained_on, config.stage2_batch_size))
     classes = f"{len(data.class_names)} classes" if data.class_names else "no labels"
@@ -157,7 +156,7 @@ def print_plan(
     )
     print(f"columns    {vqvae.grid[1]} of {vqvae.samples_per_column} samples, {reasons[0]}")
     if config.stretch:
-        copies = num_copies(data.num_series)
+        copies = trained_on // data.num_series
         print(f"copies     {copies} of each series, {copies - 1} of them stretched (--stretch {config.stretch:g})")
     print(f"level      {'of each series apart' if data.levels else 'not apart'}: {reasons[1]}")
     print(

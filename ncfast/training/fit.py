@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 MAX_COLUMNS = 33  # that short columns may make of a series: the prior has to learn them all
 # A prior remembers few series sooner: generated ones were nearer to train series than test series are.
 STAGE2_STEPS, STEPS_A_SERIES, LEAST_STAGE2_STEPS = 4000, 15, 1000
-FEW_IN_A_CLASS, STRETCH = 12, 0.3
+FEW_IN_A_CLASS, STRETCH = 12, 0.3  # series a class that get stretched copies, and how far these are
 REFINER_SHARE = 0.5  # epochs of the refiner over those of stage 1
 MAX_CODES = 2**16 - 1  # tokens are uint16 in files
 # Training draws initial weights, and replaces dead codes, with torch's global generators, which it seeds and puts back:
@@ -168,8 +168,7 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
         )
     Augment(config.augment)  # an unknown name is refused before anything is written
     config = dataclasses.replace(config, stretch=chosen_stretch(dataset, config))
-    if config.stretch:
-        n *= num_copies(n)
+    n = num_trained_on(n, config)
     epochs1 = config.stage1_epochs or math.ceil(config.stage1_steps / len(batch_ends(n, config.batch_size)))
     steps2 = config.stage2_steps or min(STAGE2_STEPS, max(LEAST_STAGE2_STEPS, STEPS_A_SERIES * n))
     epochs2 = config.stage2_epochs or math.ceil(steps2 / len(batch_ends(n, config.stage2_batch_size)))
@@ -184,6 +183,11 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
     return dataclasses.replace(
         config, stage1_epochs=epochs1, stage2_epochs=epochs2, refiner_epochs=epochs3, precision=precision
     )
+
+
+def num_trained_on(num_series: int, config: Config) -> int:
+    """Series with their copies, of a configuration whose `stretch` is resolved."""
+    return num_series * num_copies(num_series) if config.stretch else num_series
 
 
 def chosen_stretch(dataset: Dataset, config: Config) -> float:
@@ -244,7 +248,7 @@ def check_memory(config: Config, dataset: Dataset, device: torch.device) -> None
     vqvae, prior, refiner = on_meta(config, stats_of(config, dataset))
     with without_memory():
         ssl = [] if config.ssl in WITHOUT_LOSS else [SelfSupervision(config)]
-    n, dim = len(dataset.X_train), config.dim
+    n, dim = num_trained_on(len(dataset.X_train), config), config.dim
     rows1, rows2 = min(n, config.batch_size), min(n, config.stage2_batch_size)
     # Float32: weights, gradients and the two moments of AdamW; then what the backward pass keeps.
     stage1 = 16 * size_of(vqvae, *ssl) + 8 * rows1 * dim * vqvae.stft.num_bins * (vqvae.stft.num_frames // 2)
