@@ -43,6 +43,7 @@ class TrainingStep:
         precision: str,
         device: torch.device,
         graph: bool = True,
+        fused: bool = True,
         processes: Processes = ALONE,
         whole: nn.Module | None = None,
     ) -> None:
@@ -53,6 +54,7 @@ class TrainingStep:
             num_series: of an epoch.
             rates: learning rate of every step.
             graph: capture; without a GPU it has no effect.
+            fused: AdamW in one kernel, which rounds otherwise than one operation after the other.
             processes: those that take the step together; `losses` then are this one's, whose mean is the batch's.
             whole: of `modules` those that every process computes from all rows: their gradients are the same everywhere
                 and not sent.
@@ -73,7 +75,7 @@ class TrainingStep:
         self.hyperparameters = {
             "lr": self.rate,
             "weight_decay": weight_decay,
-            "fused": device.type in ("cpu", "cuda"),
+            "fused": fused and device.type in ("cpu", "cuda"),
             "capturable": device.type == "cuda",
         }
         whole = set() if whole is None else set(whole.parameters())

@@ -1,5 +1,6 @@
 """The evaluator's network: a fully convolutional classifier of series (Wang, Yan, Oates 2017, arXiv 1611.06455)."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from ncfast.engine.logging import progress_bar
 from ncfast.engine.loop import batch_ends, batches, cosine, derived_seed
 from ncfast.engine.precision import computing
+from ncfast.engine.step import TrainingStep
 
 LAYERS = ((128, 8), (256, 5), (128, 3))  # filters and kernel of each convolution
 ROWS = 256  # series a forward pass
@@ -82,7 +84,7 @@ class FCN(nn.Module):
 def train_fcn(
     x: Tensor, y: np.ndarray, num_classes: int, recipe: Recipe, seed: int, device: torch.device, *, title: str = ""
 ) -> FCN:
-    """A classifier of normalised series.
+    """A classifier of normalised series. On a GPU a step is a CUDA graph.
 
     Args:
         x: float32 [N, C, L], N >= 2.
@@ -92,23 +94,31 @@ def train_fcn(
         title: of the progress bar; without one there is none.
     """
     x, labels = x.to(device), torch.from_numpy(y).to(device)
-    generator = torch.Generator(device).manual_seed(derived_seed(seed, 0))
+    device = x.device  # with its number
+    generators = [torch.Generator(device).manual_seed(derived_seed(seed, 0))]  # the step may replace it
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed(seed, 1))
         model = FCN(x.shape[1], num_classes)
     model = model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     epochs = recipe.epochs_for(len(x))
     steps = epochs * len(batch_ends(len(x), recipe.batch_size))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step / steps))
+    step = TrainingStep(
+        lambda rows, _: {"loss": F.cross_entropy(model(x[rows]), labels[rows])},
+        model,
+        num_series=len(x),
+        weight_decay=recipe.weight_decay,
+        rates=[recipe.learning_rate * cosine(i / steps) for i in range(steps)],
+        precision="fp32",
+        device=device,
+        fused=device.type == "cuda",  # a CPU's classifiers keep their bits, which name them
+    )
+    numbers = itertools.count()
     with computing("fp32", device), progress_bar(title, epochs, unit="epoch", quiet=not title) as bar:
         for _ in range(epochs):
-            for rows in batches(len(x), recipe.batch_size, generator, device):
-                optimizer.zero_grad()
-                F.cross_entropy(model(x[rows]), labels[rows]).backward()
-                optimizer.step()
-                schedule.step()
+            for rows in batches(len(x), recipe.batch_size, generators[0], device):
+                step(next(numbers), rows, generators)
             bar.update()
+    step.graphs.clear()  # graphs and step refer to each other, so that their memory would wait for Python to look
     return model.eval()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import warnings
 
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ncfast.engine.cuda_graph import CudaGraph
+from ncfast.engine.loop import derived_seed
+from ncfast.engine.step import TrainingStep
 from ncfast.errors import UserError
 from ncfast.evaluation import fcn_cache
 from ncfast.evaluation.fcn import FCN, Recipe, train_fcn
@@ -83,6 +87,56 @@ def test_learns_and_depends_on_its_seed_alone():
     other = train_fcn(x, y, 2, dataclasses.replace(recipe, epochs=1), 4, CPU)
     assert torch.equal(again.head.weight, twin.head.weight)
     assert not torch.equal(again.head.weight, other.head.weight)
+
+
+def plain_loop(x, y, recipe, seed):
+    """What evaluators on disk were trained with: AdamW one operation after the other, on a schedule of PyTorch's."""
+    generator = torch.Generator().manual_seed(derived_seed(seed, 0))
+    torch.manual_seed(derived_seed(seed, 1))
+    model = FCN(x.shape[1], 2).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, foreach=False, fused=False
+    )
+    steps = recipe.epochs * (len(x) // recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    for _ in range(recipe.epochs):
+        for rows in torch.randperm(len(x), generator=generator).tensor_split([16]):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[rows]), torch.from_numpy(y)[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def test_on_a_cpu_the_weights_are_those_of_a_plain_loop():
+    """Their hash names an evaluator: the same data, recipe and seed give the same bits in every version."""
+    x, y = waves(33, 0)  # the last batch takes a row more
+    recipe = Recipe(epochs=8, batch_size=16, weight_decay=1e-2)
+    with torch.random.fork_rng(devices=[]):
+        expected = plain_loop(x, y, recipe, 3).state_dict()
+    for name, tensor in train_fcn(x, y, 2, recipe, 3, CPU).state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_steps_are_graphs_of_the_same_bits(monkeypatch):
+    replays = []
+    replay = CudaGraph.__call__
+    monkeypatch.setattr(CudaGraph, "__call__", lambda graph, rows: replays.append(len(rows)) or replay(graph, rows))
+    (x, y), recipe = waves(40, 0), Recipe(epochs=40, batch_size=16)
+    gpu = torch.device("cuda")  # without a number
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graphed = train_fcn(x, y, 2, recipe, 3, gpu)
+    # Of each batch size three steps come before the graph.
+    assert sorted(replays) == [8] * (40 - 3) + [16] * (80 - 3)
+    monkeypatch.setattr(TrainingStep, "LEAST_REPLAYS", 10**9)
+    eager = train_fcn(x, y, 2, recipe, 3, gpu)
+    assert len(replays) == 120 - 6
+    for name, tensor in graphed.state_dict().items():
+        assert torch.equal(tensor, eager.state_dict()[name]), name
+    x_test, y_test = waves(60, 1)
+    assert (graphed.describe(x_test)[1].argmax(1) == y_test).mean() > 0.95
 
 
 def test_number_of_epochs():
