@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import augmentations, checks, claims, dependence, held_out, paper_table, tsg
+from experiments import augmentations, checks, claims, dependence, held_out, paper_table, table_time, tsg
 from experiments.cells import add_arguments, chosen_variants, configured, next_cell, run, runs_of
 from experiments.rows import identity, rows_of
 from ncfast.data.dataset import from_arrays
@@ -354,3 +354,95 @@ def test_a_cell_of_the_dependence(tmp_path, monkeypatch):
         assert row["values"]["columns"] == 32 and configured(options, 0).n_fft == window
         assert row["values"]["bits_test"] > 0.8 > 0.3 > row["values"]["bits_shuffled"]
     assert "| lag4 | default | 1 |" in dependence.as_table([row])
+
+
+def costs_of(plain, ssl, prior, start, **more):
+    """Of a set: seconds of an epoch of each, and before the first step of each."""
+    stages = {table_time.PLAIN: plain, table_time.SSL: ssl, table_time.PRIOR: prior}
+    return stages | {f"start of {name}": start for name in stages} | more
+
+
+def test_hours_of_the_table_by_hand():
+    config = configured({"preset": "paper"}, seed=0)
+    known = {"machine": "GPU", "source": "data", "ncfast": "1", "torch": "2"}
+    found = {
+        "ECG5000": costs_of(0.2, 0.4, 0.1, 3.0, evaluator=30.0, measures=50.0, **known),  # 4 / 2 steps an epoch
+        "FordA": costs_of(5.8, 8.7, 3.0, 4.0, **{**known, "source": "random"}),  # 29 / 15 steps
+    }
+    costs = table_time.complete(found, config)
+    assert list(costs) == list(table_time.SETS) and len(costs) == 13
+    ecg = costs["ECG5000"]
+    assert table_time.cell_seconds(ecg, table_time.PLAIN, config) == pytest.approx(3 + 200 + 3 + 100 + 50)
+    assert table_time.cell_seconds(ecg, table_time.SSL, config) == pytest.approx(3 + 400 + 3 + 100 + 50)
+    hours = table_time.set_hours(ecg, config, processes=8, seeds=4, ssl_settings=6)
+    assert hours == pytest.approx((4 * (356 + 6 * 556) / 8 + 30) / 3600)
+    # Wafer is most like ECG5000: its steps take as long, of which there are 8 and 4, and it has more values to measure.
+    wafer, more = costs["Wafer"], (1000 + 6164) * 152 / ((500 + 4500) * 140)
+    assert wafer[table_time.SSL] == pytest.approx(0.1 * 8) and wafer[table_time.PRIOR] == pytest.approx(0.05 * 4)
+    assert wafer["measures"] == pytest.approx(50 * more) and wafer["start of stage 2"] == 3.0
+    # FordB is most like FordA, whose series were not measured.
+    assert costs["FordB"][table_time.PLAIN] == pytest.approx(5.8) and costs["FordB"]["start of stage 2"] == 4.0
+    assert costs["FordB"]["evaluator"] == pytest.approx(30 * (3636 + 810) * 500 / (5000 * 140))
+    assert {name: steps[table_time.PLAIN] for name in costs if (steps := table_time.steps_of(name, config))} == {
+        **{"ElectricDevices": 70, "FordB": 29, "FordA": 29, "Wafer": 8, "TwoPatterns": 8, "StarLightCurves": 8},
+        **{"UWaveGestureLibraryAll": 7, "ShapesAll": 5, "ECG5000": 4, "Mallat": 1, "Symbols": 1},
+        **{"SonyAIBORobotSurface1": 1, "SonyAIBORobotSurface2": 1},
+    }
+    arguments = table_time.make_parser().parse_args(["--devices", "cuda:0", "cuda:1"])
+    text = table_time.as_text(costs, found, config, arguments)
+    assert f"| ECG5000 | 4 / 2 | 50.00 | 100.00 | 50.00 | 6.0 | 30.0 | 50.0 | 5.9 | 9.3 | 28 | {hours:.2f} |" in text
+    assert "| FordA | 29 / 15 | 200.00 | 300.00 | 200.00 | 8.0 | ~" in text and "| FordB | 29 / 15 | ~200.00" in text
+    total = sum(table_time.set_hours(cost, config, 8, 4, 6) for cost in costs.values())
+    assert f"364 cells, 1000 + 1000 epochs: {total:.1f} hours with 4 processes on each of 2 x GPU" in text
+    assert "random series for FordA" in text and "without measuring" not in text
+    found["ECG5000"].pop("measures")
+    text = table_time.as_text(table_time.complete(found, config), found, config, arguments)
+    assert "| ~0.0 | ~0.0 | ~5.1 |" in text and "without measuring" in text
+    with pytest.raises(UserError, match="no stages were measured"):
+        table_time.complete({}, config)
+
+
+def test_epochs_are_timed_from_when_all_processes_have_met(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(table_time.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(table_time, "meet", lambda cell, where: clock.__setitem__(0, clock[0] + 50))  # the others' time
+    monkeypatch.setattr(table_time, "train_stage", lambda *_, log, **__: epochs(log))
+
+    def epochs(log):
+        for epoch in range(1, 1000):
+            clock[0] += 9.0 if epoch == 1 else 2.0
+            log.write(1, epoch, epoch, {})
+
+    cell = {"set": "a", "seed": 0, "window": 7.0}
+    costs = table_time.timed("regular", None, 95.0, cell, CPU)
+    assert costs == {"regular": 2.0, "start of regular": 14.0 - 2.0} and clock[0] == 100 + 9 + 50 + 4 * 2
+
+
+@pytest.mark.slow
+def test_the_time_of_the_table_from_end_to_end(monkeypatch, capfd):
+    options = ",".join(f"{key}={value}" for key, value in TINY.items() if not key.endswith("epochs") and key != "ssl")
+    arguments = [
+        "--minutes",
+        "1.5",
+        "--devices",
+        "cpu",
+        "--jobs",
+        "2",
+        "--sets",
+        "SonyAIBORobotSurface1",
+        "--fcn-epochs=1",
+    ]
+    arguments += [
+        "--measures",
+        "fid",
+        "cas",
+        "--options",
+        f"{options},stage1_epochs=900,stage2_epochs=800,projector_dim=16",
+    ]
+    monkeypatch.setattr(sys, "argv", ["table_time", *arguments])
+    table_time.main()
+    printed = capfd.readouterr().out
+    assert "SonyAIBORobotSurface1 (random), stages" in printed and "stopped" not in printed
+    line = next(line for line in printed.splitlines() if line.startswith("| SonyAIBORobotSurface1"))
+    assert "~" not in line and all(float(each) > 0 for each in line.split("|")[3:6])
+    assert "364 cells, 900 + 800 epochs" in printed and "2 processes on each of 1 x CPU" in printed
