@@ -31,7 +31,7 @@ PROGRAMS = {
 }
 EXPERIMENTS = [
     importlib.import_module(f"experiments.{name}").make_parser()
-    for name in ("held_out", "paper_table", "claims", "checks", "augmentations", "dependence", "tsg")
+    for name in ("held_out", "paper_table", "claims", "checks", "augmentations", "dependence", "tsg", "table_time")
 ]
 TINY = {
     "dim": 8,

@@ -402,6 +402,24 @@ def test_hours_of_the_table_by_hand():
         table_time.complete({}, config)
 
 
+def test_a_set_that_was_not_measured_takes_the_costs_of_the_one_most_like_it():
+    config = configured({"preset": "paper"}, seed=0)
+    found = {
+        "ECG5000": costs_of(4.0, 4.0, 2.0, 1.0, evaluator=7.0, measures=70.0),
+        "FordA": costs_of(29.0, 29.0, 15.0, 2.0),
+        "FordB": costs_of(58.0, 58.0, 15.0, 3.0),  # of the same shape as FordA, as far as steps go
+        "StarLightCurves": costs_of(24.0, 24.0, 15.0, 4.0, evaluator=1.0, measures=9236.0),
+    }
+    costs = table_time.complete(found, config)
+    assert costs["FordB"][table_time.PLAIN] == 58.0 and costs["FordA"][table_time.PLAIN] == 29.0
+    # Steps of 55 series of Mallat are like FordA's of 128 that are half as long.
+    assert costs["Mallat"]["start of stage 2"] == 2.0 and costs["Mallat"][table_time.PLAIN] == 1.0
+    # Those of ShapesAll are like FordA's too, but all its values are as many as those of ECG5000.
+    assert costs["ShapesAll"]["start of stage 2"] == 2.0
+    assert costs["ShapesAll"]["measures"] == pytest.approx(70 * 614_400 / 700_000)
+    assert costs["UWaveGestureLibraryAll"]["measures"] == pytest.approx(4478 * 945 / 1024)
+
+
 def test_epochs_are_timed_from_when_all_processes_have_met(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(table_time.time, "monotonic", lambda: clock[0])
@@ -415,7 +433,10 @@ def test_epochs_are_timed_from_when_all_processes_have_met(monkeypatch):
 
     cell = {"set": "a", "seed": 0, "window": 7.0}
     costs = table_time.timed("regular", None, 95.0, cell, CPU)
-    assert costs == {"regular": 2.0, "start of regular": 14.0 - 2.0} and clock[0] == 100 + 9 + 50 + 4 * 2
+    assert costs == {"regular": 2.0, "start of regular": 5 + 9 - 2.0} and clock[0] == 100 + 9 + 50 + 4 * 2
+    clock[0] = 100.0  # on a GPU only the fourth step of a batch size is a graph
+    costs = table_time.timed("regular", None, 95.0, cell, torch.device("cuda"))
+    assert costs == {"regular": 2.0, "start of regular": 5 + 9 - 2.0} and clock[0] == 100 + 9 + 3 * 2 + 50 + 4 * 2
 
 
 @pytest.mark.slow
