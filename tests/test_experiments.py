@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from experiments import augmentations, checks, claims, dependence, held_out, paper_table, table_time, tsg
-from experiments.cells import add_arguments, chosen_variants, configured, next_cell, run, runs_of
+from experiments.cells import Worker, add_arguments, chosen_variants, configured, next_cell, run, runs_of, stop
 from experiments.rows import identity, rows_of
 from ncfast.data.dataset import from_arrays
 from ncfast.data.sources import load_dataset
@@ -437,6 +437,18 @@ def test_epochs_are_timed_from_when_all_processes_have_met(monkeypatch):
     clock[0] = 100.0  # on a GPU only the fourth step of a batch size is a graph
     costs = table_time.timed("regular", None, 95.0, cell, torch.device("cuda"))
     assert costs == {"regular": 2.0, "start of regular": 5 + 9 - 2.0} and clock[0] == 100 + 9 + 3 * 2 + 50 + 4 * 2
+
+
+@pytest.mark.parametrize("name, error, seconds", [("error", UserError, 120), ("slow", TimeoutError, 1)])
+def test_processes_that_wait_for_each_other_do_not_wait_for_ever(tmp_path, name, error, seconds):
+    workers = [Worker(functools.partial(toy, log=tmp_path / "log"), "cpu", 1)]
+    begin = time.monotonic()
+    try:
+        with pytest.raises(error, match=f"stages of {name}"):
+            table_time.together(workers, {"what": "stages", "set": name}, begin + seconds)
+    finally:
+        stop(workers)
+    assert time.monotonic() - begin < 60
 
 
 @pytest.mark.slow
