@@ -110,7 +110,9 @@ def main() -> None:
             if deadline - time.monotonic() < (1 - STAGES_SHARE) * 60 * arguments.minutes:
                 break
             costs[name] = together(workers, {"what": "stages", "set": name, **asked}, deadline)
-        for name in sorted(costs, key=lambda name: SETS[name].values):
+        # From the middle one on, which the others can be told by; the smallest, which weigh least, come last.
+        by_size = sorted(costs, key=lambda name: SETS[name].values)
+        for name in [*by_size[len(by_size) // 2 :], *by_size[: len(by_size) // 2][::-1]]:
             costs[name] |= together(workers, {"what": "evaluation", "set": name, **asked}, deadline)
     except (TimeoutError, UserError) as error:
         print(f"stopped: {error}", flush=True)
@@ -141,7 +143,7 @@ def together(workers: Sequence[Worker], cell: Cell, deadline: float) -> Row:
                     raise UserError(f"{cell['what']} of {cell['set']}: {error}")
                 rows.append(row)
     row = {**rows[0], **mean([each["costs"] for each in rows])}
-    said = ", ".join(f"{key} {value:.3g}" for key, value in row["costs"].items() if value >= 0.05)
+    said = ", ".join(f"{key} {value:.3g}" for key, value in row["costs"].items() if value >= 0.002)
     print(f"{cell['set']} ({row['source']}), {cell['what']}, {time.monotonic() - begin:.0f} s: {said}", flush=True)
     return row
 
