@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # options of `ncfast.fit`
         "augment": ["gauss"],
         "view_weight": 0.1,
         "detail": 0.0,
-        "prior_dropout": 0.0,
+        "class_dropout": 0.2,
         "refiner": "none",
         "stretch": 0.0,
         "stage1_steps": 2000,

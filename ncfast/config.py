@@ -139,7 +139,7 @@ class Config:
         "learned", "token embeddings start as the stage-1 codebook, or at random; both then train", "Prior"
     )
     prior_dropout: float = option(
-        0.1,
+        0.0,
         "share of the embeddings and of what each layer adds that is dropped in training",
         "Prior",
         minimum=0,
@@ -156,7 +156,13 @@ class Config:
         "whether the floor(n cos(pi t / 2)) drawn positions are masked (64 %% on average) or kept (36 %% masked)",
         "Prior",
     )
-    class_dropout: float = option(0.2, "share of labels replaced by 'no class'", "Prior", minimum=0, maximum=1)
+    class_dropout: float | None = option(
+        None,
+        "share of labels replaced by 'no class' [0.5, of series with conditions, lengths or levels 0.2]",
+        "Prior",
+        minimum=0,
+        maximum=1,
+    )
 
     refiner: Literal["flow", "none"] = option(
         "flow", "what gives decoded series back the detail that the codebook took", "Refiner"
@@ -170,7 +176,12 @@ class Config:
         8, "steps of the refiner, where there is one; 0 leaves it out", "Sampling", minimum=0, maximum=1000
     )
     decoding_steps: int = option(40, "steps of iterative decoding", "Sampling", minimum=1, maximum=1000)
-    choice_temperature: float = option(20.0, "Gumbel noise on the confidence, annealed to 0", "Sampling", minimum=0)
+    choice_temperature: float = option(
+        1000.0,
+        "Gumbel noise on the confidence that orders the tokens, annealed to 0; so much of it makes any order",
+        "Sampling",
+        minimum=0,
+    )
     guidance_scale: float = option(1.0, "u + s (c - u) on the logits; 1 is plain conditional", "Sampling", minimum=0)
     temperature: float = option(1.0, "the logits are divided by it", "Sampling", minimum=1e-3)
     top_k: int = option(
@@ -193,7 +204,7 @@ class Config:
     )
     stage2_steps: int | None = option(
         None,
-        "optimiser steps of stage 2, unless epochs are given [4000; of few series 15 for each, 1000 at least]",
+        "optimiser steps of stage 2, unless epochs are given [6000; of few series 20 for each, 1000 at least]",
         "Training",
         minimum=1,
         maximum=10**8,
@@ -235,7 +246,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "detail": 0.0,
         "samples_per_column": 0,
         "level": "off",
-        "prior_dropout": 0.0,
+        "class_dropout": 0.2,
         "refiner": "none",
         "stretch": 0.0,
         "projector_dim": 4096,

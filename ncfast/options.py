@@ -48,7 +48,7 @@ class Options(SamplingOptions, total=False):
     prior_dropout: float
     token_temperature: float
     masking: Literal["masked", "kept"]
-    class_dropout: float
+    class_dropout: float | None
     refiner: Literal["flow", "none"]
     refiner_dim: int
     refiner_temperature: float

@@ -46,8 +46,10 @@ if TYPE_CHECKING:
 
 MAX_COLUMNS = 33  # that short columns may make of a series: the prior has to learn them all
 # A prior remembers few series sooner: generated ones were nearer to train series than test series are.
-STAGE2_STEPS, STEPS_A_SERIES, LEAST_STAGE2_STEPS = 4000, 15, 1000
+STAGE2_STEPS, STEPS_A_SERIES, LEAST_STAGE2_STEPS = 6000, 20, 1000
 FEW_IN_A_CLASS, STRETCH = 12, 0.3  # series a class that get stretched copies, and how far these are
+# Series without a class are drawn too, and are learned from what is dropped; those without conditions hardly ever.
+CLASS_DROPOUT, CLASS_DROPOUT_WITH_CONDITIONS = 0.5, 0.2
 REFINER_SHARE = 0.5  # epochs of the refiner over those of stage 1
 MAX_CODES = 2**16 - 1  # tokens are uint16 in files
 # Training draws initial weights, and replaces dead codes, with torch's global generators, which it seeds and puts back:
@@ -179,6 +181,9 @@ def resolve_config(config: Config, dataset: Dataset, device: torch.device) -> Co
         config = dataclasses.replace(config, level="on" if apart else "off")
     if config.halvings is None and config.detail > 0:
         config = dataclasses.replace(config, halvings=chosen_halvings(dataset, config))
+    if config.class_dropout is None:
+        dropped = CLASS_DROPOUT_WITH_CONDITIONS if stats_of(config, dataset).conditions else CLASS_DROPOUT
+        config = dataclasses.replace(config, class_dropout=dropped)
     check_memory(config, dataset, device)
     return dataclasses.replace(
         config, stage1_epochs=epochs1, stage2_epochs=epochs2, refiner_epochs=epochs3, precision=precision

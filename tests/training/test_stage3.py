@@ -70,7 +70,7 @@ def test_epochs_are_half_of_stage_1s_or_as_asked():
         assert fit.resolve_config(make_config(**options), dataset, CPU).refiner_epochs == epochs
 
 
-@pytest.mark.parametrize(("n", "steps"), [(10, 1000), (100, 1500), (1000, 4000)])
+@pytest.mark.parametrize(("n", "steps"), [(10, 1000), (100, 2000), (1000, 6000)])
 def test_few_series_get_fewer_steps_of_stage_2(n, steps):
     dataset = from_arrays(np.random.default_rng(0).normal(size=(n, 1, 32)).astype(np.float32), None)
     per_epoch = -(-n // 256)
