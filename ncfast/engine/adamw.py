@@ -22,6 +22,7 @@ class AdamW(torch.optim.AdamW):
         super().__init__(parameters, **hyperparameters)
         self.own = set(self.param_groups[0]["params"])
         self.copies: dict[Tensor, Tensor] = {}
+        self.room: Tensor | None = None  # for the table of the next captured update
         self.tables: list[tuple[Tensor, Tensor]] = []  # of captured updates, and what goes into them
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -35,8 +36,17 @@ class AdamW(torch.optim.AdamW):
         for parameter, copy in self.copies.items():
             copy.copy_(parameter)
 
+    def make_room(self) -> None:
+        """Before a capture with an update. The table of that must not lie in the memory of the graph, where it would
+        share its place with what earlier launches of the graph write."""
+        from ncfast.ops.triton.adamw import table_of
+
+        parameters = self.param_groups[0]["params"]
+        largest, _ = table_of([(parameter,) * 6 for parameter in parameters])
+        self.room = torch.zeros_like(largest, device=parameters[0].device)
+
     def update(self) -> None:
-        """What `step` does. Of a captured one the table is filled by `fill_tables`, before the first replay."""
+        """What `step` does. A captured one comes after `make_room`; `fill_tables` follows before the first replay."""
         from ncfast.ops.triton.adamw import adamw_triton, table_of
 
         group = self.param_groups[0]
@@ -45,8 +55,10 @@ class AdamW(torch.optim.AdamW):
         table, programs = table_of(rows)
         device = group["params"][0].device
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            self.tables.append((torch.empty_like(table, device=device), table))
-            table = self.tables[-1][0]
+            if self.room is None:
+                raise RuntimeError("AdamW: an update is captured without make_room() before the capture")
+            self.tables.append((self.room[: len(table)], table))
+            table, self.room = self.tables[-1][0], None
         else:
             table = table.to(device, non_blocking=True)
         if rows:

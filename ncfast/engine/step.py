@@ -167,6 +167,8 @@ class TrainingStep:
     def capture(self, rows: Tensor, generators: list[torch.Generator]) -> None:
         before = [generator.get_state() for generator in generators]
         self.optimizer.zero_grad(set_to_none=True)  # the graph's own gradients lie in its own memory
+        if isinstance(self.optimizer, AdamW):
+            self.optimizer.make_room()
         reason = None
         try:
             self.graphs[len(rows)] = CudaGraph(
