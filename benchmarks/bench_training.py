@@ -33,11 +33,13 @@ HAND_WRITTEN = {  # of each stage: what is left to PyTorch, one after the other 
         "thin_conv_transpose": ("thin_conv_transpose",),
         "SSL losses": LOSSES,
         "rotate_to_code": ("rotate_to_code",),
+        "adamw": ("adamw",),
     },
     2: {
         "layer_norm": ("layer_norm",),
         "fused_linear": ("fused_linear",),
         "masked_attention": ("masked_attention",),
+        "adamw": ("adamw",),
     },
 }
 
@@ -120,16 +122,17 @@ class Step:
         self.batch_size = stage.batch_size
         if compile is not None:
             compile_networks(stage.modules, compile)
-        self.step = (TrainingStep if compile is None else CompiledStep)(
-            stage.losses,
-            stage.modules,
-            num_series=SERIES,
-            weight_decay=stage.weight_decay,
-            rates=[stage.learning_rate] * 10**6,
-            precision=stage.precision,
-            device=self.device,
-            graph=graph,
-        )
+        with left_to_pytorch(without):  # where the optimiser is chosen
+            self.step = (TrainingStep if compile is None else CompiledStep)(
+                stage.losses,
+                stage.modules,
+                num_series=SERIES,
+                weight_decay=stage.weight_decay,
+                rates=[stage.learning_rate] * 10**6,
+                precision=stage.precision,
+                device=self.device,
+                graph=graph,
+            )
         self.generators = [torch.Generator(self.device)]
         self.order = torch.randperm(SERIES, device=self.device)
         self.taken = 0

@@ -141,7 +141,7 @@ def print_plan(
     steps1 = len(batch_ends(trained_on, config.batch_size))
     steps2 = len(batch_ends(trained_on, config.stage2_batch_size))
     classes = f"{len(data.class_names)} classes" if data.class_names else "no labels"
-    lookup = dispatch.choose("nearest_code", "auto", why_not(device, torch.float32))
+    lookup = dispatch.choose("nearest_code", "auto", why_not(device, torch.float32, num_codes=config.codebook_size))
     print(f"ncfast {__version__}")
     length = f"{data.shortest} to {data.length}" if data.shortest else data.length
     print(f"data       {data.name}: {data.num_series} series [{data.channels}, {length}], {classes} ({data.source})")

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ncfast.engine.adamw import AdamW, RoundedWeights
 from ncfast.engine.compile_ahead import compile_ahead
 from ncfast.engine.cuda_graph import CudaGraph, capture_stream, on_stream
 from ncfast.engine.precision import autocast
 from ncfast.engine.processes import ALONE, Processes
+from ncfast.ops import dispatch
 
 Losses = Callable[[Tensor, torch.Generator | list[torch.Generator]], dict[str, Tensor]]
 
@@ -80,10 +82,17 @@ class TrainingStep:
         }
         whole = set() if whole is None else set(whole.parameters())
         self.averaged = [parameter for parameter in modules.parameters() if parameter not in whole]
-        self.optimizer = torch.optim.AdamW(modules.parameters(), **self.hyperparameters)
-        # Without what PyTorch wraps around it: hooks, of which there are none, and words to its compiler, which would
-        # be imported to hear them.
-        self.optimize = inspect.unwrap(torch.optim.AdamW.step)
+        self.weights = contextlib.nullcontext()  # where the weights of a forward pass come from
+        if dispatch.choose("adamw", None, dispatch.table(device, triton=None)) == "triton":
+            self.optimizer = AdamW(modules.parameters(), **self.hyperparameters)
+            self.optimize = AdamW.update
+            if precision == "bf16" and processes.is_alone:  # gradients are averaged in float32
+                self.weights = RoundedWeights(self.optimizer)
+        else:
+            self.optimizer = torch.optim.AdamW(modules.parameters(), **self.hyperparameters)
+            # Without what PyTorch wraps around it: hooks, of which there are none, and words to its compiler, which
+            # would be imported to hear them.
+            self.optimize = inspect.unwrap(torch.optim.AdamW.step)
         self.totals: dict[str, Tensor] = {}
         self.losses: dict[str, Tensor] = {}
         self.taken: dict[int, int] = {}  # steps of each batch size
@@ -103,6 +112,8 @@ class TrainingStep:
             group.update(self.hyperparameters)
 
     def begin_epoch(self) -> None:
+        if isinstance(self.optimizer, AdamW):  # weights may have been loaded
+            self.optimizer.refresh()
         for total in self.totals.values():
             total.zero_()
 
@@ -158,6 +169,8 @@ class TrainingStep:
     def capture(self, rows: Tensor, generators: list[torch.Generator]) -> None:
         before = [generator.get_state() for generator in generators]
         self.optimizer.zero_grad(set_to_none=True)  # the graph's own gradients lie in its own memory
+        if isinstance(self.optimizer, AdamW):
+            self.optimizer.make_room()
         reason = None
         try:
             self.graphs[len(rows)] = CudaGraph(
@@ -169,6 +182,8 @@ class TrainingStep:
             # One that could not capture would wait for the others, whose messages are in their graphs, for ever.
             reason = next((each for each in self.processes.gathered(reason) if each is not None), None)
         if reason is None:
+            if isinstance(self.optimizer, AdamW):
+                self.optimizer.fill_tables()
             return
         self.wants_graph = False
         self.graphs.clear()  # their generators are replaced too
@@ -184,7 +199,7 @@ class TrainingStep:
 
     def gradients(self, rows: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.precision, self.device):
+        with autocast(self.precision, self.device), self.weights:
             losses = self.compute_losses(rows, generators[0])
         losses["loss"].backward()
         return {name: value.detach() for name, value in losses.items()}

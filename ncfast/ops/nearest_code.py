@@ -7,6 +7,10 @@ from torch import Tensor
 
 from ncfast.ops import dispatch
 
+# Up to so many codes Triton's one launch, which keeps them in registers, is faster than the CUDA kernel, each block of
+# which packs all codes first.
+FEW_CODES = 64
+
 
 def nearest_code_reference(z: Tensor, codebook: Tensor) -> Tensor:
     """The definition, in plain PyTorch and float64: argmax of z·e - |e|²/2, lowest index on exact ties.
@@ -42,8 +46,8 @@ def nearest_code(z: Tensor, codebook: Tensor, *, precision: str = "exact", impl:
     Args:
         z: vectors, float32, float64, float16 or bfloat16 [..., D]; or [H, ..., D] when the codebook is [H, K, D].
         codebook: codes, any of those dtypes, [K, D], or [H, K, D] for one codebook a head.
-        precision: "exact", or "fast", which allows an implementation to skip the exact re-scoring of near ties. On
-            a GPU "fast" takes the best of scores whose products are those of fp16 numbers.
+        precision: "exact", or "fast", which allows an implementation to skip the exact re-scoring of near ties. In CUDA
+            "fast" takes the best of scores whose products are those of fp16 numbers.
         impl: "auto" (the fastest that can run the call), "reference", "cpp", "cuda" or "triton".
 
     Returns:
@@ -60,7 +64,9 @@ def nearest_code(z: Tensor, codebook: Tensor, *, precision: str = "exact", impl:
     H, M = (shape[0], math.prod(shape[1:])) if batched else (1, math.prod(shape))
     z = z.detach().reshape(H, M, z.shape[-1])  # [H, M, D]
     codebook = codebook.detach() if batched else codebook.detach()[None]  # [H, K, D]
-    name = dispatch.choose("nearest_code", impl, why_not(z.device, z.dtype, codebook.dtype))
+    name = dispatch.choose(
+        "nearest_code", impl, why_not(z.device, z.dtype, codebook.dtype, num_codes=codebook.shape[1])
+    )
     if name == "reference":
         return nearest_code_reference(z, codebook).reshape(shape)
     double = torch.float64 in (z.dtype, codebook.dtype)
@@ -93,10 +99,12 @@ def check(z: Tensor, codebook: Tensor, precision: str) -> None:
         raise ValueError(f"nearest_code: z is on {z.device} and the codebook on {codebook.device}; move one")
 
 
-def why_not(device: torch.device, *dtypes: torch.dtype) -> dict[str, str | None]:
+def why_not(device: torch.device, *dtypes: torch.dtype, num_codes: int | None = None) -> dict[str, str | None]:
     """Each implementation, fastest first, with None or the reason why it cannot run on these."""
     double = "float64 input: Triton has no exact path for it" if torch.float64 in dtypes else None
-    return dispatch.table(device, cuda=None, cpp=None, triton=double)
+    table = dispatch.table(device, cuda=None, cpp=None, triton=double)
+    few = device.type == "cuda" and num_codes is not None and num_codes <= FEW_CODES
+    return {"triton": table["triton"], **table} if few else table
 
 
 def empty_indices(z: Tensor, codebook: Tensor, exact: bool = True) -> Tensor:

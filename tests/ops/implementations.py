@@ -124,6 +124,7 @@ for name, types, blocks in json.loads(sys.argv[2]):
         cuobjdump = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
         usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     used = {"shared": compiled.metadata.shared, "stack": int(re.search(r"STACK:([0-9]+)", usage)[1])}
+    used["fused_float64"] = compiled.asm["ptx"].count("fma.rn.f64")
     print("RESOURCES", json.dumps(used))
 """
 
@@ -134,7 +135,7 @@ def compile_offline(module, jobs, cache, capability=90):
 
     Checks what the kernels promise of every GPU: no atomics, and sums that keep their subnormals (exp2 may flush its
     own). Returns for each the bytes of shared memory of a program, and of a thread's stack, where registers go that do
-    not fit.
+    not fit, and how many sums of float64 are fused with a product.
     """
     # In a process of its own: in this one triton may have been imported as its interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -143,6 +144,7 @@ def compile_offline(module, jobs, cache, capability=90):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(".visible .entry") == len(jobs)
-    # A float64 logarithm starts from an rcp.approx, a float32 exponential ends in ex2: they have no other form.
-    assert not re.search(r"\b(atom|red)\.|(?<!\brcp\.approx)(?<!\bex2\.approx)\.ftz", done.stdout)
+    # A float64 logarithm starts from an rcp.approx, a float32 exponential ends in ex2, and a float64 one takes abs of a
+    # number's upper half: they have no other form.
+    assert not re.search(r"\b(atom|red)\.|(?<!\brcp\.approx)(?<!\bex2\.approx)(?<!\babs)\.ftz", done.stdout)
     return [json.loads(line) for line in re.findall(r"^RESOURCES (.*)$", done.stdout, re.MULTILINE)]

@@ -1,4 +1,4 @@
-"""The error bound of docs/nearest_code_cuda.md, on an emulation of the tensor-core kernels."""
+"""The error bounds of docs/nearest_code_cuda.md and of the Triton kernel, on emulations of tensor cores."""
 
 import math
 import re
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from implementations import needs_triton
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "nearest_code"
 ROUNDING, KEYS = ((SOURCES / name).read_text() for name in ("rounding.cuh", "group_keys.cuh"))
@@ -208,3 +209,46 @@ def test_the_bound_rules_most_codes_out():
     candidates = (scores >= (scores.amax(-1) - 2 * bound)[:, None]).sum(-1)
     assert (candidates > 1).double().mean() < 0.08
     assert candidates.max() < 5
+
+
+def first_11_bits(x, half=0x1000):
+    """float32 as two TF32 parts have it, or what a tensor core cuts off (`half` 0)."""
+    return ((x.view(torch.int32) + half) & -0x2000).view(torch.float32)
+
+
+def emulate_triton(z, codebook, block, block_d):
+    """(scores, exact scores, error bound) of the Triton kernel: [M, K], [M, K], [M]."""
+    from ncfast.ops.triton.nearest_code import error_terms
+
+    scores = torch.zeros(len(z), len(codebook))
+    for first in range(0, z.shape[1], block_d):
+        z_tile, e_tile = z[:, first : first + block_d], codebook[:, first : first + block_d]
+        z_high, e_high = first_11_bits(z_tile), first_11_bits(e_tile)
+        z_low, e_low = (first_11_bits(rest, 0) for rest in (z_tile - z_high, e_tile - e_high))
+        # One chain of sums.
+        left, right = torch.cat([z_low, z_high, z_high], 1), torch.cat([e_high, e_low, e_high], 1)
+        scores += tensor_core_sum(left.double(), right.double(), block).float()
+    half_square = 0.5 * codebook.square().sum(-1)
+    exact = z.double() @ codebook.double().T - 0.5 * codebook.double().square().sum(-1)
+    products, squares, underflow = error_terms(z.shape[1], block_d)
+    z_norm, e_norm = z.norm(dim=1), codebook.norm(dim=1).max()
+    bound = products * z_norm * e_norm + squares * half_square.max() + underflow * (1 + z_norm + e_norm)
+    return (scores - half_square).double(), exact, bound.double()
+
+
+@needs_triton
+@pytest.mark.parametrize("block_d", [16, 64])
+@pytest.mark.parametrize("block", [4, 8])
+@pytest.mark.parametrize("name", [name for name in DATA if name not in ("1e30", "1e-30", "far_rows")])
+def test_scores_of_triton_are_within_the_bound(name, block, block_d):
+    scores, exact, bound = emulate_triton(*data(name, D=48), block, block_d)
+    assert ((scores - exact).abs() <= bound[:, None]).all()
+
+
+@needs_triton
+def test_the_bound_of_triton_leaves_few_rows_open_and_is_not_ten_times_what_it_must_be():
+    scores, _, bound = emulate_triton(*data("gauss", M=3000, K=32, D=64), 8, 64)
+    best, second = scores.topk(2).values.T
+    assert (best - second <= 2 * bound).double().mean() < 0.003
+    scores, exact, bound = emulate_triton(*(x[:, :64] for x in cut_terms()), 4, 64)
+    assert bound / 10 < (scores - exact).abs().amax() <= bound
