@@ -54,13 +54,16 @@ def why_not(precision: str | None, device: torch.device) -> str | None:
 def computing(precision: str, device: torch.device) -> Iterator[None]:
     """Inside the block convolutions and products are of that precision, and convolutions always sum in one order. A GPU
     is the current one, and no other thread is inside: whatever launches convolutions, products or Triton kernels on a
-    GPU, or captures, is in such a block, and nothing that takes long besides.
+    GPU, or captures, is in such a block, and nothing that takes long besides. On a CPU that goes for bf16 alone.
 
     For bf16 the function that computes needs `autocast` as well: a block that is left and entered again for each call,
     since inside one the rounded weights are kept.
     """
     if device.type != "cuda":
-        yield
+        with ONE_AT_A_TIME if precision == "bf16" else keeping_rounded_weights():
+            if precision == "bf16":
+                torch.clear_autocast_cache()  # of a step before, in a block of fp32
+            yield
         return
     rounded = precision != "fp32"
     # cuDNN may otherwise sum in the order in which blocks happen to finish, and PyTorch lets it round to TF32.
@@ -74,6 +77,17 @@ def computing(precision: str, device: torch.device) -> Iterator[None]:
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
             RETIRED.clear()
+
+
+@contextlib.contextmanager
+def keeping_rounded_weights() -> Iterator[None]:
+    """What autocast has rounded is the process's, and the end of a thread's outermost block of it, where autocast is
+    off too, drops all. Inside this none is the outermost: a step in bf16 of another thread rounds each weight once."""
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        torch.autocast_decrement_nesting()
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

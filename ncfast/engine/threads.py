@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ def in_threads(count: int, work: Callable[[], None], device: torch.device) -> No
     streams = [torch.cuda.Stream(device) if on_gpu else None for _ in range(count)]
     outer = torch.cuda.current_stream(device) if on_gpu else None
     errors: list[BaseException] = []
+    ended: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def run(stream: torch.cuda.Stream | None) -> None:
         try:
@@ -34,6 +36,8 @@ def in_threads(count: int, work: Callable[[], None], device: torch.device) -> No
                 work()
         except BaseException as error:  # the caller's to deal with
             errors.append(error)
+        finally:
+            ended.put(None)
 
     threads = [threading.Thread(target=run, args=(stream,), daemon=True) for stream in streams]
     try:
@@ -41,8 +45,8 @@ def in_threads(count: int, work: Callable[[], None], device: torch.device) -> No
             if on_gpu:
                 stream.wait_stream(outer)
             thread.start()
-        for thread in threads:
-            thread.join()
+        for _ in threads:
+            ended.get()  # up to Python 3.12 a join() that is interrupted takes its thread for ended
     except BaseException:
         interrupt([thread for thread in threads if thread.is_alive()])
         raise

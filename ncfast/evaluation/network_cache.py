@@ -20,7 +20,7 @@ from ncfast.errors import UserError
 FORMAT = 1
 
 Network = TypeVar("Network", bound=nn.Module)
-BEING_MADE: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)  # a thread that wants the same waits
+BEING_MADE: defaultdict[Path, Any] = defaultdict(threading.RLock)  # another thread that wants the same waits
 
 
 def default_folder() -> Path:
