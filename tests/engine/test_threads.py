@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ncfast.engine import precision as precision_module
+from ncfast.engine.checkpoint import without_checksums
 from ncfast.engine.drawing import DrawingFrom
 from ncfast.engine.precision import computing
 from ncfast.engine.threads import in_threads
@@ -81,6 +82,19 @@ def test_what_draws_without_a_generator_draws_the_same_from_ones_own():
         assert torch.equal(torch.rand(3, generator=other), torch.rand(3, generator=torch.Generator().manual_seed(1)))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_state_without_checksums_leaves_them_to_others():
+    before, wrong = torch.serialization.get_crc32_options(), []
+
+    def work():
+        for _ in range(20):
+            with without_checksums():
+                time.sleep(0.001)
+                wrong.extend([True] * torch.serialization.get_crc32_options())
+
+    in_threads(3, work, CPU)
+    assert not wrong and torch.serialization.get_crc32_options() == before
 
 
 def test_threads_of_different_precision_take_turns(monkeypatch):
