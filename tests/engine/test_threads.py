@@ -85,12 +85,13 @@ def test_what_draws_without_a_generator_draws_the_same_from_ones_own():
 
 
 def test_a_state_without_checksums_leaves_them_to_others():
-    before, wrong = torch.serialization.get_crc32_options(), []
+    before, wrong, pauses = torch.serialization.get_crc32_options(), [], iter([0.001, 0.0022, 0.0047])
 
     def work():
+        pause = next(pauses)
         for _ in range(20):
             with without_checksums():
-                time.sleep(0.001)
+                time.sleep(pause)
                 wrong.extend([True] * torch.serialization.get_crc32_options())
 
     in_threads(3, work, CPU)
