@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ncfast.engine.device import current
+from ncfast.errors import UserError
+
+MOST = 16  # on a GPU: PyTorch hands out 32 streams in turn, and each thread has another one for captures
 
 
 def in_threads(count: int, work: Callable[[], None], device: torch.device) -> None:
@@ -25,6 +28,8 @@ def in_threads(count: int, work: Callable[[], None], device: torch.device) -> No
         work()
         return
     on_gpu = device.type == "cuda"
+    if on_gpu and count > MOST:
+        raise UserError(f"--streams is at most {MOST} on a GPU; got {count}")
     streams = [torch.cuda.Stream(device) if on_gpu else None for _ in range(count)]
     outer = torch.cuda.current_stream(device) if on_gpu else None
     errors: list[BaseException] = []

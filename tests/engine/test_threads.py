@@ -14,6 +14,7 @@ from ncfast.engine.checkpoint import without_checksums
 from ncfast.engine.drawing import DrawingFrom
 from ncfast.engine.precision import computing
 from ncfast.engine.threads import in_threads
+from ncfast.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -29,6 +30,11 @@ def test_threads_run_at_the_same_time_and_one_is_the_caller():
     assert len(set(names)) == 3 and threading.get_ident() not in names
     in_threads(1, lambda: names.append(threading.get_ident()), CPU)
     assert names[3] == threading.get_ident()
+
+
+def test_no_two_threads_share_a_stream_of_a_gpu():
+    with pytest.raises(UserError, match="--streams is at most 16 on a GPU; got 17"):
+        in_threads(17, lambda: None, torch.device("cuda", 0))
 
 
 def test_an_error_leaves_the_others_and_is_raised_at_the_end():
