@@ -253,7 +253,8 @@ class Gather(torch.autograd.Function):
 
 
 def gathered(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:  # [..., before], [T, after], [T, after]
-    y = x.index_select(-1, index[0]) * weight[0]
-    for i, w in zip(index[1:], weight[1:], strict=True):
-        y = y.addcmul(x.index_select(-1, i), w)
+    first, *others = x.index_select(-1, index.flatten()).unflatten(-1, index.shape).unbind(-2)  # [..., after] each
+    y = first * weight[0]
+    for part, w in zip(others, weight[1:], strict=True):
+        y = y.addcmul(part, w)
     return y.to(x.dtype)
