@@ -260,8 +260,8 @@ def guesses(given: Config, resolved: Config, dataset: Dataset) -> list[str]:
             "time; stretch=0 trains on the series alone"
         )
     if given.level == "auto" and resolved.level == "on":
-        share = f"{level_share(dataset.X_train):.1%} of the variance lies between the means of series"
-        notes.append(f"the level and scale of each series are drawn apart: {share}; level='off' codes them with it")
+        reason = level_reason(given, dataset)
+        notes.append(f"the level and scale of each series are drawn apart: {reason}; level='off' codes them with it")
     return notes
 
 
