@@ -44,11 +44,10 @@ COLUMNS = {
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments.held_out", description=__doc__.splitlines()[0])
-    parser.add_argument("--holdout", type=float, default=0.25, help="share of the train split to measure on [0.25]")
-    parser.add_argument(
-        "--few", type=int, metavar="N", help="train on so many series, measure on the rest of the split"
-    )
-    parser.add_argument("--test", action="store_true", help="train on the whole train split, measure on the test split")
+    split = parser.add_mutually_exclusive_group()
+    split.add_argument("--holdout", type=float, default=0.25, help="share of the train split to measure on [0.25]")
+    split.add_argument("--few", type=int, metavar="N", help="train on so many series, measure on the rest of the split")
+    split.add_argument("--test", action="store_true", help="train on the whole train split, measure on the test split")
     add_arguments(parser)
     add_measuring(parser, measures=MEASURES, num_samples=2000)
     return parser

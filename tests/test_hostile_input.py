@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -67,7 +68,7 @@ def contents(folder):
 def refusal(capsys, main, *arguments):
     """What a program, run in this process, says before it exits with 2."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as exit, mock.patch.object(cli, "end", sys.exit):
         cli.run(lambda: main([str(argument) for argument in arguments]))
     told = capsys.readouterr().err.replace("\r", "\n").splitlines()
     assert exit.value.code == 2
@@ -525,6 +526,23 @@ def test_out_of_memory_is_one_line_and_a_bug_is_not():
     ):
         with pytest.raises(type(bug)):
             cli.run(lambda bug=bug: exhaustion_explained("")(raised)(bug))
+
+
+@pytest.mark.parametrize(("error", "code"), [("KeyboardInterrupt", 130), ("UserError('it is')", 2)])
+def test_a_program_that_is_stopped_takes_nothing_down(error, code):
+    """A thread that is inside a library's C++ while the interpreter goes aborts the process: exit code -6."""
+    program = f"""
+import atexit
+from ncfast.cli.parser import run
+from ncfast.errors import UserError
+def main():
+    raise {error}
+atexit.register(print, "taken down")
+run(main)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (code, "")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def raised(error):

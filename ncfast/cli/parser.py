@@ -48,7 +48,7 @@ def run(main: Callable[[], None], on_interrupt: str = "interrupted") -> NoReturn
         main()
     except UserError as error:
         print_error(error)
-        sys.exit(2)
+        end(2)
     except BrokenPipeError:  # what read the output, such as `head`, has ended
         os._exit(141)
     except OSError as error:
@@ -56,10 +56,10 @@ def run(main: Callable[[], None], on_interrupt: str = "interrupted") -> NoReturn
         if error.filename is None or error.strerror is None:
             raise
         print_error(UserError(f"{error.filename}: {error.strerror}; check this path"))
-        sys.exit(2)
+        end(2)
     except KeyboardInterrupt:
         print(on_interrupt, file=sys.stderr)
-        sys.exit(130)
+        end(130)
     end(0)
 
 
@@ -72,7 +72,7 @@ def check_implementation() -> None:
 
 def end(code: int) -> NoReturn:
     """Ends the process at once: everything is written, and taking libraries down takes half a second. Where other
-    processes may be gone, it would also wait for their messages."""
+    processes may be gone, it would also wait for their messages, and a thread that still imports a library aborts."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
             stream.flush()

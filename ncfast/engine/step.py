@@ -214,11 +214,10 @@ class TrainingStep:
             self.processes.average_([*gradients, *losses.values()])
         with torch.no_grad():
             self.optimize(self.optimizer)
-        share = len(rows) / self.num_series
-        for name, value in losses.items():
-            if name not in self.totals:
-                self.totals[name] = torch.zeros_like(value)
-            self.totals[name].add_(value, alpha=share)
+        if not self.totals:
+            self.totals = {name: torch.zeros_like(value) for name, value in losses.items()}
+        totals = [self.totals[name] for name in losses]
+        torch._foreach_add_(totals, list(losses.values()), alpha=len(rows) / self.num_series)
         return losses
 
 

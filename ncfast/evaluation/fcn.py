@@ -44,6 +44,23 @@ class Recipe:
         return max(self.least_epochs, math.ceil(self.least_steps / len(batch_ends(num_series, self.batch_size))))
 
 
+class Convolution(nn.Conv1d):
+    """Without bias and padding; on a GPU a product of matrices.
+
+    With cuDNN's, of those that sum float32 in one order, a step of ECG5000 took 29 ms and 26 GiB on an H200, for some
+    7 GFLOP.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, L + kernel - 1] -> [B, filters, L]
+        return super().forward(x) if x.device.type == "cpu" else as_product(x, self.weight)
+
+
+def as_product(x: Tensor, weight: Tensor) -> Tensor:
+    """F.conv1d: x [B, C, L + kernel - 1], weight [filters, C, kernel] -> [B, filters, L]; sums have a fixed order."""
+    columns = x.unfold(2, weight.shape[2], 1).transpose(2, 3).flatten(1, 2)  # [B, C·kernel, L]
+    return torch.bmm(weight.flatten(1).expand(len(x), -1, -1), columns)
+
+
 class FCN(nn.Module):
     """Three convolutions, each with batch norm and ReLU, the mean over time, and one linear layer."""
 
@@ -54,7 +71,7 @@ class FCN(nn.Module):
             layers += [
                 # As padding="same", which copies the series with a warning where the kernel is even.
                 nn.ConstantPad1d(((kernel - 1) // 2, kernel // 2), 0.0),
-                nn.Conv1d(channels, filters, kernel, bias=False),  # the batch norm would take a bias away again
+                Convolution(channels, filters, kernel, bias=False),  # the batch norm would take a bias away again
                 nn.BatchNorm1d(filters),
                 nn.ReLU(inplace=True),
             ]

@@ -111,11 +111,12 @@ class VQVAE(nn.Module):
         In training the codebooks move towards what chose them.
         """
         z_q, _, commitment = self.vq(z)
-        residual = z - z_q.detach()
+        code = z_q.detach()
         for vq in self.finer:
-            code, _, loss = vq(residual)
+            z = z - code
+            code, _, loss = vq(z)
             code = code.detach()
-            z_q, residual, commitment = z_q + code, residual - code, commitment + loss
+            z_q, commitment = z_q + code, commitment + loss
         return z_q, commitment
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ncfast.nn.synchronised import group_of
+from ncfast.nn.synchronised import BatchNorm, group_of
 from ncfast.ops import batch_norm, thin_conv_transpose
 from ncfast.ops.batch_norm import activate_and_pad
 from ncfast.ops.thin_conv_transpose import takes_triton
@@ -56,8 +56,15 @@ def in_turns(x: Tensor, views: int) -> bool:
     return views > 1 and x.device.type == "cpu"
 
 
+def count_batches(network: nn.Module, views: int) -> None:
+    """What `normalised` leaves to do of a batch norm's layer in training, in one launch for all of a network."""
+    norms = [each for each in network.modules() if isinstance(each, BatchNorm) and each.training]
+    if norms:
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], views)
+
+
 def normalised(
-    norm: nn.BatchNorm1d | nn.BatchNorm2d,
+    norm: BatchNorm,
     x: Tensor,  # [views·B, C, H, W]
     residual: Tensor | None = None,  # as x
     *,
@@ -66,9 +73,11 @@ def normalised(
     pad: bool = False,
     views: int = 1,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LeakyReLU(norm(x + residual)), in training as if the layer were called once a view; see `ops.batch_norm`."""
+    """LeakyReLU(norm(x + residual)), in training as if the layer were called once a view; see `ops.batch_norm`.
+
+    But for `num_batches_tracked`, for which there is `count_batches`.
+    """
     if norm.training:
-        norm.num_batches_tracked.add_(views)
         return batch_norm(
             x,
             norm.weight,
@@ -141,6 +150,7 @@ class Encoder(nn.Sequential):
         """u [views·B, in_channels, H, W], view after view: each is normalised by its own statistics in training."""
         if in_turns(u, views):
             return torch.cat([self(view) for view in u.chunk(views)])
+        count_batches(self, views)
         downs, stack = list(self)[: self.num_down], list(self)[self.num_down :]
         x = F.pad(u, (1, 1, 1, 1), mode="replicate")
         if self.training and x.is_cuda:  # the layout of the kernels, of convolutions as of norms
@@ -174,6 +184,7 @@ class Decoder(nn.Module):
         """z [views·B, dim, H, W'], view after view, as in the encoder."""
         if in_turns(z, views):
             return torch.cat([self(view) for view in z.chunk(views)])
+        count_batches(self, views)
         blocks = list(self.blocks)
         stack, ups, last = blocks[: 2 * self.num_residual], blocks[2 * self.num_residual : -2], blocks[-2:]
         x = run_residual_stack(stack, z, F.leaky_relu(z, SLOPE), views)
@@ -242,5 +253,8 @@ class Gather(torch.autograd.Function):
 
 
 def gathered(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:  # [..., before], [T, after], [T, after]
-    parts = x.index_select(-1, index.flatten()).unflatten(-1, index.shape)  # [..., T, after]
-    return (parts * weight).sum(-2).to(x.dtype)
+    first, *others = x.index_select(-1, index.flatten()).unflatten(-1, index.shape).unbind(-2)  # [..., after] each
+    y = first * weight[0]
+    for part, w in zip(others, weight[1:], strict=True):
+        y = y.addcmul(part, w)
+    return y.to(x.dtype)

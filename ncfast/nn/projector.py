@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ncfast.nn.encoder_decoder import normalised
+from ncfast.nn.encoder_decoder import count_batches, normalised
 from ncfast.ops import iter_norm
 
 
@@ -57,17 +57,18 @@ class Projector(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled latents of the two views, [N, in_dim] each -> projections [N, out_dim] each."""
-        b_rows = b.shape[0]
         x = torch.cat([b, a])
+        fused = x.is_cuda and b.shape == a.shape and self.training
+        if fused:
+            count_batches(self, 2)
         for linear, norm in zip(self.linears, self.norms, strict=False):
             x = linear(x)
-            fused = x.is_cuda and b.shape == a.shape
-            if norm.training and fused:
-                x = normalised(norm, x[:, :, None, None], slope=0.0, views=2)[:, :, 0, 0]
+            if fused:
+                x = normalised(norm, x[:, :, None, None], slope=0.0, views=2).flatten(1)
             else:
-                x = torch.cat([norm(x[:b_rows]), norm(x[b_rows:])]).relu()
-        x = self.linears[-1](x)
-        return self.whiten(x[b_rows:]), self.whiten(x[:b_rows])
+                x = torch.cat([norm(view) for view in x.split([len(b), len(a)])]).relu()
+        b, a = self.linears[-1](x).split([len(b), len(a)])
+        return self.whiten(a), self.whiten(b)
 
 
 def pool(z: Tensor) -> Tensor:

@@ -271,7 +271,7 @@ class VectorQuantize(nn.Module):
         From K where all codes are used alike down to 1.
         """
         frequency = self.code_counts / self.code_counts.sum(-1, keepdim=True).clamp(min=1)
-        perplexity = torch.exp(-torch.special.xlogy(frequency, frequency).sum(-1))
+        perplexity = torch.special.entr(frequency).sum(-1).exp()
         return perplexity if self.separate_codebook_per_head else perplexity[0]
 
     @property

@@ -35,7 +35,7 @@ def thin_conv_transpose(
     positions with i - 1 + kh = h and 2j - 1 + kw = c (Dumoulin and Visin, A guide to convolution arithmetic for deep
     learning, arXiv 1603.07285, section 4): of the 4 taps along the width, 2 apply to a column. Products and sums are
     float32 under any autocast, which rounds nothing here. In Triton every sum has a fixed order, so the result is the
-    same bit for bit on every call; it takes one launch forward and three backward. The reference on a GPU is subject to
+    same bit for bit on every call; it takes one launch forward and two backward. The reference on a GPU is subject to
     torch.backends.cudnn.allow_tf32.
 
     Args:

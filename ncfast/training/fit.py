@@ -126,7 +126,10 @@ def fit(
     for note in dataset.notes:
         warnings.warn(note, stacklevel=2)
     device = usable_device(device)
-    config = resolve_config(make_config(preset, **options), dataset, device)
+    given = make_config(preset, **options)
+    config = resolve_config(given, dataset, device)
+    for note in guesses(given, config, dataset):
+        warnings.warn(note, stacklevel=2)
     out = None if out is None else Path(out)
     return train(config, dataset, out=out, device=device, graph=graph, quiet=quiet)
 
@@ -243,6 +246,20 @@ def level_reason(given: Config, dataset: Dataset) -> str:
     if given.level != "auto":
         return "as --level says"
     return f"{level_share(dataset.X_train):.1%} of the variance lies between the means of series (--level auto)"
+
+
+def guesses(given: Config, resolved: Config, dataset: Dataset) -> list[str]:
+    """What was decided by the data and changes what is learned, with what decides otherwise."""
+    notes = []
+    if given.stretch is None and resolved.stretch:
+        notes.append(
+            f"few series: all stages train on {num_copies(len(dataset.X_train)) - 1} copies of each too, stretched in "
+            "time; stretch=0 trains on the series alone"
+        )
+    if given.level == "auto" and resolved.level == "on":
+        reason = level_reason(given, dataset)
+        notes.append(f"the level and scale of each series are drawn apart: {reason}; level='off' codes them with it")
+    return notes
 
 
 def check_memory(config: Config, dataset: Dataset, device: torch.device) -> None:

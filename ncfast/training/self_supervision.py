@@ -97,7 +97,7 @@ class SelfSupervision(nn.Module):
             be worth sharing out, and its gradients, 138 MB at the paper's width, too large to be worth sending.
         generator: on their device, the same on every process; only the losses of `SKETCHED` draw from it.
         """
-        a, b = pool(z_a), pool(z_b)
+        a, b = pool(torch.cat([z_a, z_b])).chunk(2)
         if gather is not None:
             a, b = gather(torch.cat([a, b], 1)).chunk(2, 1)
         return self.weight * self.projected_loss(a, b, generator)

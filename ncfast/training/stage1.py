@@ -11,9 +11,10 @@ from ncfast.models.vqvae import VQVAE
 from ncfast.training.self_supervision import SelfSupervision
 
 
-def mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """Of an empty batch 0."""
-    return F.mse_loss(a, b, reduction="mean" if len(a) else "sum")
+def mean_squared_errors(a: Tensor, b: Tensor, views: int) -> tuple[Tensor, ...]:
+    """Of each view, a and b [views·B, ...] being view after view; of an empty batch 0."""
+    squares = F.mse_loss(a, b, reduction="none").reshape(views, -1)
+    return (squares.sum(1) / max(1, squares.shape[1])).unbind()
 
 
 class Gaps(NamedTuple):
@@ -52,20 +53,18 @@ def stage1_losses(
     Encoder and decoder have both views in one batch, but each view has batch statistics of its own.
     """
     views = 1 if view is None else 2
-    series = (x,) if view is None else (x, view)
-    u = model.stft(joined(series))
+    x = joined((x,) if view is None else (x, view))
+    u = model.stft(x)
     z, *z_view = model.encode(model.with_observed(u, None if gaps is None else gaps.observed), views).chunk(views)
     z_q, commitment = model.quantize(z)
     u_hat = model.decode(joined((z_q, *z_view)), views)
     x_hat = model.stft.inverse(u_hat)
     if gaps is not None:
-        x = torch.where(gaps.observed, joined(series), x_hat.detach())  # without an error in the gaps
-        series, u = x.chunk(views), model.stft(x)
+        x = torch.where(gaps.observed, x, x_hat.detach())  # without an error in the gaps
+        u = model.stft(x)
         x_hat = torch.where(gaps.observed, x_hat, x)
-    (time, *time_view), (spectrum, *spectrum_view) = (
-        [mean_squared_error(a, b) for a, b in zip(hat.chunk(views), true, strict=True)]
-        for hat, true in ((x_hat, series), (u_hat, u.chunk(views)))
-    )
+    time, *time_view = mean_squared_errors(x_hat, x, views)
+    spectrum, *spectrum_view = mean_squared_errors(u_hat, u, views)
     if gaps is not None:
         time, spectrum = time / gaps.share, spectrum / gaps.share
         time_view, spectrum_view = ([each / gaps.share for each in part] for part in (time_view, spectrum_view))

@@ -13,7 +13,7 @@ from ncfast.config import make_config
 from ncfast.data.level import LEAST_STD, filled, level_share, levels_of
 from ncfast.data.sources import from_arrays
 from ncfast.data.stats import DataStats
-from ncfast.training.fit import level_reason, resolve_config, stats_of
+from ncfast.training.fit import guesses, level_reason, resolve_config, stats_of
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
@@ -90,6 +90,8 @@ def test_the_share_of_levels_and_what_is_made_of_it(within, share):
     assert level_reason(given, dataset) == (
         f"{share:.1%} of the variance lies between the means of series (--level auto)"
     )
+    said = [note.partition(":")[0] for note in guesses(given, config, dataset)]
+    assert said == ["the level and scale of each series are drawn apart"] * (decided == "on")
     assert len(stats_of(config, dataset).levels) == (6 if decided == "on" else 0)
     for level in ("on", "off"):
         told = make_config(**SMALL, level=level)

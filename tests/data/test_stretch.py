@@ -67,6 +67,21 @@ def test_series_with_gaps_are_not():
         fit.resolve_config(make_config(stretch=0.2), dataset, CPU)
 
 
+def test_what_few_series_are_given_is_said():
+    few, many = series(24, 2), series(26, 2)
+    for dataset, options, expected in (
+        (few, {}, 1),
+        (few, {"stretch": 0.3}, 0),
+        (few, {"stretch": 0.0}, 0),
+        (many, {}, 0),
+    ):
+        given = make_config(**options)
+        notes = fit.guesses(given, fit.resolve_config(given, dataset, CPU), dataset)
+        assert [note.partition(";")[0] for note in notes] == [
+            "few series: all stages train on 41 copies of each too, stretched in time"
+        ] * expected
+
+
 def test_epochs_are_of_all_copies():
     config = fit.resolve_config(make_config(stage1_steps=80), series(20, 2), CPU)
     assert config.stage1_epochs == 10  # 1000 copies in batches of 128

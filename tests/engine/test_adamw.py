@@ -99,20 +99,25 @@ def test_rounded_weights_give_the_bits_of_autocast():
         assert torch.equal(optimizer.copies[p].grad.float(), g)
 
 
+def step_of(modules, x, precision, **options):
+    return TrainingStep(
+        lambda rows, generator: {"loss": modules(x[rows]).float().square().mean()},
+        modules,
+        num_series=len(x),
+        weight_decay=0.1,
+        rates=[0.01] * 100,
+        precision=precision,
+        device=torch.device(GPU),
+        **options,
+    )
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_takes_it_and_notices_weights_that_were_loaded(monkeypatch, precision):
     monkeypatch.setattr(dispatch, "DEFAULT", "triton")
     modules = nn.Linear(6, 3).to(GPU)
     x = torch.randn(4, 6, device=GPU)
-    step = TrainingStep(
-        lambda rows, generator: {"loss": modules(x[rows]).float().square().mean()},
-        modules,
-        num_series=4,
-        weight_decay=0.1,
-        rates=[0.01] * 3,
-        precision=precision,
-        device=torch.device(GPU),
-    )
+    step = step_of(modules, x, precision)
     rows, generators = torch.arange(4, device=GPU), [torch.Generator(GPU)]
     step(0, rows, generators)
     assert isinstance(step.optimizer, AdamW) and len(step.optimizer.copies) == (2 if precision == "bf16" else 0)
@@ -159,16 +164,7 @@ def test_captured_steps_equal_eager_ones(precision):
     for graph in (False, True):
         torch.manual_seed(0)
         modules = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(6))).to(GPU)
-        step = TrainingStep(
-            lambda rows, generator, modules=modules: {"loss": modules(x[rows]).float().square().mean()},
-            modules,
-            num_series=96,
-            weight_decay=0.1,
-            rates=[0.01] * 100,
-            precision=precision,
-            device=torch.device(GPU),
-            graph=graph,
-        )
+        step = step_of(modules, x, precision, graph=graph)
         assert isinstance(step.optimizer, AdamW)
         for i in range(16):
             step(i, torch.arange(64 if i % 2 else 32, device=GPU), generators)

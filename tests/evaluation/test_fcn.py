@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncfast.engine.cuda_graph import CudaGraph
 from ncfast.engine.loop import derived_seed
@@ -16,7 +17,7 @@ from ncfast.engine.step import TrainingStep
 from ncfast.engine.threads import in_threads
 from ncfast.errors import UserError
 from ncfast.evaluation import fcn_cache
-from ncfast.evaluation.fcn import FCN, Recipe, train_fcn
+from ncfast.evaluation.fcn import FCN, LAYERS, Recipe, as_product, train_fcn
 from ncfast.evaluation.fcn_cache import cached_fcn
 from ncfast.evaluation.network_cache import default_folder
 
@@ -62,6 +63,52 @@ def test_features_are_those_of_three_same_convolutions(channels, length):
     np.testing.assert_allclose(features, expected.detach(), rtol=2e-4, atol=1e-5)
     logits = expected @ model.head.weight.double().T + model.head.bias.double()
     np.testing.assert_allclose(probabilities, logits.softmax(1).detach(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels, filters, kernel, length", [(1, 128, 8, 9), (3, 5, 3, 1), (6, 4, 5, 40)])
+def test_product_is_the_convolution(channels, filters, kernel, length):
+    torch.manual_seed(0)
+    x = torch.randn(5, channels, length + kernel - 1, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(filters, channels, kernel, dtype=torch.float64, requires_grad=True)
+    expected = F.conv1d(x, weight)
+    actual = as_product(x, weight)
+    assert actual.is_contiguous()
+    torch.testing.assert_close(actual, expected)
+    gradient = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(y, (x, weight), gradient) for y in (actual, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_off_a_cpu_no_convolution_is_left_to_cudnn():
+    names = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with torch.device("meta"), Recorded():
+        FCN(3, 4)(torch.empty(5, 3, 31)).sum().backward()
+    assert names.count("aten.bmm.default") == 3 + 5 and not any("conv" in name for name in names)
+
+
+def test_on_a_cpu_the_bits_are_those_of_convolutions():
+    """Evaluators on disk were trained with them."""
+    torch.manual_seed(0)
+    model, x = FCN(3, 4).train(), torch.randn(5, 3, 31, requires_grad=True)
+    modules, channels = [], 3
+    for filters, kernel in LAYERS:
+        pad = torch.nn.ConstantPad1d(((kernel - 1) // 2, kernel // 2), 0.0)
+        convolution = torch.nn.Conv1d(channels, filters, kernel, bias=False)
+        modules += [pad, convolution, torch.nn.BatchNorm1d(filters), torch.nn.ReLU(inplace=True)]
+        channels = filters
+    plain = torch.nn.Sequential(*modules)
+    plain.load_state_dict(model.body.state_dict())
+    results = []
+    for body in (model.body, plain):
+        y = body(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *body.parameters()])])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
 def test_describing_changes_nothing_and_needs_no_batch():

@@ -120,7 +120,7 @@ def test_many_parts_and_tiles(run, monkeypatch):
     if run.slow:
         from ncfast.ops.triton import thin_conv_transpose as kernels
 
-        for name, block in (("POSITIONS", 32), ("SUMS", 16), ("MERGE", 4)):
+        for name, block in (("POSITIONS", 32), ("BACKWARD", 16), ("MERGE", 4)):
             monkeypatch.setitem(getattr(kernels, name), "BLOCK", block)
         monkeypatch.setattr(kernels, "MOST_PARTS", 7)
     check(run, case(3, 5, 33))
@@ -219,7 +219,7 @@ def test_no_synchronisation_and_a_cuda_graph():
 
 @needs_triton
 def test_triton_kernels_compile_offline(tmp_path):
-    from ncfast.ops.triton.thin_conv_transpose import MERGE, POSITIONS, SUMS
+    from ncfast.ops.triton.thin_conv_transpose import BACKWARD, MERGE, POSITIONS
 
     types = dict.fromkeys(("x", "grad_x"), "*bf16")
     types |= dict.fromkeys(("weight", "bias", "y", "grad_y", "partials", "grad_weight", "grad_bias"), "*fp32")
@@ -228,8 +228,7 @@ def test_triton_kernels_compile_offline(tmp_path):
         channels = {"CIN": Cin, "COUT": Cout}
         jobs += [
             ("thin_conv_transpose_kernel", types, {**POSITIONS, **channels, "BIAS": True}),
-            ("thin_conv_transpose_grad_x_kernel", types, {**POSITIONS, **channels}),
-            ("thin_conv_transpose_sums_kernel", types, {**SUMS, **channels}),
+            ("thin_conv_transpose_backward_kernel", types, {**BACKWARD, **channels}),
             ("thin_conv_transpose_merge_kernel", types, {**MERGE, **channels}),
         ]
     used = compile_offline("ncfast.ops.triton.thin_conv_transpose", jobs, tmp_path)

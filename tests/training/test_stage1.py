@@ -8,7 +8,7 @@ from ncfast.nn import encoder_decoder
 from ncfast.nn.projector import pool
 from ncfast.ops import vicreg_loss
 from ncfast.training.self_supervision import SSL_LOSSES, SelfSupervision
-from ncfast.training.stage1 import Gaps, mean_squared_error, stage1_losses
+from ncfast.training.stage1 import Gaps, mean_squared_errors, stage1_losses
 
 
 def small_config(**options):
@@ -144,9 +144,11 @@ def test_every_ssl_method_reaches_the_encoder_from_both_views(ssl):
 
 
 def test_the_error_of_nothing_is_zero():
-    a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
-    torch.testing.assert_close(mean_squared_error(a, b), (a - b).square().sum() / 60)
-    assert mean_squared_error(a[:0], b[:0]) == 0
+    a, b = torch.randn(6, 4, 5), torch.randn(6, 4, 5)
+    for views in (1, 2, 3):
+        expected = [(p - q).square().mean() for p, q in zip(a.chunk(views), b.chunk(views), strict=True)]
+        torch.testing.assert_close(mean_squared_errors(a, b, views), tuple(expected))
+        assert mean_squared_errors(a[:0], b[:0], views) == (0,) * views
 
 
 def test_the_ssl_loss_is_of_the_rows_of_all_processes():
