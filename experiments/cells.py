@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from ncfast.cli.startup import choose_device, leave_compiler_out
 from ncfast.config import PRESETS, Config, make_config
 from ncfast.data.dataset import Dataset
 from ncfast.engine.checkpoint import read_json
+from ncfast.engine.threads import in_threads
 from ncfast.errors import UserError
 from ncfast.evaluation.network_cache import default_folder
 from ncfast.jobs.reproduction import is_trained, shortened
@@ -68,12 +70,19 @@ def add_arguments(parser: argparse.ArgumentParser, variants: bool = True, data: 
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of training and sampling [0]")
     parser.add_argument("--budget", type=float, default=1.0, metavar="X", help="share of each variant's epochs [1]")
     parser.add_argument("--devices", nargs="+", default=["auto"], help="cpu, or GPUs such as cuda:0 cuda:1 [auto]")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes on each device [1]")
+    add_streams(parser, jobs=1)
     parser.add_argument(
         "--minutes", type=float, default=8.0, metavar="M", help="what is not finished is stopped; 0: only print [8]"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines or .csv, added to")
     parser.add_argument("--cache", type=Path, default=default_folder(), metavar="DIR", help="trained evaluators")
+
+
+def add_streams(parser: argparse.ArgumentParser, jobs: int) -> None:
+    parser.add_argument("--jobs", type=int, default=jobs, metavar="N", help=f"processes on each device [{jobs}]")
+    parser.add_argument(
+        "--streams", type=int, default=1, metavar="S", help="trainings at a time in each process; they share a GPU [1]"
+    )
 
 
 def add_variants(parser: argparse.ArgumentParser) -> None:
@@ -169,8 +178,10 @@ def run(cells: Sequence[Cell], work: Callable[[Cell, torch.device], Row], argume
     Cells begin in their order, but for those that will take longer than what is left, by what another cell of that
     set has taken.
 
+    What fails beside other cells of its process is done again by itself, as it may have been the fault of another.
+
     Args:
-        work: what to do with a cell; a process calls it with one after the other.
+        work: what to do with a cell; a process calls it with one after the other, in each of its threads.
     """
     begin = time.monotonic()
     deadline = begin + 60 * arguments.minutes
@@ -183,28 +194,33 @@ def run(cells: Sequence[Cell], work: Callable[[Cell, torch.device], Row], argume
     todo = [cell for cell in cells if identity(cell) not in rows]
     print(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished before", flush=True)
     workers: list[Worker] = []
+    again: list[Cell] = []  # that failed beside others
     failed = 0
     try:
         devices = [device for _ in range(arguments.jobs) for device in arguments.devices]
         devices = devices[: len(todo) if arguments.minutes else 0]
-        workers = [Worker(work, device, len(devices)) for device in devices]
+        workers = [Worker(work, device, len(devices), arguments.streams) for device in devices]
         while time.monotonic() < deadline:
-            for worker in workers:
-                if worker.cell is None:
-                    worker.take(next_cell(todo, rows.values(), deadline - time.monotonic()))
-            busy = [worker for worker in workers if worker.cell is not None]
+            for i, worker in enumerate(workers):
+                if worker.has_failed and not worker.cells:
+                    worker.connection.close()
+                    workers[i] = Worker(work, worker.device, len(workers), arguments.streams)
+            for _ in range(arguments.streams):
+                for worker in workers:
+                    if again and not worker.cells:
+                        worker.take(again.pop(0), alone=True)
+                    elif worker.has_room():
+                        worker.take(next_cell(todo, rows.values(), deadline - time.monotonic()))
+            busy = [worker for worker in workers if worker.cells]
             if not busy:
                 break
             wait([worker.connection for worker in busy], timeout=max(0.0, deadline - time.monotonic()))
-            for worker in busy:
-                if not worker.connection.poll():
-                    continue
-                cell, row, error = worker.answer()
+            for cell, row, error, alone in (each for worker in busy for each in worker.answers()):
                 said = f"[{time.monotonic() - begin:4.0f} s] {label(cell)}"
                 if row is None:
-                    failed += 1
-                    print(f"{said} failed: {error}", flush=True)
-                    workers[workers.index(worker)] = Worker(work, worker.device, len(workers))
+                    failed += alone
+                    again += [] if alone else [cell]
+                    print(f"{said} failed{'' if alone else ' beside others, and is done again'}: {error}", flush=True)
                     continue
                 add_row(out, row, rows.values())
                 rows[identity(cell)] = row
@@ -240,33 +256,50 @@ def label(cell: Cell) -> str:
 
 
 class Worker:
-    """A process on a device that is given a cell at a time."""
+    """A process on a device that is given cells, as many at a time as it has threads.
 
-    def __init__(self, work: Callable[[Cell, torch.device], Row], device: str, workers: int) -> None:
+    Attributes:
+        cells: those that it has.
+        alone: it has one, and is to get no other beside it.
+        has_failed: one of its cells, so that it is to get no more: a GPU may not be usable after that.
+    """
+
+    def __init__(self, work: Callable[[Cell, torch.device], Row], device: str, workers: int, streams: int = 1) -> None:
         self.device = device
-        self.cell: Cell | None = None
+        self.streams = streams
+        self.cells: list[Cell] = []
+        self.alone = self.has_failed = False
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        threads = max(1, len(os.sched_getaffinity(0)) // workers)
-        self.process = context.Process(target=serve, args=(work, device, threads, theirs), daemon=True)
+        threads = max(1, len(os.sched_getaffinity(0)) // (workers * streams))
+        self.process = context.Process(target=serve, args=(work, device, threads, streams, theirs), daemon=True)
         self.process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
 
-    def take(self, cell: Cell | None) -> None:
-        self.cell = cell
+    def has_room(self) -> bool:
+        return not self.has_failed and len(self.cells) < (1 if self.alone else self.streams)
+
+    def take(self, cell: Cell | None, alone: bool = False) -> None:
         if cell is not None:
-            with contextlib.suppress(BrokenPipeError):  # the answer will say that the process has ended
+            self.cells.append(cell)
+            self.alone = alone or self.streams == 1
+            with contextlib.suppress(OSError):  # the answer will say that the process has ended
                 self.connection.send(cell)
 
-    def answer(self) -> tuple[Cell, Row | None, str]:
-        """The cell, and its row or what went wrong."""
-        assert self.cell is not None
-        cell, self.cell = self.cell, None
+    def answers(self) -> Iterator[tuple[Cell, Row | None, str, bool]]:
+        """What has come: a cell, its row or what went wrong, and whether it was alone; all where the process has
+        ended."""
+        if not self.connection.poll():
+            return
         try:
-            return cell, *self.connection.recv()
-        except EOFError:
+            answers = [self.connection.recv()]
+        except (EOFError, ConnectionError):
             self.process.join()
-            return cell, None, f"its process ended with code {self.process.exitcode}"
+            answers = [(cell, None, f"its process ended with code {self.process.exitcode}") for cell in self.cells]
+        for cell, row, error in answers:
+            self.cells.remove(cell)
+            self.has_failed |= row is None
+            yield cell, row, error, self.alone
 
 
 def stop(workers: Sequence[Worker], seconds: float = 10) -> None:
@@ -279,26 +312,38 @@ def stop(workers: Sequence[Worker], seconds: float = 10) -> None:
         worker.process.kill()
 
 
-def serve(work: Callable[[Cell, torch.device], Row], device: str, threads: int, connection: Connection) -> None:
-    """What a process of `run` does. After a failure it ends, since a GPU may not be usable any more."""
+def serve(
+    work: Callable[[Cell, torch.device], Row], device: str, threads: int, streams: int, connection: Connection
+) -> None:
+    """What a process of `run` does, until the other end is closed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is open is closed
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     leave_compiler_out()
     where = choose_device(device)[0]
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    receiving, sending = threading.Lock(), threading.Lock()
+
+    def work_on_cells() -> None:
         while True:
-            cell = connection.recv()
+            with receiving:
+                while not connection.poll(0.1):  # a thread that waits inside a call cannot be interrupted
+                    pass
+                cell = connection.recv()
             begin = time.monotonic()
             try:
                 row = {"cell": cell, **work(cell, where)}
             except Exception as error:  # whatever it is, other cells go on
                 if not isinstance(error, UserError):
                     traceback.print_exc()
-                connection.send((None, f"{type(error).__name__}: {error}"))
-                return
-            seconds = round(time.monotonic() - begin, 1)
-            connection.send(({**row, "seconds": seconds, "machine": name_of(where), **provenance()}, ""))
+                answer = cell, None, f"{type(error).__name__}: {error}"
+            else:
+                seconds = round(time.monotonic() - begin, 1)
+                answer = cell, {**row, "seconds": seconds, "machine": name_of(where), **provenance()}, ""
+            with sending:
+                connection.send(answer)
+
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        in_threads(streams, work_on_cells, where)
 
 
 def name_of(device: torch.device) -> str:

@@ -1,7 +1,7 @@
 """How many hours the paper's table takes: every set's shape for some seconds, with several processes on each device.
 
-All processes take the same stage of the same set at the same time, as they do in the table, where the cells of a set
-follow each other. They begin together once their steps are CUDA graphs, and go on for a while with all that belongs to
+All trainings at a time take the same stage of the same set, as they do in the table, where the cells of a set follow
+each other. They begin together once their steps are CUDA graphs, and go on for a while with all that belongs to
 an epoch: its log, its losses, its checkpoints. Then each measures its model. Random series of the same shape stand for
 a set that is not in --data. Where the time is up, a set takes its figures from the one most like it: a step's as they
 are, those of measuring by the number of values.
@@ -22,7 +22,7 @@ import torch
 from torch import distributed
 
 from benchmarks.common import table
-from experiments.cells import Worker, sigterm_as_exit, stop
+from experiments.cells import Worker, add_streams, sigterm_as_exit, stop
 from experiments.rows import Cell, Row, options_of
 from ncfast.cli.parser import run as run_program
 from ncfast.config import Config, make_config
@@ -30,7 +30,6 @@ from ncfast.data.dataset import Dataset
 from ncfast.data.sources import from_arrays, load_dataset
 from ncfast.engine.logging import RunLog
 from ncfast.engine.loop import Stage, batch_ends, train_stage
-from ncfast.engine.precision import computing
 from ncfast.engine.step import TrainingStep
 from ncfast.errors import UserError
 from ncfast.evaluation.fcn import Recipe
@@ -79,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments.table_time", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5.0, metavar="M", help="all that it takes [5]")
     parser.add_argument("--devices", nargs="+", default=["auto"], help="cpu, or GPUs such as cuda:0 cuda:1 [auto]")
-    parser.add_argument("--jobs", type=int, default=4, metavar="N", help="processes on each device [4]")
+    add_streams(parser, jobs=4)
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of those sets that are at hand")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, metavar="NAME", help="[all 13]")
     parser.add_argument("--seeds", type=int, default=4, metavar="N", help="cells of each setting [4]")
@@ -102,8 +101,8 @@ def main() -> None:
     asked["window"] = min(AT_MOST, max(AT_LEAST, 60 * arguments.minutes / (12 * len(arguments.sets))))
     devices = [device for _ in range(arguments.jobs) for device in arguments.devices]
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    asked |= {"port": store.port, "processes": len(devices)}
-    workers = [Worker(measured, device, len(devices)) for device in devices]
+    asked |= {"port": store.port, "trainings": len(devices) * arguments.streams}
+    workers = [Worker(measured, device, len(devices), arguments.streams) for device in devices]
     costs: dict[str, Row] = {}
     try:
         for name in arguments.sets:
@@ -122,26 +121,24 @@ def main() -> None:
 
 
 def together(workers: Sequence[Worker], cell: Cell, deadline: float) -> Row:
-    """Means over the processes, each of which does the cell.
+    """Means over the trainings at a time, each of which does the cell.
 
     Raises:
         TimeoutError: the time is up.
         UserError: one of them has failed; the others wait for it.
     """
     begin = time.monotonic()
-    for seed, worker in enumerate(workers):
-        worker.take({**cell, "seed": seed})
+    for seed in range(cell["trainings"]):
+        workers[seed % len(workers)].take({**cell, "seed": seed})
     rows = []
-    while len(rows) < len(workers):
-        busy = [worker for worker in workers if worker.cell is not None]
+    while len(rows) < cell["trainings"]:
+        busy = [worker for worker in workers if worker.cells]
         if not wait([worker.connection for worker in busy], timeout=max(0.0, deadline - time.monotonic())):
             raise TimeoutError(f"the time is up, in {cell['what']} of {cell['set']}")
-        for worker in busy:
-            if worker.connection.poll():
-                _, row, error = worker.answer()
-                if row is None:
-                    raise UserError(f"{cell['what']} of {cell['set']}: {error}")
-                rows.append(row)
+        for _, row, error, _ in (each for worker in busy for each in worker.answers()):
+            if row is None:
+                raise UserError(f"{cell['what']} of {cell['set']}: {error}")
+            rows.append(row)
     row = {**rows[0], **mean([each["costs"] for each in rows])}
     said = ", ".join(f"{key} {value:.3g}" for key, value in row["costs"].items() if value >= 0.002)
     print(f"{cell['set']} ({row['source']}), {cell['what']}, {time.monotonic() - begin:.0f} s: {said}", flush=True)
@@ -152,15 +149,17 @@ def mean(costs: Sequence[dict[str, float]]) -> dict[str, float]:
     return {key: sum(each[key] for each in costs) / len(costs) for key in costs[0]}
 
 
-MODELS: dict[str, tuple[NCVQVAE, Dataset, str]] = {}  # of a process, from its stages to its evaluation
+# Of a process, from its stages to its evaluation, by set and seed.
+MODELS: dict[tuple[str, int], tuple[NCVQVAE, Dataset, str]] = {}
 
 
 def measured(cell: Cell, device: torch.device) -> Row:
     """What a process does with a cell: seconds by name."""
+    key = cell["set"], cell["seed"]
     if cell["what"] == "stages":
         costs = stages(cell, device)
-        return {"costs": costs, "source": MODELS[cell["set"]][2]}
-    model, dataset, source = MODELS.pop(cell["set"])
+        return {"costs": costs, "source": MODELS[key][2]}
+    model, dataset, source = MODELS.pop(key)
     return {"costs": evaluation(cell, model, dataset), "source": source}
 
 
@@ -174,17 +173,15 @@ def stages(cell: Cell, device: torch.device) -> dict[str, float]:
         config = resolve_config(make_config("paper", **options), dataset, device)
         data = stats_of(config, dataset)
         x, observed = data.normalise_observed(dataset.X_train, device)
-        with computing(config.precision, device):
-            vqvae = new_vqvae(config, data)
-            first = make_stage1(config, vqvae, x, device, observed=observed)
-            costs |= timed(kind, first, begin, cell, device)
+        vqvae = new_vqvae(config, data)
+        first = make_stage1(config, vqvae, x, device, observed=observed)
+        costs |= timed(kind, first, begin, cell, device)
     begin = time.monotonic()
     labels = torch.from_numpy(dataset.y_train).to(device)
-    with computing(config.precision, device):
-        prior = new_prior(config, vqvae.eval(), data)
-        second = make_stage2(config, vqvae, prior, x, labels, device, observed=observed)
-        costs |= timed(PRIOR, second, begin, cell, device)
-    MODELS[cell["set"]] = NCVQVAE(config, data, vqvae, prior, device), dataset, source
+    prior = new_prior(config, vqvae.eval(), data)
+    second = make_stage2(config, vqvae, prior, x, labels, device, observed=observed)
+    costs |= timed(PRIOR, second, begin, cell, device)
+    MODELS[cell["set"], cell["seed"]] = NCVQVAE(config, data, vqvae, prior, device), dataset, source
     return costs
 
 
@@ -210,7 +207,7 @@ class Watch(RunLog):
     """A stage's log that takes the time: from after `skipped` epochs, when all have met, for so many seconds.
 
     Attributes:
-        ready: when this process came there.
+        ready: when this training came there.
         ends: of the epochs that are timed, after the time when they began.
     """
 
@@ -231,12 +228,12 @@ class Watch(RunLog):
 
 
 def meet(cell: Cell, where: str) -> None:
-    """Waits until all processes have come there."""
-    if cell["processes"] == 1:
+    """Waits until all trainings have come there."""
+    if cell["trainings"] == 1:
         return
     store = distributed.TCPStore("127.0.0.1", cell["port"], is_master=False, wait_for_workers=False)
     store.add(where, 1)
-    while store.add(where, 0) < cell["processes"]:
+    while store.add(where, 0) < cell["trainings"]:
         time.sleep(0.001)
 
 
@@ -306,26 +303,26 @@ def nearest(name: str, others: Sequence[str], size: dict[str, int]) -> str:
 
 
 def cell_seconds(cost: Row, kind: str, config: Config) -> float:
-    """Of one cell in one process."""
+    """Of one cell."""
     first = cost[f"start of {kind}"] + config.stage1_epochs * cost[kind]
     return first + cost[f"start of {PRIOR}"] + config.stage2_epochs * cost[PRIOR] + cost["measures"]
 
 
-def set_hours(cost: Row, config: Config, processes: int, seeds: int, ssl_settings: int) -> float:
+def set_hours(cost: Row, config: Config, at_a_time: int, seeds: int, ssl_settings: int) -> float:
     """Of all cells of a set. Each process trains an evaluator, as none is there when they begin."""
     seconds = cell_seconds(cost, PLAIN, config) + ssl_settings * cell_seconds(cost, SSL, config)
-    return (seeds * seconds / processes + cost["evaluator"]) / 3600
+    return (seeds * seconds / at_a_time + cost["evaluator"]) / 3600
 
 
 def as_text(costs: dict[str, Row], found: dict[str, Row], config: Config, arguments: Any) -> str:
     """A table of all sets and a line of all; what was not measured has a ~."""
-    processes = arguments.jobs * len(arguments.devices)
+    at_a_time = arguments.jobs * arguments.streams * len(arguments.devices)
     cells = arguments.seeds * (1 + arguments.ssl_settings)
     lines, total = [], 0.0
     for name, cost in costs.items():
         steps = steps_of(name, config)
         stages_marked, marked = ("" if what in found.get(name, ()) else "~" for what in (PRIOR, "measures"))
-        hours = set_hours(cost, config, processes, arguments.seeds, arguments.ssl_settings)
+        hours = set_hours(cost, config, at_a_time, arguments.seeds, arguments.ssl_settings)
         total += hours
         each = [f"{stages_marked}{1000 * cost[stage] / steps[stage]:.2f}" for stage in (PLAIN, SSL, PRIOR)]
         starts = sum(cost[f"start of {stage}"] for stage in (PLAIN, PRIOR))
@@ -340,7 +337,8 @@ def as_text(costs: dict[str, Row], found: dict[str, Row], config: Config, argume
     said = (
         f"{len(costs) * cells} cells, {config.stage1_epochs} + {config.stage2_epochs} epochs: {total:.1f} hours with "
     )
-    said += f"{arguments.jobs} processes on each of {len(arguments.devices)} x {row['machine']} ({versions})"
+    streams = f" of {arguments.streams} streams" * (arguments.streams > 1)
+    said += f"{arguments.jobs} processes{streams} on each of {len(arguments.devices)} x {row['machine']} ({versions})"
     random = [name for name, each in found.items() if each["source"] == "random"]
     said += f"; random series for {', '.join(random)}" if random else ""
     if not any("measures" in each for each in found.values()):

@@ -2,7 +2,7 @@
 
 Every cell is a data set, a method, its views and a seed: both stages are trained, then measured. A cell that is done is
 not done again, so the same command continues what was interrupted; torchrun shares the cells among GPUs, --jobs among
-processes on each.
+processes on each, --streams among threads of a process.
 """
 
 import argparse
@@ -74,6 +74,9 @@ def make_parser() -> Parser:
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="[runs/reproduce]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that share the device [1]")
+    parser.add_argument(
+        "--streams", type=int, default=1, metavar="S", help="trainings at a time in each process; they share a GPU [1]"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the cells, do nothing")
     add_config_arguments(parser, default="of the preset", without=("ssl", "augment", "seed"))
     return parser

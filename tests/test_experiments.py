@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -46,8 +47,13 @@ def toy(cell, device, *, log):
     if cell["set"] == "crash":
         os._exit(7)
     if cell["set"] == "slow":
-        time.sleep(600)
-    return {"device": str(device)}
+        for _ in range(60000):
+            time.sleep(0.01)
+    if cell["set"].startswith("meet"):  # until all three are there
+        end = time.monotonic() + 60
+        while log.read_text().count("meet") < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+    return {"device": str(device), "process": os.getpid(), "thread": threading.get_ident()}
 
 
 def test_variants_take_any_option_and_refuse_what_is_none():
@@ -92,6 +98,28 @@ def test_finished_cells_are_kept_and_failed_ones_are_tried_again(tmp_path, capfd
     assert len(rows_of(out)) == 3
 
 
+def test_threads_of_a_process_have_a_cell_each(tmp_path, capfd):
+    out, log = tmp_path / "out.jsonl", tmp_path / "log"
+    rows = run(
+        cells(["meet1", "meet2", "meet3"]), functools.partial(toy, log=log), parsed("--out", out, "--streams", 3)
+    )
+    assert len({row["process"] for row in rows}) == 1 and len({row["thread"] for row in rows}) == 3
+    assert log.read_text().split() == ["meet1", "meet2", "meet3"]
+
+
+def test_what_fails_beside_others_is_done_again_by_itself(tmp_path, capfd):
+    """An error or a crash of one cell costs no other its result."""
+    out, log = tmp_path / "out.jsonl", tmp_path / "log"
+    arguments = parsed("--out", out, "--streams", 3)
+    rows = run(cells(["a", "crash", "error", "b", "c"]), functools.partial(toy, log=log), arguments)
+    assert [row["cell"]["set"] for row in rows] == ["a", "b", "c"] and len(rows_of(out)) == 3
+    printed = capfd.readouterr().out
+    assert "error v seed 0 failed: ValueError: it is broken" in printed
+    assert "crash v seed 0 failed beside others, and is done again: its process ended with code 7" in printed
+    assert "crash v seed 0 failed: its process ended with code 7" in printed and "0 cells are not finished" in printed
+    assert log.read_text().split().count("crash") == 2
+
+
 def test_a_table_has_a_cell_once_and_no_line_that_was_cut(tmp_path, capfd):
     out, log = tmp_path / "out.csv", tmp_path / "log"
     options = {"preset": "paper", "augment": ["warp:0.5", "gauss"], "ssl_weight": 0.1, "ssl": "barlow", "dim": 16}
@@ -130,10 +158,11 @@ def test_what_is_not_finished_in_time_is_stopped(tmp_path, capfd):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children are read from /proc")
-def test_sigterm_leaves_no_process_behind(tmp_path):
+@pytest.mark.parametrize("streams", [1, 2])
+def test_sigterm_leaves_no_process_behind(tmp_path, streams):
     program = (
-        "import functools, test_experiments as t; "
-        "t.run(t.cells(['slow']), functools.partial(t.toy, log='log'), t.parsed('--out', 'out.jsonl'))"
+        "import functools, test_experiments as t; t.run(t.cells(['slow']), functools.partial(t.toy, log='log'), "
+        f"t.parsed('--out', 'out.jsonl', '--streams', {streams}))"
     )
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
@@ -143,10 +172,12 @@ def test_sigterm_leaves_no_process_behind(tmp_path):
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.terminate()
+    begin = time.monotonic()
     assert process.wait(60) == 128 + signal.SIGTERM and children
     while any(Path("/proc", child).exists() for child in children) and time.monotonic() < end:
         time.sleep(0.05)
     assert not [child for child in children if Path("/proc", child).exists()]
+    assert time.monotonic() - begin < 8  # none had to be killed
 
 
 def test_a_cell_that_would_take_too_long_lets_others_go_before_it():
@@ -374,7 +405,7 @@ def test_hours_of_the_table_by_hand():
     ecg = costs["ECG5000"]
     assert table_time.cell_seconds(ecg, table_time.PLAIN, config) == pytest.approx(3 + 200 + 3 + 100 + 50)
     assert table_time.cell_seconds(ecg, table_time.SSL, config) == pytest.approx(3 + 400 + 3 + 100 + 50)
-    hours = table_time.set_hours(ecg, config, processes=8, seeds=4, ssl_settings=6)
+    hours = table_time.set_hours(ecg, config, at_a_time=8, seeds=4, ssl_settings=6)
     assert hours == pytest.approx((4 * (356 + 6 * 556) / 8 + 30) / 3600)
     # Wafer is most like ECG5000: its steps take as long, of which there are 8 and 4, and it has more values to measure.
     wafer, more = costs["Wafer"], (1000 + 6164) * 152 / ((500 + 4500) * 140)
@@ -445,7 +476,7 @@ def test_processes_that_wait_for_each_other_do_not_wait_for_ever(tmp_path, name,
     begin = time.monotonic()
     try:
         with pytest.raises(error, match=f"stages of {name}"):
-            table_time.together(workers, {"what": "stages", "set": name}, begin + seconds)
+            table_time.together(workers, {"what": "stages", "set": name, "trainings": 1}, begin + seconds)
     finally:
         stop(workers)
     assert time.monotonic() - begin < 60

@@ -1,6 +1,6 @@
 """How fine the detail of series is: what is lost where a stretch of samples is told by its mean."""
 
-import warnings
+from typing import Any
 
 import numpy as np
 
@@ -21,13 +21,17 @@ def variance_within(X: np.ndarray, size: int) -> float:
     count = X.shape[2] // size
     if count == 0:
         return 1.0
-    with np.errstate(invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing but NaN
-        X = X - np.nanmean(X, axis=2, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        X = X - mean(X, axis=2, keepdims=True)
         blocks = X[:, :, : count * size].reshape(*X.shape[:2], count, size)
-        within = np.nanmean(np.square(blocks - np.nanmean(blocks, axis=3, keepdims=True)), axis=(0, 2, 3))  # [C]
-        share = within / np.nanmean(np.square(X), axis=(0, 2))
-        return float(np.nanmean(share)) if np.isfinite(share).any() else 0.0
+        within = mean(np.square(blocks - mean(blocks, axis=3, keepdims=True)), axis=(0, 2, 3))  # [C]
+        share = within / mean(np.square(X), axis=(0, 2))
+        return float(mean(share)) if np.isfinite(share).any() else 0.0
+
+
+def mean(x: np.ndarray, **options: Any) -> np.ndarray:
+    """np.nanmean, which warns of nothing but NaN: to silence that is not up to a thread."""
+    return np.nansum(x, **options) / np.sum(~np.isnan(x), **options)
 
 
 def structure_within(X: np.ndarray, size: int) -> float:

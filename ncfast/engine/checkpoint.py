@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ncfast.errors import UserError
+
+WITHOUT_CHECKSUMS = threading.Lock()  # whether torch.save writes them is said for all threads
 
 
 @contextlib.contextmanager
@@ -135,11 +138,10 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     """
     spare = path.with_name(f".{path.name}.spare")
     previous = path.with_name(f".{path.name}.previous")
-    checksums = torch.serialization.get_crc32_options()
     try:
-        torch.serialization.set_crc32_options(False)  # half of the time of a write to memory-cached pages
         with open(spare, "r+b" if spare.exists() else "w+b", buffering=0) as file:
-            torch.save(state, file)
+            with without_checksums():
+                torch.save(state, file)
             file.truncate()
         previous.unlink(missing_ok=True)
         if path.exists():
@@ -150,8 +152,18 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
             os.replace(previous, spare)
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path}: {reason(error)}; free space or choose another folder") from error
-    finally:
-        torch.serialization.set_crc32_options(checksums)
+
+
+@contextlib.contextmanager
+def without_checksums() -> Iterator[None]:
+    """They take half of the time of a write to memory-cached pages."""
+    with WITHOUT_CHECKSUMS:
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            yield
+        finally:
+            torch.serialization.set_crc32_options(before)
 
 
 def drop_spare_state(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Functions of tensors as CUDA graphs: one launch for all kernels of a call."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,13 +9,20 @@ from torch import Tensor
 
 from ncfast.engine.device import current
 
+# Graphs that nobody needs any more. PyTorch keeps a list of all, which a thread that captures writes to, so that no
+# other may take a graph away at that moment, least of all where Python happens to collect it.
+RETIRED: list[Any] = []
+
 
 class CudaGraph:
     """Captures a function once and replays it: one launch for all its kernels.
 
     The function must do the same work every time: fixed shapes, no host synchronisation, random numbers from
-    `generators` alone. What it returns is overwritten by the next call.
+    `generators` alone. What it returns is overwritten by the next call. Where there are other threads, it is made
+    inside `engine.precision.computing`.
     """
+
+    graph: torch.cuda.CUDAGraph | None = None
 
     def __init__(
         self,
@@ -46,7 +54,7 @@ class CudaGraph:
             self.graph = torch.cuda.CUDAGraph()
             for generator in generators:
                 self.graph.register_generator_state(generator)
-            # Other threads, such as the one that watches over NCCL, may go on with what a capture forbids.
+            # Other threads, which train or watch over NCCL, may go on with what a capture forbids.
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = function(*self.inputs)
             # Where a capture begins, it sets the counters of the generators on its stream, and each replay sets them on
@@ -58,6 +66,9 @@ class CudaGraph:
             own.copy_(value)
         self.graph.replay()
         return self.outputs
+
+    def __del__(self) -> None:
+        RETIRED.append(self.graph)
 
 
 class on_stream:
@@ -77,12 +88,13 @@ class on_stream:
         self.outer.wait_stream(self.stream)
 
 
-STREAMS: dict[int, torch.cuda.Stream] = {}
+OF_THREAD = threading.local()
 
 
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of warm-ups and captures on a GPU. One for all: gradients of a tensor stay on the stream of the
-    first."""
-    if device.index not in STREAMS:
-        STREAMS[device.index] = torch.cuda.Stream(device)
-    return STREAMS[device.index]
+    """This thread's stream of warm-ups and captures on a GPU. One for all of them, since gradients of a tensor stay on
+    the stream of the first; not that of other threads, since products captured on one stream share a workspace."""
+    streams = OF_THREAD.__dict__
+    if device.index not in streams:
+        streams[device.index] = torch.cuda.Stream(device)
+    return streams[device.index]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ncfast.engine.checkpoint import drop_spare_state, write_state
+from ncfast.engine.drawing import DrawingFrom
 from ncfast.engine.logging import RunLog, progress_bar
 from ncfast.engine.processes import ALONE, Processes
 from ncfast.engine.step import Losses, TrainingStep
@@ -21,6 +22,11 @@ from ncfast.errors import UserError
 def derived_seed(*words: int) -> int:
     """A 63-bit seed for (seed, stage[, epoch]): streams that share no number."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seeded(*words: int) -> DrawingFrom:
+    """Inside the block what is drawn on the CPU comes from that seed: for initial weights."""
+    return DrawingFrom(torch.Generator().manual_seed(derived_seed(*words)))
 
 
 def batches(num_series: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
@@ -118,8 +124,6 @@ def train_stage(
         checkpoint_every: None: checkpointing takes at most 5 % of the time.
         graph: on a GPU, make the step one CUDA graph.
         processes: those that train together, all with the same arguments, but for log, state_path and quiet.
-
-    The caller has entered `engine.precision.computing`.
     """
     step = TrainingStep(
         stage.losses,
@@ -148,18 +152,15 @@ def train_stage(
 
     per_epoch = stage.steps_per_epoch
     stage.modules.train()
-    generators = [torch.Generator(device)]  # the step may replace it
+    # The second is for a codebook that replaces its dead codes. The step may replace them.
+    generators = [torch.Generator(device), torch.Generator(device)]
     begin = time.monotonic() - seconds
     shown = 0.0
     checkpoints = Checkpoints(state_path, checkpoint_every)
-    with (
-        progress_bar(stage.name, stage.epochs * per_epoch, epoch * per_epoch, quiet=quiet) as bar,
-        # A codebook that replaces its dead codes draws from torch's own generators; the caller's state is put back.
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-    ):
+    with progress_bar(stage.name, stage.epochs * per_epoch, epoch * per_epoch, quiet=quiet) as bar:
         while epoch < stage.epochs:
-            seed_default_generators(device, derived_seed(seed, stage.number, epoch, 1))
             generators[0].manual_seed(derived_seed(seed, stage.number, epoch))
+            generators[1].manual_seed(derived_seed(seed, stage.number, epoch, 1))
             step.begin_epoch()
             for i, rows in enumerate(batches(stage.num_series, stage.batch_size, generators[0], device)):
                 step(epoch * per_epoch + i, rows, generators)
@@ -195,13 +196,6 @@ def train_stage(
     if state_path is not None:
         drop_spare_state(state_path)
     return StageResult(epoch, seconds, losses)
-
-
-def seed_default_generators(device: torch.device, seed: int) -> None:
-    """The CPU's and the device's, where torch.manual_seed would seed those of all GPUs."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 class Checkpoints:

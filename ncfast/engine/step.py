@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ncfast.engine.adamw import AdamW, RoundedWeights
 from ncfast.engine.compile_ahead import compile_ahead
 from ncfast.engine.cuda_graph import CudaGraph, capture_stream, on_stream
-from ncfast.engine.precision import autocast
+from ncfast.engine.drawing import DrawingFrom
+from ncfast.engine.precision import autocast, computing
 from ncfast.engine.processes import ALONE, Processes
 from ncfast.ops import dispatch
 
@@ -127,7 +128,8 @@ class TrainingStep:
 
         Args:
             rows: int64 [B], on the device.
-            generators: the one to draw from. One that a failed capture has spoilt is replaced, in the list.
+            generators: the first is what `losses` gets; what names none draws from the last. Those that a failed
+                capture has spoilt are replaced, in the list.
         """
         if isinstance(self.rate, Tensor):
             self.rate.copy_(self.device_rates[step])
@@ -135,25 +137,26 @@ class TrainingStep:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rates[step]
         B = len(rows)
-        if B not in self.taken:
-            self.compile_kernels(rows, generators)
-        if self.wants_graph and B not in self.graphs and self.worth_a_graph(step, B):
-            self.capture(rows, generators)
+        if B not in self.graphs:
+            with computing(self.precision, self.device):
+                if B not in self.taken:
+                    self.compile_kernels(rows, generators)
+                if self.wants_graph and self.worth_a_graph(step, B):
+                    self.capture(rows, generators)
+                if B not in self.graphs:
+                    stream = on_stream(capture_stream(self.device)) if self.wants_graph else contextlib.nullcontext()
+                    with stream:
+                        self.losses = self.step(rows, generators)
         self.taken[B] = self.taken.get(B, 0) + 1
         if B in self.graphs:
             self.losses = self.graphs[B](rows)
-        elif self.wants_graph:
-            with on_stream(capture_stream(self.device)):
-                self.losses = self.step(rows, generators)
-        else:
-            self.losses = self.step(rows, generators)
 
     def compile_kernels(self, rows: Tensor, generators: list[torch.Generator]) -> None:
         """`compile_ahead` for a step, after which everything is as before it."""
         if self.device.type != "cuda":
             return
         before = [generator.get_state() for generator in generators]
-        with as_before(self.modules), torch.random.fork_rng([self.device]), on_stream(capture_stream(self.device)):
+        with as_before(self.modules), on_stream(capture_stream(self.device)):
             compile_ahead(lambda: self.gradients(rows, generators), self.device)
         self.optimizer.zero_grad(set_to_none=True)
         for generator, state in zip(generators, before, strict=True):
@@ -199,7 +202,7 @@ class TrainingStep:
 
     def gradients(self, rows: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.precision, self.device), self.weights:
+        with autocast(self.precision, self.device), self.weights, DrawingFrom(generators[-1]):
             losses = self.compute_losses(rows, generators[0])
         losses["loss"].backward()
         return {name: value.detach() for name, value in losses.items()}

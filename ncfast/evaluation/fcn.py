@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncfast.engine.logging import progress_bar
-from ncfast.engine.loop import batch_ends, batches, cosine, derived_seed
+from ncfast.engine.loop import batch_ends, batches, cosine, derived_seed, seeded
 from ncfast.engine.precision import computing
 from ncfast.engine.step import TrainingStep
 
@@ -113,8 +113,7 @@ def train_fcn(
     x, labels = x.to(device), torch.from_numpy(y).to(device)
     device = x.device  # with its number
     generators = [torch.Generator(device).manual_seed(derived_seed(seed, 0))]  # the step may replace it
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derived_seed(seed, 1))
+    with seeded(seed, 1):
         model = FCN(x.shape[1], num_classes)
     model = model.to(device).train()
     epochs = recipe.epochs_for(len(x))
@@ -130,7 +129,7 @@ def train_fcn(
         fused=device.type == "cuda",  # a CPU's classifiers keep their bits, which name them
     )
     numbers = itertools.count()
-    with computing("fp32", device), progress_bar(title, epochs, unit="epoch", quiet=not title) as bar:
+    with progress_bar(title, epochs, unit="epoch", quiet=not title) as bar:
         for _ in range(epochs):
             for rows in batches(len(x), recipe.batch_size, generators[0], device):
                 step(next(numbers), rows, generators)

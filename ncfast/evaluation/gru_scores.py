@@ -173,18 +173,18 @@ def train(
         loss().backward()
         optimizer.step()
 
+    if not on_gpu:
+        for _ in range(steps):
+            step()
+        return
     with computing("fp32", device):
-        if not on_gpu:
-            for _ in range(steps):
-                step()
-            return
         with on_stream(capture_stream(device)):
             for _ in range(min(EAGER_STEPS, steps)):
                 step()
         if steps > EAGER_STEPS:
             graph = CudaGraph(step, warm_ups=0, generators=(generator,), device=device)
-            for _ in range(steps - EAGER_STEPS):
-                graph()
+    for _ in range(steps - EAGER_STEPS):
+        graph()
 
 
 def random_rows(repeats: int, n: int, count: int, generator: torch.Generator) -> Tensor:

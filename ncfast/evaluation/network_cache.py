@@ -4,7 +4,9 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +20,7 @@ from ncfast.errors import UserError
 FORMAT = 1
 
 Network = TypeVar("Network", bound=nn.Module)
+BEING_MADE: defaultdict[Path, Any] = defaultdict(threading.RLock)  # another thread that wants the same waits
 
 
 def default_folder() -> Path:
@@ -55,25 +58,26 @@ def trained_once(
         model = train()
         return model, weights_sha256(key, model)
     stem = f"{what}-{''.join(c if c.isalnum() else '-' for c in name)}-seed{facts['seed']}-{key[:16]}"
-    # The record is written last: where it is, the weights are whole.
-    if (folder / f"{stem}.json").exists():
-        try:
-            return read(folder, stem, key, make())
-        except UserError as error:
-            warnings.warn(f"the {what} network is trained again: {error}", RuntimeWarning, stacklevel=3)
-    try:  # before any time is spent
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another --cache") from error
-    model = train()
-    if (folder / f"{stem}.json").exists():
-        # Another process was first. On a GPU the two need not be equal to the last bit, and one is to measure all.
-        with contextlib.suppress(UserError):
-            return read(folder, stem, key, make())
-    sha256 = weights_sha256(key, model)
-    write_tensors(folder / f"{stem}.safetensors", model.state_dict())
-    write_json(folder / f"{stem}.json", {"format": FORMAT, "key": key, "sha256": sha256, "name": name, **facts})
-    return model, sha256
+    with BEING_MADE[folder / stem]:
+        # The record is written last: where it is, the weights are whole.
+        if (folder / f"{stem}.json").exists():
+            try:
+                return read(folder, stem, key, make())
+            except UserError as error:
+                warnings.warn(f"the {what} network is trained again: {error}", RuntimeWarning, stacklevel=3)
+        try:  # before any time is spent
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another --cache") from error
+        model = train()
+        if (folder / f"{stem}.json").exists():
+            # Another process was first. On a GPU the two need not be equal to the last bit, and one is to measure all.
+            with contextlib.suppress(UserError):
+                return read(folder, stem, key, make())
+        sha256 = weights_sha256(key, model)
+        write_tensors(folder / f"{stem}.safetensors", model.state_dict())
+        write_json(folder / f"{stem}.json", {"format": FORMAT, "key": key, "sha256": sha256, "name": name, **facts})
+        return model, sha256
 
 
 def read(folder: Path, stem: str, key: str, model: Network) -> tuple[Network, str]:

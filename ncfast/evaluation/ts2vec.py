@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ncfast.engine.device import usable_device
 from ncfast.engine.logging import progress_bar
-from ncfast.engine.loop import derived_seed
+from ncfast.engine.loop import derived_seed, seeded
 from ncfast.engine.precision import computing
 from ncfast.evaluation.measures import frechet_distance
 from ncfast.evaluation.network_cache import fingerprint, trained_once
@@ -126,8 +126,7 @@ def train_ts2vec(
     device = usable_device(device)
     generator = torch.Generator(device).manual_seed(derived_seed(seed, 0))
     random = np.random.default_rng(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derived_seed(seed, 1))
+    with seeded(seed, 1):
         model = TS2Vec(x.shape[1])
     model = model.to(device)
     average = torch.optim.swa_utils.AveragedModel(model)
@@ -137,7 +136,7 @@ def train_ts2vec(
     B = min(BATCH_SIZE, N)
     order = np.empty(0, np.int64)
     average.update_parameters(model)
-    with computing("fp32", device), progress_bar(title, steps, unit="step", quiet=not title) as bar:
+    with progress_bar(title, steps, unit="step", quiet=not title) as bar:
         for _ in range(steps):
             if len(order) < B:
                 order = random.permutation(N)
@@ -153,12 +152,13 @@ def train_ts2vec(
                 times = shifts[:, None] + np.arange(begin, end)
                 return series[torch.from_numpy(rows[:, None]).to(device), torch.from_numpy(times).to(device)]
 
-            optimizer.zero_grad()
-            one = model(cut(first, right), generator)[:, left - first :]
-            other = model(cut(left, last), generator)[:, :overlap]
-            hierarchical_loss(one, other).backward()
-            optimizer.step()
-            average.update_parameters(model)
+            with computing("fp32", device):
+                optimizer.zero_grad()
+                one = model(cut(first, right), generator)[:, left - first :]
+                other = model(cut(left, last), generator)[:, :overlap]
+                hierarchical_loss(one, other).backward()
+                optimizer.step()
+                average.update_parameters(model)
             bar.update()
     model.load_state_dict(average.module.state_dict())
     return model.eval()

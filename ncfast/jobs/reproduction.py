@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from ncfast.data.dataset import Dataset
 from ncfast.data.sources import load_dataset
 from ncfast.data.stats import DataStats
 from ncfast.engine.checkpoint import atomic_path, read_json, write_json
+from ncfast.engine.threads import in_threads
 from ncfast.errors import UserError
 from ncfast.evaluation.comparison import COLUMNS, as_markdown
 from ncfast.evaluation.fcn import Recipe
@@ -57,16 +59,16 @@ class Cell:
 def reproduce(arguments: argparse.Namespace, command_line: Sequence[str]) -> None:
     """What `python -m ncfast.reproduce` does with its arguments, which are those of `command_line`."""
     measures = chosen(arguments.measures)
-    for name, value in (("--repeats", arguments.repeats), ("--jobs", arguments.jobs)):
-        if value < 1:
-            raise UserError(f"{name} is at least 1; got {value}")
+    for name in ("repeats", "jobs", "streams"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} is at least 1; got {getattr(arguments, name)}")
     cells = make_cells(arguments)
     if arguments.dry_run:
         for cell in cells:
             print(cell.folder(arguments.out))
         return
     if arguments.jobs > 1 and SHARED not in os.environ:
-        run_jobs(arguments.jobs, command_line)
+        run_jobs(arguments, command_line)
         print(f"wrote {arguments.out / 'results.csv'} and {arguments.out / 'table.md'}")
         return
     device = device_of_process(arguments.device)
@@ -90,23 +92,42 @@ def work(cells: Sequence[Cell], measures: Sequence[str], device: torch.device, a
     """Trains and measures cells that no other process has taken. Returns what went wrong."""
     datasets: dict[str, Dataset] = {}
     failed = []
-    for i in not_taken(len(cells)):
-        cell = cells[i]
-        if cell.dataset not in datasets:
-            datasets = {cell.dataset: load(cell.dataset, arguments)}  # cells of a data set follow each other
-        begin = time.monotonic()
-        try:
-            result = train_and_measure(cell, datasets[cell.dataset], measures, device, arguments)
-        except UserError as error:
-            failed.append(f"{cell.folder(arguments.out)}: {error}")
-            name = f"{cell.dataset} {cell.method} seed {cell.config.seed}"
-            print(f"[{i + 1}/{len(cells)}] {name} failed: {error}", flush=True)
-            continue
-        said = headline(result)
-        seconds = time.monotonic() - begin
-        name = f"{result['dataset']['name']} {cell.method} seed {cell.config.seed}"
-        print(f"[{i + 1}/{len(cells)}] {name}: {said} ({seconds:.0f} s)", flush=True)
-        write_results(cells, arguments, device)
+    numbers = not_taken(len(cells))
+    one_at_a_time = threading.Lock()
+
+    def take() -> tuple[int, Dataset] | None:
+        with one_at_a_time:
+            i = next(numbers, None)
+            if i is None:
+                return None
+            name = cells[i].dataset
+            if name not in datasets:
+                datasets.clear()  # cells of a data set follow each other
+                datasets[name] = load(name, arguments)
+            return i, datasets[name]
+
+    def work_on_cells() -> None:
+        while (taken := take()) is not None:
+            i, dataset = taken
+            cell = cells[i]
+            begin = time.monotonic()
+            try:
+                result = train_and_measure(cell, dataset, measures, device, arguments)
+            except UserError as error:
+                failed.append(f"{cell.folder(arguments.out)}: {error}")
+                name = f"{cell.dataset} {cell.method} seed {cell.config.seed}"
+                print(f"[{i + 1}/{len(cells)}] {name} failed: {error}", flush=True)
+                continue
+            said = headline(result)
+            seconds = time.monotonic() - begin
+            name = f"{result['dataset']['name']} {cell.method} seed {cell.config.seed}"
+            print(f"[{i + 1}/{len(cells)}] {name}: {said} ({seconds:.0f} s)", flush=True)
+            with one_at_a_time:
+                write_results(cells, arguments, device)
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // arguments.streams))
+    in_threads(arguments.streams, work_on_cells, device)
     return failed
 
 
@@ -129,19 +150,19 @@ def not_taken(count: int) -> Iterator[int]:
         yield i
 
 
-def run_jobs(jobs: int, command_line: Sequence[str]) -> None:
+def run_jobs(arguments: argparse.Namespace, command_line: Sequence[str]) -> None:
     """The same command in so many processes, which share the cells among them and, under torchrun, with other GPUs'.
 
     Raises:
         UserError: one of them has failed; each has said why.
     """
-    environment = dict(os.environ)
+    environment, jobs = dict(os.environ), arguments.jobs
     if local_rank() is None:
         store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         environment[SHARED] = f"127.0.0.1:{store.port}"
     else:
         environment[SHARED] = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // jobs)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // (jobs * arguments.streams))))
     command = [sys.executable, "-m", "ncfast.reproduce", *command_line]
     running = [subprocess.Popen(command, env=environment) for _ in range(jobs)]
     try:

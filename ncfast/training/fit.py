@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from ncfast.data.stats import MAX_LENGTH, DataStats
 from ncfast.data.stretch import num_copies, stretched_copies
 from ncfast.data.windows import refuse_without_window, windows_of
 from ncfast.engine.checkpoint import write_tensors
-from ncfast.engine.device import usable_device
+from ncfast.engine.device import current, usable_device
 from ncfast.engine.lock import sole_writer
 from ncfast.engine.logging import RunLog
 from ncfast.engine.loop import batch_ends, derived_seed, train_stage
@@ -52,9 +51,6 @@ FEW_IN_A_CLASS, STRETCH = 12, 0.3  # series a class that get stretched copies, a
 CLASS_DROPOUT, CLASS_DROPOUT_WITH_CONDITIONS = 0.5, 0.2
 REFINER_SHARE = 0.5  # epochs of the refiner over those of stage 1
 MAX_CODES = 2**16 - 1  # tokens are uint16 in files
-# Training draws initial weights, and replaces dead codes, with torch's global generators, which it seeds and puts back:
-# trainings in threads of one process take turns.
-ONE_AT_A_TIME = threading.RLock()
 OUT_OF_MEMORY = "lower --batch-size, --stage2-batch-size or the size of the model, or end what else uses it"
 
 
@@ -80,7 +76,8 @@ def fit(
 ) -> NCVQVAE:
     """Trains all stages on arrays.
 
-    Calls in threads of one process take turns, since training seeds torch's global generators.
+    Calls in threads of one process run at the same time; on a GPU their kernels do where each thread has a stream of
+    its own, `with torch.cuda.stream(torch.cuda.Stream())`.
 
     Where `torch.distributed` has a default process group of several processes, they train one model together: each
     calls this with the same arguments, but for a device of its own, and gets the trained model; the first writes `out`.
@@ -324,7 +321,6 @@ def train(
     processes.check_alike("options or data", (config, data.identity))
     train_options = {"checkpoint_every": checkpoint_every, "graph": graph, "quiet": quiet or not processes.is_first}
     with contextlib.ExitStack() as held:
-        held.enter_context(ONE_AT_A_TIME)
         if out is not None:
             processes.on_rank0(lambda: held.enter_context(sole_writer(out)))
             processes.on_rank0(lambda: prepare_run(out, config, data, resume))
@@ -363,7 +359,7 @@ def train_stages(
         **train_options,
     }
 
-    with RunLog(folder) as log, computing(config.precision, device):
+    with RunLog(folder) as log, current(device):
         vqvae = new_vqvae(config, data)
         if state is not None and state["stage"] > 1:
             processes.on_every_rank(lambda: load_weights(out / "stage1.safetensors", vqvae))
@@ -377,7 +373,8 @@ def train_stages(
             vqvae.eval()
             if folder is not None:
                 write_tensors(folder / "stage1.safetensors", vqvae.state_dict())
-                record_metrics(folder, "stage1", {**stage_metrics(result), **reconstruction(vqvae, data, dataset)})
+                measured = reconstruction(vqvae, data, dataset, config.precision)
+                record_metrics(folder, "stage1", {**stage_metrics(result), **measured})
 
         prior = new_prior(config, vqvae, data)
         if state is not None and state["stage"] > 2:
@@ -402,7 +399,7 @@ def train_stages(
 
 
 @torch.no_grad()
-def reconstruction(vqvae: VQVAE, data: DataStats, dataset: Dataset) -> dict[str, float]:
+def reconstruction(vqvae: VQVAE, data: DataStats, dataset: Dataset, precision: str) -> dict[str, float]:
     """Mean squared error of the test series through the codebook, in units of the train set."""
     if dataset.X_test is None:
         return {}
@@ -412,6 +409,7 @@ def reconstruction(vqvae: VQVAE, data: DataStats, dataset: Dataset) -> dict[str,
     error = 0.0
     for first in range(0, len(x), 256):
         rows = slice(first, first + 256)
-        x_hat = vqvae.reconstruct(x[rows], None if observed is None else observed[rows])
+        with computing(precision, x.device):
+            x_hat = vqvae.reconstruct(x[rows], None if observed is None else observed[rows])
         error += float(((x_hat - x[rows]) * scale[rows]).square()[there[rows]].sum())
     return {"test_reconstruction_mse": error / int(there.sum())}

@@ -1,8 +1,6 @@
 """The stages as the training loop takes them: modules, losses and initial weights of a configuration."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -12,7 +10,7 @@ from ncfast.config import Config
 from ncfast.data.augment import Augment
 from ncfast.data.stats import DataStats
 from ncfast.engine.device import kind
-from ncfast.engine.loop import Stage, derived_seed
+from ncfast.engine.loop import Stage, derived_seed, seeded
 from ncfast.engine.precision import computing
 from ncfast.engine.processes import ALONE, Processes
 from ncfast.engine.step import Losses
@@ -183,14 +181,3 @@ def make_stage(number: int, config: Config, modules: nn.ModuleDict, losses: Loss
         weight_decay=config.weight_decay,
         precision=config.precision,
     )
-
-
-@contextlib.contextmanager
-def seeded(*words: int) -> Iterator[None]:
-    """Torch's CPU generator set from `words` inside the block and put back after it: for initial weights."""
-    previous = torch.get_rng_state()
-    torch.default_generator.manual_seed(derived_seed(*words))
-    try:
-        yield
-    finally:
-        torch.set_rng_state(previous)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ncfast.engine.cuda_graph import CudaGraph
 from ncfast.engine.loop import derived_seed
 from ncfast.engine.step import TrainingStep
+from ncfast.engine.threads import in_threads
 from ncfast.errors import UserError
 from ncfast.evaluation import fcn_cache
 from ncfast.evaluation.fcn import FCN, LAYERS, Recipe, as_product, train_fcn
@@ -249,6 +250,12 @@ def test_damaged_cache_is_trained_again_with_a_warning(tmp_path, trained, damage
         warnings.simplefilter("error")
         assert cached(tmp_path).sha256 == first.sha256
     assert len(trained) == 2
+
+
+def test_of_two_threads_one_trains_the_classifier_and_the_other_waits(tmp_path, trained):
+    hashes = []
+    in_threads(2, lambda: hashes.append(cached(tmp_path).sha256), CPU)
+    assert len(trained) == 1 and hashes[0] == hashes[1]
 
 
 def test_the_first_of_two_processes_gives_the_classifier(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -178,8 +179,16 @@ def test_from_end_to_end_and_again(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
-def test_processes_share_the_cells(tmp_path, launcher):
+@pytest.mark.parametrize(
+    ("launcher", "more"),
+    [
+        ([], ["--jobs", "2"]),
+        ([], ["--streams", "3"]),
+        ([], ["--jobs", "2", "--streams", "2"]),
+        (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []),
+    ],
+)
+def test_processes_and_threads_share_the_cells(tmp_path, launcher, more):
     x, y = waves(60)
     np.savez(tmp_path / "Waves.npz", X_train=x[:40], y_train=y[:40], X_test=x[40:], y_test=y[40:])
     out = tmp_path / "table"
@@ -195,7 +204,7 @@ def test_processes_share_the_cells(tmp_path, launcher):
         "1,2",
     ]
     arguments += ["--out", out, "--cache", tmp_path / "cache", "--measures", "fid", *TINY]
-    arguments += [] if launcher else ["--jobs", "2"]
+    arguments += more
     command = [sys.executable, *launcher, "-m", "ncfast.reproduce", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -203,6 +212,33 @@ def test_processes_share_the_cells(tmp_path, launcher):
     assert sorted(re.findall(r"\[(\d)/4\] Waves", result.stdout)) == ["1", "2", "3", "4"], result.stdout
     with open(out / "results.csv") as file:
         assert sum(row["metric"] == "FID" for row in csv.DictReader(file)) == 4
+
+
+def test_a_cell_that_fails_leaves_the_other_threads(tmp_path, monkeypatch, capsys):
+    """They take what is left, as other processes would; the table has all but those that failed."""
+    x, y = waves(60)
+    np.savez(tmp_path / "Waves.npz", X_train=x[:40], y_train=y[:40], X_test=x[40:], y_test=y[40:])
+    train, here = cells_module.train, threading.Barrier(2)
+
+    def broken(config, *arguments, **options):
+        if config.seed < 3:
+            here.wait(60)  # two cells at a time
+        if config.seed == 2:
+            raise ncfast.UserError("it is broken")
+        return train(config, *arguments, **options)
+
+    monkeypatch.setattr(cells_module, "train", broken)
+    out = tmp_path / "table"
+    arguments = ["--datasets", tmp_path / "Waves.npz", "--methods", "none", "--seeds", "1,2,3,4", "--streams", "2"]
+    arguments += ["--out", out, "--cache", tmp_path / "cache", "--measures", "acd", *TINY]
+    with pytest.raises(ncfast.UserError, match="1 of 4 cells failed, the first: .*seed2: it is broken"):
+        reproduce.main(list(map(str, arguments)))
+    with open(out / "results.csv") as file:
+        runs = {row["run_id"] for row in csv.DictReader(file) if row["metric"] == "ACD"}
+    assert runs == {"seed1", "seed3", "seed4"}
+    monkeypatch.setattr(cells_module, "train", train)
+    reproduce.main(list(map(str, arguments)))  # goes on
+    assert "seed 2: " in capsys.readouterr().out and len(list(out.glob("*/*/*/evaluation.json"))) == 4
 
 
 @pytest.mark.slow
@@ -219,6 +255,7 @@ def test_a_job_that_fails_is_told_by_it_and_counted(tmp_path):
     ("arguments", "message"),
     [
         (["--jobs", "0"], "--jobs is at least 1"),
+        (["--streams", "0"], "--streams is at least 1"),
         (["--seeds", "1,1"], "different integers"),
         (["--budget", "0"], "above 0, at most 1"),
         (["--holdout", "x"], "above 0, at most 1"),

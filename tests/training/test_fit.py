@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,10 @@ from ncfast.data.stats import DataStats
 from ncfast.engine.checkpoint import read_state
 from ncfast.engine.loop import batch_ends
 from ncfast.engine.processes import Processes
+from ncfast.engine.threads import in_threads
+from ncfast.evaluation.fcn import Recipe
+from ncfast.evaluation.protocol import evaluate
+from ncfast.evaluation.published import ScoreRecipe
 from ncfast.models.trained import read_config
 from ncfast.training import fit, run_folder, stages
 from ncfast.training.self_supervision import SSL_LOSSES
@@ -543,17 +546,50 @@ def test_a_training_survives_kills_at_any_moment(data_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_trainings_in_threads_give_what_they_give_one_after_the_other():
-    x, y = waves(40)
-    options = {"ssl": "vicreg", "stage1_epochs": 3, "stage2_epochs": 3, "quiet": True, "device": "cpu", **SMALL}
-    options |= {"dead_code_threshold": 1.0, "codebook_init": "kmeans"}
+def test_trainings_in_threads_give_what_they_give_one_after_the_other(tmp_path):
+    """Weights and measures, while another thread draws from torch's own generator and seeds it."""
+    x, y = waves(60)
+    dataset = from_arrays(x[:40], y[:40], x[40:], y[40:])
+    small = {"stage1_epochs": 4, "stage2_epochs": 4, "decoding_steps": 2, **SMALL}
+    dead = {"dead_code_threshold": 1.0, "codebook_init": "kmeans"}
+    options = [
+        {"ssl": "vicreg", "seed": 1, "precision": "bf16", **dead},
+        {"ssl": "byol", "seed": 2, "refiner": "flow", "refiner_epochs": 2, "refiner_dim": 8},
+        {"ssl": "barlow", "seed": 3, "precision": "bf16", **dead},
+    ]
 
-    def fit(seed):
-        model = ncfast.fit(x, y, seed=seed, **options)
-        return {**model.vqvae.state_dict(), **model.prior.state_dict()}
+    def found(i, folder):
+        config = fit.resolve_config(make_config(**small | options[i]), dataset, torch.device("cpu"))
+        model = fit.train(config, dataset, out=folder / str(i), device=torch.device("cpu"), quiet=True)
+        state = {**model.vqvae.state_dict(), **model.prior.state_dict()}
+        names = ["reconstruction", "codebook", "fid", "cas", "context_fid"]
+        scores = ScoreRecipe(repeats=1, encoder_steps=2)
+        taken = {"recipe": Recipe(epochs=2), "cache": folder / "cache", "scores": scores, "quiet": True}
+        measures = evaluate(model, dataset, measures=names, seeds=[7], **taken)["measures"]
+        log = [json.loads(line) for line in (folder / str(i) / "log.jsonl").read_text().splitlines()]
+        return state, [[line.get(key) for key in ("stage", "epoch", "loss")] for line in log], measures
 
-    expected = [fit(seed) for seed in (1, 2)]
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(fit, (1, 2)))
-    for a, b in zip(found, expected, strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in a)
+    expected = [found(i, tmp_path / "serial") for i in range(3)]
+    results, numbers, ended = {}, iter(range(4)), []
+
+    def work():
+        i = next(numbers)
+        try:
+            if i < 3:
+                results[i] = found(i, tmp_path / "threads")
+        finally:
+            ended.append(i)
+        while i == 3 and len(ended) < 4:
+            torch.manual_seed(0)
+            torch.randn(100)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # so that each comes between any two steps of the others
+    try:
+        in_threads(4, work, torch.device("cpu"))
+    finally:
+        sys.setswitchinterval(interval)
+    for i in range(3):
+        state, losses, measures = results[i]
+        assert all(torch.equal(state[name], expected[i][0][name]) for name in expected[i][0])
+        assert losses == expected[i][1] and measures == expected[i][2]
