@@ -176,6 +176,11 @@ class Config:
         8, "steps of the refiner, where there is one; 0 leaves it out", "Sampling", minimum=0, maximum=1000
     )
     decoding_steps: int = option(40, "steps of iterative decoding", "Sampling", minimum=1, maximum=1000)
+    decoding_order: Literal["confidence", "halton"] = option(
+        "confidence",
+        "the surest tokens first, or a fixed order that spreads over the grid (Halton's sequence)",
+        "Sampling",
+    )
     choice_temperature: float = option(
         1000.0,
         "Gumbel noise on the confidence that orders the tokens, annealed to 0; so much of it makes any order",

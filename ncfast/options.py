@@ -12,6 +12,7 @@ class SamplingOptions(TypedDict, total=False):
 
     refinements: int
     decoding_steps: int
+    decoding_order: Literal["confidence", "halton"]
     choice_temperature: float
     guidance_scale: float
     temperature: float

@@ -17,6 +17,7 @@ from ncfast.engine.precision import autocast, computing
 from ncfast.models.prior import Prior
 from ncfast.models.vqvae import VQVAE
 from ncfast.ops import unmask_step
+from ncfast.sampling.order import halton_order
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ class Sampler:
         schedules = [mask_schedule(unknown, steps, config.unmasking) for unknown in range(n + 1)]
         self.schedules = torch.tensor(schedules, device=self.device)  # [n + 1, T]
         self.schedule = schedules[n]
+        self.order = None
+        if config.decoding_order == "halton":
+            self.order = torch.tensor(halton_order(config.n_fft // 2 + 1, n), device=self.device)
 
     def prepare(self) -> None:
         with autocast(self.precision, self.device):
@@ -157,7 +161,7 @@ class Sampler:
     ) -> Tensor:
         """Draws the masked tokens of one level, given those of coarser ones."""
         prior, config, steps = self.prior, self.config, self.config.decoding_steps
-        n, K = self.level_size, prior.num_codes
+        n = self.level_size
         several = config.codebook_levels > 1
         every = None
         if several:
@@ -171,11 +175,20 @@ class Sampler:
         for step in range(steps):
             # With known tokens every row has a schedule of its own, which the host does not look at.
             num_masked = self.schedule[step] if unknown is None else self.schedules[unknown, step]
-            if unknown is None and num_masked == before and self.savers.drop_idle_steps:
+            if unknown is None and num_masked == before and (self.savers.drop_idle_steps or self.order is not None):
                 continue
-            if step == level == 0 and unknown is None and self.first_logits is not None:
-                conditional = F.embedding(labels, self.first_logits.flatten(1)).unflatten(1, (n, K))
-                unconditional = self.first_logits[-1:].expand_as(conditional) if self.guided else None
+            first_logits = self.first_logits if step == level == 0 and unknown is None else None
+            if self.order is not None:
+                # Only those that this step fills are looked at.
+                if unknown is None:
+                    following = self.order[n - before : n - num_masked].sort().values
+                    first_logits = None if first_logits is None else first_logits[:, following]
+                    positions = (following + self.columns(level).start).expand(len(tokens), -1)
+                else:
+                    positions = self.following_masked(level, tokens, num_masked)
+            if first_logits is not None:
+                conditional = F.embedding(labels, first_logits.flatten(1)).unflatten(1, first_logits.shape[1:])
+                unconditional = first_logits[-1:].expand_as(conditional) if self.guided else None
             elif self.guided:
                 conditional, unconditional = self.logits(
                     tokens.repeat(2, 1),
@@ -194,7 +207,7 @@ class Sampler:
                 sample,
                 seed=seed,
                 step=level * steps + step,
-                num_masked=num_masked,
+                num_masked=num_masked if self.order is None else 0,
                 choice_temperature=config.choice_temperature * (1 - (step + 1) / steps),
                 positions=positions,
                 width=None if unknown is None else prior.num_tokens,
@@ -208,6 +221,16 @@ class Sampler:
                 before = num_masked
                 positions = masked if self.savers.masked_positions_only else every
         return tokens
+
+    def following_masked(self, level: int, tokens: Tensor, num_masked: Tensor) -> Tensor:
+        """The masked tokens of a level that come first in the order, so that num_masked [B] are left.
+
+        tokens [B, n] -> their positions [B, n of the level], ascending, then n for none.
+        """
+        order = self.order + self.columns(level).start
+        masked = tokens[:, order] == self.prior.num_codes
+        following = masked & (masked.cumsum(1) <= masked.sum(1, keepdim=True) - num_masked[:, None])
+        return torch.where(following, order, self.prior.num_tokens).sort(1).values
 
     def logits(
         self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None, conditions: Tensor | None = None

@@ -13,6 +13,7 @@ from ncfast.data.conditions import ConditionColumn
 from ncfast.models.prior import Prior
 from ncfast.models.vqvae import VQVAE
 from ncfast.sampling.maskgit import ChunkDecoder, Sampler, SamplerOptimizations, mask_schedule
+from ncfast.sampling.order import halton_order
 
 SMALL = {
     "dim": 8,
@@ -24,6 +25,7 @@ SMALL = {
     "decoding_steps": 10,
     "choice_temperature": 4.0,
 }
+HALTON = {"decoding_order": "halton"}
 SAVERS = [field.name for field in dataclasses.fields(SamplerOptimizations)]
 n, K, C = 10, 5, 3
 
@@ -222,6 +224,8 @@ def plain_sampler(prior, label, rows, config, generator):
                 count = max(1, min(count, int(masked[row].sum()) - 1))
                 cut = confidence[row].sort().values[count]
                 new[row, confidence[row] < cut] = codes
+            elif config.decoding_order == "halton":
+                new[row, num_tokens - count :] = codes  # of two or three tokens the order is that of their positions
             else:
                 new[row, confidence[row].topk(count, largest=False).indices] = codes
         whole[:, columns] = new
@@ -230,12 +234,21 @@ def plain_sampler(prior, label, rows, config, generator):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"unmasking": "google"}, {"temperature": 0.6}, {"top_k": 2}, {"choice_temperature": 0.0}, LEVELS],
+    [
+        {},
+        {"unmasking": "google"},
+        {"temperature": 0.6},
+        {"top_k": 2},
+        {"choice_temperature": 0.0},
+        HALTON,
+        LEVELS,
+        {**LEVELS, **HALTON},
+    ],
     ids=str,
 )
 def test_the_distribution_is_the_plain_samplers(options):
     """All 27 outcomes of three tokens of three codes, or all 16 of two levels of two tokens of two, in three steps."""
-    codes = size = 4 if options == LEVELS else 3
+    codes = size = 4 if "codebook_levels" in options else 3
     prior = make_prior(num_tokens=size, codes=codes)
     for parameter in prior.head[-1].parameters():
         parameter.mul_(4)  # far from uniform
@@ -254,28 +267,47 @@ def test_the_distribution_is_the_plain_samplers(options):
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
 
 
-def test_known_tokens_stay_and_rows_have_their_own_schedule(monkeypatch):
+@pytest.mark.parametrize("order", ["confidence", "halton"])
+def test_known_tokens_stay_and_rows_have_their_own_schedule(monkeypatch, order):
     from ncfast.sampling import maskgit as sampling
 
     prior = make_prior()
     tokens, _, labels = some_tokens()
     tokens[0] = torch.arange(n) % K  # nothing left to draw
     tokens[1] = K  # everything
-    counts = []
+    counts, left = [], []
 
     def recorded(*arguments, **options):
         result = step(*arguments, **options)
         counts.append((result[0] == K).sum(1))
+        left.append(result[0] == K)
         return result
 
     step = sampling.unmask_step
     monkeypatch.setattr(sampling, "unmask_step", recorded)
-    out = make_sampler(prior).decode(labels, torch.arange(6), seed=0, known=tokens)
+    out = make_sampler(prior, decoding_order=order).decode(labels, torch.arange(6), seed=0, known=tokens)
     assert torch.equal(out[tokens < K], tokens[tokens < K]) and out.max() < K
     for row, unknown in enumerate((tokens == K).sum(1).tolist()):
         assert [int(count[row]) for count in counts] == mask_schedule(unknown, 10)
-    alone = make_sampler(prior.double()).decode(labels[1:2], torch.tensor([1]), seed=0)
-    assert torch.equal(make_sampler(prior).decode(labels, torch.arange(6), seed=0, known=tokens)[1:2], alone)
+    if order == "halton":  # what is left was masked from the start, and comes last in the order
+        in_order = halton_order(3, n)
+        for masked in left:
+            for row, start in zip(masked[:, in_order], (tokens == K)[:, in_order], strict=True):
+                assert torch.equal(row[start], torch.arange(int(start.sum())) >= int((start & ~row).sum()))
+    sampler = make_sampler(prior.double(), decoding_order=order)
+    alone = sampler.decode(labels[1:2], torch.tensor([1]), seed=0)
+    assert torch.equal(sampler.decode(labels, torch.arange(6), seed=0, known=tokens)[1:2], alone)
+
+
+def test_halton_order_visits_every_cell_once_and_spreads():
+    assert halton_order(3, 12) == [0, 6, 9, 3, 4, 10, 1, 7, 8, 2, 5, 11]  # points (i in base 3, i in base 2), by hand
+    assert halton_order(3, 10) == [0, 5, 2, 7, 1, 6, 3, 8, 4, 9]  # no grid of three rows: base 2 alone
+    for rows, columns in ((1, 1), (3, 7), (5, 15), (3, 33)):
+        order = halton_order(rows, rows * columns)
+        assert sorted(order) == list(range(rows * columns))
+        if columns >= 7:  # the first quarter leaves no gap of more than half of the columns' number, as any order may
+            at = sorted({cell % columns for cell in order[: len(order) // 4]})
+            assert max(b - a for a, b in itertools.pairwise([-1, *at, columns])) <= columns // 2
 
 
 @pytest.mark.parametrize(("count", "steps"), [(75, 10), (40, 10), (8, 10), (1, 3), (30, 1), (0, 4)])
