@@ -26,6 +26,7 @@ import torch
 
 import ncfast
 from experiments.rows import Cell, Row, add_row, identity, key_and_value, options_of, rows_of
+from ncfast.cli.parser import end
 from ncfast.cli.startup import choose_device, leave_compiler_out
 from ncfast.config import PRESETS, Config, make_config
 from ncfast.data.dataset import Dataset
@@ -342,8 +343,11 @@ def serve(
             with sending:
                 connection.send(answer)
 
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        in_threads(streams, work_on_cells, where)
+    try:
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            in_threads(streams, work_on_cells, where)
+    except SystemExit:
+        end(1)  # at once: what is open is closed, and other threads may be inside a library
 
 
 def name_of(device: torch.device) -> str:

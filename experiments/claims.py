@@ -21,8 +21,8 @@ from ncfast.cli.parser import run as run_program
 from ncfast.errors import UserError
 from ncfast.evaluation.comparison import authors
 
-PLAIN = "regular"
-SSL = [name for name in SETTINGS if name not in (PLAIN, "default")]
+PLAIN, DEFAULT = "regular", "default"
+SSL = [name for name in SETTINGS if name not in (PLAIN, DEFAULT)]
 ALL_SSL = "mean of those with SSL"
 NOTE = (
     "Effects are means over sets of differences, or geometric means of ratios (x). As claimed: of how many pairs (set, "
@@ -37,7 +37,8 @@ class Claim(NamedTuple):
     text: str
     metric: str
     up: bool  # whether the claim is that the metric goes up
-    suffix: str = ""  # of the variants that are compared with what stands before it; "": those with SSL, with `regular`
+    # Of the variants that are compared with what stands before it; "": those with SSL, with `regular`, as is "default".
+    suffix: str = ""
     ratio: bool = False  # effects are ratios, not differences
 
 
@@ -47,6 +48,11 @@ CLAIMS = (
     Claim("SSL: IS up", "IS_mean", True),
     Claim("SSL: FID down", "FID", False, ratio=True),
     Claim("SSL: CAS up", "CAS", True),
+    Claim("`default`: kNN up", "knn_accuracy", True, DEFAULT),
+    Claim("`default`: SVM up", "svm_accuracy", True, DEFAULT),
+    Claim("`default`: IS up", "IS_mean", True, DEFAULT),
+    Claim("`default`: FID down", "FID", False, DEFAULT, ratio=True),
+    Claim("`default`: CAS up", "CAS", True, DEFAULT),
     Claim("random embeddings: FID up", "FID", True, "random-embeddings", ratio=True),
     Claim("random embeddings: IS down", "IS_mean", False, "random-embeddings"),
     Claim("views not reconstructed: MSE up", "test_reconstruction_mse", True, "view-weight-0", ratio=True),
@@ -119,6 +125,8 @@ def compared(values: Values, claim: Claim) -> dict[str, str]:
     there = list(dict.fromkeys(variant for _, _, variant in values))
     if not claim.suffix:
         return {name: PLAIN for name in SSL if name in there}
+    if claim.suffix == DEFAULT:
+        return {DEFAULT: PLAIN} if DEFAULT in there else {}
     return {name: name.partition("+")[0] for name in there if name.partition("+")[2] == claim.suffix}
 
 

@@ -86,9 +86,9 @@ def epps_pulley(x: Tensor) -> Tensor:
     By the trapezoidal rule with 17 knots on [-5, 5], as in the paper. T of normal values is 1.06 on average.
     """
     # The integrand is even: knots at t >= 0 alone, those above 0 counting twice, and the last one half of that.
+    # (A number put into an element, weight[0] = ..., would be copied from the host, which a CUDA graph cannot.)
     t = torch.linspace(0, 5, 9, dtype=x.dtype, device=x.device)
-    weight = torch.full_like(t, 2 * 5 / 8)
-    weight[0] = weight[-1] = 5 / 8
+    weight = 5 / 8 * (1 + ((t > 0) & (t < 5)).to(t))
     normal = torch.exp(-t.square() / 2)
     angles = x[:, :, None] * t  # [N, K, 9]
     distance = (angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()  # [K, 9]

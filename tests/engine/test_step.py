@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -220,7 +221,9 @@ def test_whole_runs_are_the_same_bits_with_graphs_and_without(ssl, precision):
     x, y = generator.normal(size=(40, 1, 64)).astype(np.float32), np.arange(40) % 2
     options = dict(ssl=ssl, precision=precision, stage1_epochs=40, stage2_epochs=40, batch_size=16, **SMALL)
     options |= {"stage2_batch_size": 16, "augment": ("warp", "slice"), "device": "cuda", "quiet": True}
-    graphed, eager, again = (ncfast.fit(x, y, graph=graph, **options) for graph in (True, False, True))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "training without a CUDA graph")
+        graphed, eager, again = (ncfast.fit(x, y, graph=graph, **options) for graph in (True, False, True))
     for other in (eager, again):
         for a, b in ((graphed.vqvae, other.vqvae), (graphed.prior, other.prior)):
             for name, value in a.state_dict().items():

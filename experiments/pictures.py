@@ -1,0 +1,97 @@
+"""Pictures of the paper's table: what each setting changes against the plain model, ours beside the authors'.
+
+A dot is a set, the mean over seeds against that of `regular` on the same set: a ratio for FID, a difference for others.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from experiments.claims import PLAIN, Values, values_of, values_of_authors
+from experiments.paper_table import SETTINGS
+from experiments.rows import rows_of
+from ncfast.cli.parser import run as run_program
+from ncfast.errors import UserError
+
+PICTURES = {  # by measure: its name, and whether it is compared by ratios
+    "FID": ("FID, times that of the plain model", True),
+    "svm_accuracy": ("linear SVM on codes, accuracy above the plain model's", False),
+}
+Effects = dict[str, dict[str, float]]  # by set and setting
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m experiments.pictures", description=__doc__.splitlines()[0])
+    parser.add_argument("table", type=Path, metavar="FILE", help="cells of `paper_table`")
+    parser.add_argument("--out", type=Path, default=Path("docs/img"), metavar="DIR", help="[docs/img]")
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
+    if not arguments.table.exists():
+        raise UserError(f"there is no {arguments.table}")
+    ours = values_of([row for row in rows_of(arguments.table) if row["cell"]["budget"] == 1])
+    for metric in PICTURES:
+        print(f"wrote {draw(ours, values_of_authors(), metric, arguments.out)}")
+
+
+def effects_of(values: Values, metric: str, ratio: bool) -> Effects:
+    """Of each set that has `regular`: the means over seeds against its."""
+    seeds: dict[str, dict[str, list[float]]] = {}
+    for (name, _, variant), measures in values.items():
+        if variant in SETTINGS and metric in measures:
+            seeds.setdefault(name, {}).setdefault(variant, []).append(measures[metric])
+    effects: Effects = {}
+    for name, variants in seeds.items():
+        means = {variant: statistics.fmean(each) for variant, each in variants.items()}
+        plain = means.pop(PLAIN, None)
+        if plain is not None:
+            effects[name] = {variant: mean / plain if ratio else mean - plain for variant, mean in means.items()}
+    return effects
+
+
+def draw(ours: Values, authors: Values, metric: str, folder: Path) -> Path:
+    try:
+        from matplotlib import pyplot
+    except ModuleNotFoundError:
+        raise UserError("pictures need matplotlib: pip install 'ncfast[eval]'") from None
+    title, ratio = PICTURES[metric]
+    own = effects_of(ours, metric, ratio)
+    if not own:
+        raise UserError(f"no set has {metric} of {PLAIN} at the full budget")
+    theirs = {name: each for name, each in effects_of(authors, metric, ratio).items() if name in own}
+    settings = [name for name in SETTINGS if any(name in each for each in own.values())]
+    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    for i, name in enumerate(own):
+        color = f"C{i}"
+        for effects, shift, filled in ((own, -0.15, True), (theirs, 0.15, False)):
+            at = [k for k, setting in enumerate(settings) if setting in effects.get(name, {})]
+            y = [effects[name][settings[k]] for k in at]
+            face = color if filled else "none"
+            label = name if filled else None
+            axes.scatter(np.add(at, shift), y, 28, facecolors=face, edgecolors=color, label=label, zorder=3)
+    axes.scatter([], [], 28, facecolors="none", edgecolors="0.4", label="the authors'")
+    axes.axhline(1 if ratio else 0, color="0.4", linewidth=1)
+    if ratio:
+        ticks = [0.05, 0.1, 0.2, 0.5, 1, 2, 4]
+        axes.set_yscale("log")
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        axes.minorticks_off()
+    axes.set_xticks(range(len(settings)), [name.replace("_", "\n") for name in settings], fontsize=8)
+    axes.set_xlim(-0.6, len(settings) - 0.4)
+    axes.set_ylabel(title, fontsize=9)
+    axes.grid(axis="y", color="0.9")
+    axes.legend(fontsize=8, ncols=3, loc="lower left" if ratio else "upper left", frameon=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"table_{metric}.svg"
+    pyplot.rcParams["svg.hashsalt"] = "ncfast"  # the same file of the same figures
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    run_program(main)
