@@ -240,7 +240,7 @@ class Sampler:
             first = self.first_token(prior.embed_classes(labels, conditions)[:, None])  # [B, 1, dim]
             qkv = prior.transformer.blocks[0].qkv(first)
             parts = zip((first, qkv), self.table, strict=True)
-            x, qkv = (torch.cat([own, F.embedding(rows, table)], dim=1) for own, table in parts)
+            x, qkv = (torch.cat([own.to(table.dtype), F.embedding(rows, table)], dim=1) for own, table in parts)
             return x, qkv
         rows = torch.cat([(prior.num_codes + 1) * n + labels[:, None], tokens * n + position], dim=1)  # [B, 1 + n]
         return F.embedding(rows, self.table[0]), F.embedding(rows, self.table[1])
@@ -248,7 +248,7 @@ class Sampler:
     def first_layer_table(self) -> tuple[Tensor, Tensor] | None:
         """x and qkv of token k at position i in row k n + i, then of each class; None where that takes too much memory.
 
-        x [(K + 1) n + C + 1, dim], qkv [(K + 1) n + C + 1, 3 H d].
+        x [(K + 1) n + C + 1, dim], qkv [(K + 1) n + C + 1, 3 H d], both in the type of products, to which x is added.
         """
         prior, transformer = self.prior, self.prior.transformer
         n, K = prior.num_tokens, prior.num_codes
@@ -262,7 +262,8 @@ class Sampler:
             torch.cat([classes[:1, None].expand(K + 1, -1, -1), prior.embed_tokens(tokens)], 1)
         )
         x = torch.cat([embedded[:, 1:].flatten(0, 1), self.first_token(classes)])
-        return x, transformer.blocks[0].qkv(x)
+        qkv = transformer.blocks[0].qkv(x)
+        return x.to(qkv.dtype), qkv
 
     def first_token(self, classes: Tensor) -> Tensor:
         """Embedded classes and conditions [..., D] -> what the first block takes of them [..., dim]."""
