@@ -1,5 +1,6 @@
 """Draws tokens from the prior by iterative decoding (MaskGIT, arXiv 2202.04200, section 3.2), no work wasted."""
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncfast.config import Config
@@ -80,7 +81,7 @@ class Sampler:
             savers: all, when not given.
             precision: of products (`engine.precision`).
         """
-        self.prior = prior
+        self.prior = rounded(prior) if precision == "bf16" else prior
         self.config = config
         self.savers = SamplerOptimizations() if savers is None else savers
         self.precision = precision
@@ -269,6 +270,16 @@ class Sampler:
         """Embedded classes and conditions [..., D] -> what the first block takes of them [..., dim]."""
         transformer = self.prior.transformer
         return transformer.project_in(classes) + transformer.position[0] * transformer.position_scale
+
+
+def rounded(prior: Prior) -> Prior:
+    """A prior with the transformer's weights in bfloat16: rounded once, where autocast does it for every product."""
+    shared = [prior.condition_embedding] if prior.condition_embedding is not None else []
+    prior = copy.deepcopy(prior, {id(part): part for part in shared})
+    for layer in prior.transformer.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(layer.weight.bfloat16(), requires_grad=False)
+    return prior
 
 
 class ChunkDecoder:
