@@ -1,5 +1,6 @@
 """Draws tokens from the prior by iterative decoding (MaskGIT, arXiv 2202.04200, section 3.2), no work wasted."""
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncfast.config import Config
@@ -81,7 +82,7 @@ class Sampler:
             savers: all, when not given.
             precision: of products (`engine.precision`).
         """
-        self.prior = prior
+        self.prior = rounded(prior) if precision == "bf16" else prior
         self.config = config
         self.savers = SamplerOptimizations() if savers is None else savers
         self.precision = precision
@@ -263,7 +264,7 @@ class Sampler:
             first = self.first_token(prior.embed_classes(labels, conditions)[:, None])  # [B, 1, dim]
             qkv = prior.transformer.blocks[0].qkv(first)
             parts = zip((first, qkv), self.table, strict=True)
-            x, qkv = (torch.cat([own, F.embedding(rows, table)], dim=1) for own, table in parts)
+            x, qkv = (torch.cat([own.to(table.dtype), F.embedding(rows, table)], dim=1) for own, table in parts)
             return x, qkv
         rows = torch.cat([(prior.num_codes + 1) * n + labels[:, None], tokens * n + position], dim=1)  # [B, 1 + n]
         return F.embedding(rows, self.table[0]), F.embedding(rows, self.table[1])
@@ -271,7 +272,7 @@ class Sampler:
     def first_layer_table(self) -> tuple[Tensor, Tensor] | None:
         """x and qkv of token k at position i in row k n + i, then of each class; None where that takes too much memory.
 
-        x [(K + 1) n + C + 1, dim], qkv [(K + 1) n + C + 1, 3 H d].
+        x [(K + 1) n + C + 1, dim], qkv [(K + 1) n + C + 1, 3 H d], both in the type of products, to which x is added.
         """
         prior, transformer = self.prior, self.prior.transformer
         n, K = prior.num_tokens, prior.num_codes
@@ -285,12 +286,23 @@ class Sampler:
             torch.cat([classes[:1, None].expand(K + 1, -1, -1), prior.embed_tokens(tokens)], 1)
         )
         x = torch.cat([embedded[:, 1:].flatten(0, 1), self.first_token(classes)])
-        return x, transformer.blocks[0].qkv(x)
+        qkv = transformer.blocks[0].qkv(x)
+        return x.to(qkv.dtype), qkv
 
     def first_token(self, classes: Tensor) -> Tensor:
         """Embedded classes and conditions [..., D] -> what the first block takes of them [..., dim]."""
         transformer = self.prior.transformer
         return transformer.project_in(classes) + transformer.position[0] * transformer.position_scale
+
+
+def rounded(prior: Prior) -> Prior:
+    """A prior with the transformer's weights in bfloat16: rounded once, where autocast does it for every product."""
+    shared = [prior.condition_embedding] if prior.condition_embedding is not None else []
+    prior = copy.deepcopy(prior, {id(part): part for part in shared})
+    for layer in prior.transformer.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(layer.weight.bfloat16(), requires_grad=False)
+    return prior
 
 
 class ChunkDecoder:
