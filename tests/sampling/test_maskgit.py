@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ncfast.config import make_config
 from ncfast.data.conditions import ConditionColumn
+from ncfast.engine.precision import autocast, computing
 from ncfast.models.prior import Prior
 from ncfast.models.vqvae import VQVAE
 from ncfast.sampling.maskgit import ChunkDecoder, Sampler, SamplerOptimizations, mask_schedule
@@ -265,6 +266,17 @@ def test_the_distribution_is_the_plain_samplers(options):
     freedom = int(seen.sum()) - 1
     assert freedom >= 5
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("savers", [None, SamplerOptimizations.none()], ids=["all savers", "none"])
+def test_weights_that_are_rounded_once_give_the_logits_of_those_rounded_for_every_product(savers):
+    prior = make_prior()
+    tokens, _, labels = some_tokens()
+    sampler = Sampler(prior, make_config(**SMALL), savers, precision="bf16")
+    cpu = torch.device("cpu")
+    with computing("bf16", cpu), autocast("bf16", cpu), torch.no_grad():
+        assert torch.equal(sampler.logits(tokens, labels), prior(tokens, labels))
+    assert {x.dtype for x in prior.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("order", ["confidence", "halton"])
