@@ -65,9 +65,13 @@ def test_what_interrupts_the_caller_interrupts_the_threads():
             ended.append(True)
 
     alarm = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     alarm.start()
-    with pytest.raises(KeyboardInterrupt):
-        in_threads(2, work, CPU)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            in_threads(2, work, CPU)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(ended) == 2
 
 
