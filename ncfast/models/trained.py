@@ -29,6 +29,7 @@ EARLIER = {
     "token_temperature": 1.0,
     "refiner": "none",
     "stretch": 0.0,
+    "decoding_order": "confidence",
 }
 
 

@@ -92,7 +92,7 @@ def run_sha256(config: Config, data: DataStats) -> str:
 
 def sha256_of(options: dict[str, Any], data: DataStats) -> str:
     # As of versions that lacked options, where these are as they were without.
-    later = {name for name, value in EARLIER.items() if options[name] == value}
+    later = {name for name, value in EARLIER.items() if options.get(name) == value}
     if "refiner" in later:
         later |= {"refiner_dim", "refiner_temperature", "refiner_epochs", "refinements"}
     options = {name: value for name, value in options.items() if name not in later}

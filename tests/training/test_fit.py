@@ -234,8 +234,9 @@ def straight(data_file, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize(("stage", "epoch"), [(1, 2), (2, 2), (3, 2)])
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("stage", "epoch", "kill"), [(1, 2, signal.SIGKILL), (2, 2, signal.SIGINT), (3, 2, signal.SIGKILL)]
+)
 def test_killed_and_resumed_equals_uninterrupted(stage, epoch, kill, straight, data_file, tmp_path):
     arguments, broken = six_epochs(data_file), tmp_path / "broken"
     command = [sys.executable, "-m", "ncfast.train", *map(str, arguments), "--out", str(broken)]
@@ -296,7 +297,7 @@ def test_a_run_with_a_refiner(straight, data_file, tmp_path):
 def test_a_run_of_a_version_without_the_later_options(data_file, tmp_path):
     """It draws the same series, and goes on."""
     later = {"codebook_levels", "detail", "samples_per_column", "prior_dropout", "token_temperature", "refinements"}
-    later |= {"stretch", "level", "refiner", "refiner_dim", "refiner_temperature", "refiner_epochs"}
+    later |= {"stretch", "level", "refiner", "refiner_dim", "refiner_temperature", "refiner_epochs", "decoding_order"}
     out = tmp_path / "run"
     flags = [f for f in FLAGS if "refiner" not in f]
     options = ["--preset=paper", "--dataset", str(data_file), *flags, "--out", str(out), "--stage1-epochs=2"]
