@@ -355,13 +355,15 @@ def name_of(device: torch.device) -> str:
 
 
 def provenance() -> Row:
-    """Versions, the commit of this program and the day. $NCFAST_COMMIT says it where there is no repository."""
+    """Versions, the commit of this program and the day. $NCFAST_COMMIT says it of a copy that knows no better."""
     versions = {"ncfast": __version__, "torch": torch.__version__, "cuda": torch.version.cuda}
     return {**versions, "commit": commit(), "date": datetime.date.today().isoformat()}
 
 
 def commit() -> str | None:
     """Of what runs; "+" says that it has been changed since."""
+    if told := os.environ.get("NCFAST_COMMIT"):
+        return told
     root = Path(__file__).parents[1]
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -372,4 +374,4 @@ def commit() -> str | None:
         changed = head and git("diff", "--quiet", "HEAD", "--", "ncfast", "csrc", "experiments").returncode
     except OSError:  # there is no git
         head = ""
-    return (head + "+" * bool(changed)) if head else os.environ.get("NCFAST_COMMIT")
+    return head + "+" * bool(changed) if head else None

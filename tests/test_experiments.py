@@ -16,8 +16,18 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import augmentations, checks, claims, dependence, held_out, paper_table, table_time, tsg
-from experiments.cells import Worker, add_arguments, chosen_variants, configured, next_cell, run, runs_of, stop
+from experiments import augmentations, checks, claims, dependence, held_out, paper_table, pictures, table_time, tsg
+from experiments.cells import (
+    Worker,
+    add_arguments,
+    chosen_variants,
+    configured,
+    next_cell,
+    provenance,
+    run,
+    runs_of,
+    stop,
+)
 from experiments.rows import identity, rows_of
 from ncfast.data.dataset import from_arrays
 from ncfast.data.sources import load_dataset
@@ -301,6 +311,27 @@ def test_claims_are_tested_over_pairs_and_over_sets():
     theirs = claims.as_table(claims.values_of_authors())
     assert "| SSL: kNN up | barlowtwins_slice | +0.121 | 11 of 13 |" in theirs  # as counted from their files
     assert "| SSL: FID down | barlowtwins_gauss | x 0.764 | 8 of 13 |" in theirs
+
+
+def test_pictures_show_means_over_seeds_against_the_plain_model(tmp_path):
+    values = {
+        ("a", 1, "regular"): {"FID": 1.0, "svm_accuracy": 0.5},
+        ("a", 2, "regular"): {"FID": 3.0, "svm_accuracy": 0.7},
+        ("a", 1, "default"): {"FID": 0.5, "svm_accuracy": 0.9},
+        ("a", 1, "regular+kept"): {"FID": 9.0, "svm_accuracy": 0.1},
+        ("b", 1, "default"): {"FID": 7.0},  # nothing to hold it against
+    }
+    assert pictures.effects_of(values, "FID", ratio=True) == {"a": {"default": 0.25}}
+    assert pictures.effects_of(values, "svm_accuracy", ratio=False) == {"a": {"default": pytest.approx(0.3)}}
+    pytest.importorskip("matplotlib")
+    text = pictures.draw(values, {}, "FID", tmp_path).read_text()
+    assert "<!-- default -->" in text and text == pictures.draw(values, {}, "FID", tmp_path).read_text()
+    assert "| `default`: FID down | default | x 0.5 | 1 of 1 |" in claims.as_table(values)
+
+
+def test_a_copy_can_be_told_its_commit(monkeypatch):
+    monkeypatch.setenv("NCFAST_COMMIT", "0123456789")
+    assert provenance()["commit"] == "0123456789"
 
 
 def test_checks_vary_what_they_are_called_after():
