@@ -136,21 +136,22 @@ def assert_close_states(found, expected, tolerance, projector_tolerance=None):
 @pytest.mark.slow
 @pytest.mark.parametrize("ssl", METHODS)
 def test_two_processes_train_the_model_of_one(ssl, tmp_path):
-    cases = [(ssl, 41, torch.float32), (ssl, 41, torch.float64)]  # the last batch of an epoch is 4 + 5 rows
+    # The last batch of an epoch is 4 + 5 rows. Some gradients of the projector are so small that Adam magnifies their
+    # rounding: float64 shows that it is that. Of float32 one method has all that there is.
+    limits = {torch.float64: (1e-10,)} | ({torch.float32: (1e-5, 1e-4)} if ssl == "vibcreg" else {})
+    cases = [(ssl, 41, dtype) for dtype in limits]
     ranks = on_processes(2, tmp_path, several_trained, cases)
-    # Some gradients of the projector are so small that Adam magnifies their rounding; float64 shows that it is that.
-    for case, first, second, tolerances in zip(cases, *ranks, ((1e-5, 1e-4), (1e-10,)), strict=True):
+    for case, first, second, tolerances in zip(cases, *ranks, limits.values(), strict=True):
         expected = trained(*case)
         assert_close_states(first, expected, *tolerances)
         assert all(torch.equal(first[stage][name], second[stage][name]) for stage in (1, 2, 3) for name in first[stage])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ssl", ["none", "vibcreg"])  # with it everything that has a process group
-def test_slices_may_be_empty(ssl, tmp_path):
+def test_slices_may_be_empty(tmp_path):
     # The last batch of an epoch is 0 + 1 + 1 rows. Of 2 rows batch norm makes +1 and -1, whose gradients are all but
     # rounding: float32 would show nothing.
-    case = (ssl, 34, torch.float64)
+    case = ("vibcreg", 34, torch.float64)  # it has everything that has a process group
     expected = trained(*case)
     for (found,) in on_processes(3, tmp_path, several_trained, [case]):
         assert_close_states(found, expected, 1e-7)
@@ -298,7 +299,7 @@ def assert_one_error(result, message):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others_and_one_continues(data_file, tmp_path, killed):
     out = tmp_path / "run"
-    arguments = train_arguments(data_file, out, "--stage1-epochs", 300, "--checkpoint-every", 1)
+    arguments = train_arguments(data_file, out, "--stage1-epochs", 120, "--checkpoint-every", 1)
     running = subprocess.Popen(torchrun(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
@@ -324,7 +325,7 @@ def test_a_killed_process_ends_the_others_and_one_continues(data_file, tmp_path,
     done = len((out / "log.jsonl").read_text().splitlines())
     train.main([*map(str, arguments), "--resume"])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert 1 < done < 300 and [line["epoch"] for line in log if line["stage"] == 1] == list(range(1, 301))
+    assert 1 < done < 120 and [line["epoch"] for line in log if line["stage"] == 1] == list(range(1, 121))
 
 
 def test_processes_that_one_has_left_end_though_they_wait():
