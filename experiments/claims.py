@@ -233,15 +233,20 @@ def draw(values: Values, folder: Path, whose: str) -> list[Path]:
     return paths
 
 
-def scores_of(values: Values, metric: str) -> tuple[list[str], np.ndarray]:
-    """Variants, and their means over seeds [sets, variants]."""
-    means: dict[str, dict[str, list[float]]] = {}
+def means_of(values: Values, metric: str) -> dict[str, dict[str, float]]:
+    """Over seeds, of each set and each setting of the table."""
+    seeds: dict[str, dict[str, list[float]]] = {}
     for (name, _, variant), measures in values.items():
         if metric in measures and variant in SETTINGS:
-            means.setdefault(name, {}).setdefault(variant, []).append(measures[metric])
+            seeds.setdefault(name, {}).setdefault(variant, []).append(measures[metric])
+    return {name: {variant: statistics.fmean(each) for variant, each in own.items()} for name, own in seeds.items()}
+
+
+def scores_of(values: Values, metric: str) -> tuple[list[str], np.ndarray]:
+    """Variants, and their means over seeds [sets, variants]."""
+    means = means_of(values, metric)
     variants = sorted({variant for each in means.values() for variant in each}, key=[*SETTINGS].index)
-    whole = [each for each in means.values() if len(each) == len(variants)]
-    return variants, np.array([[statistics.fmean(each[variant]) for variant in variants] for each in whole])
+    return variants, np.array([[own[each] for each in variants] for own in means.values() if len(own) == len(variants)])
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ A dot is a set, the mean over seeds against that of `regular` on the same set: a
 """
 
 import argparse
-import statistics
 from pathlib import Path
 
 import numpy as np
 
-from experiments.claims import PLAIN, Values, values_of, values_of_authors
+from experiments.claims import PLAIN, Values, means_of, values_of, values_of_authors
 from experiments.paper_table import SETTINGS
 from experiments.rows import rows_of
 from ncfast.cli.parser import run as run_program
@@ -19,7 +18,6 @@ PICTURES = {  # by measure: its name, and whether it is compared by ratios
     "FID": ("FID, times that of the plain model", True),
     "svm_accuracy": ("linear SVM on codes, accuracy above the plain model's", False),
 }
-Effects = dict[str, dict[str, float]]  # by set and setting
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -38,19 +36,14 @@ def main() -> None:
         print(f"wrote {draw(ours, values_of_authors(), metric, arguments.out)}")
 
 
-def effects_of(values: Values, metric: str, ratio: bool) -> Effects:
-    """Of each set that has `regular`: the means over seeds against its."""
-    seeds: dict[str, dict[str, list[float]]] = {}
-    for (name, _, variant), measures in values.items():
-        if variant in SETTINGS and metric in measures:
-            seeds.setdefault(name, {}).setdefault(variant, []).append(measures[metric])
-    effects: Effects = {}
-    for name, variants in seeds.items():
-        means = {variant: statistics.fmean(each) for variant, each in variants.items()}
+def changes_of(values: Values, metric: str, ratio: bool) -> dict[str, dict[str, float]]:
+    """By set and setting, of each set that has `regular`: the means over seeds against its."""
+    changes = {}
+    for name, means in means_of(values, metric).items():
         plain = means.pop(PLAIN, None)
         if plain is not None:
-            effects[name] = {variant: mean / plain if ratio else mean - plain for variant, mean in means.items()}
-    return effects
+            changes[name] = {setting: mean / plain if ratio else mean - plain for setting, mean in means.items()}
+    return changes
 
 
 def draw(ours: Values, authors: Values, metric: str, folder: Path) -> Path:
@@ -59,17 +52,17 @@ def draw(ours: Values, authors: Values, metric: str, folder: Path) -> Path:
     except ModuleNotFoundError:
         raise UserError("pictures need matplotlib: pip install 'ncfast[eval]'") from None
     title, ratio = PICTURES[metric]
-    own = effects_of(ours, metric, ratio)
+    own = changes_of(ours, metric, ratio)
     if not own:
         raise UserError(f"no set has {metric} of {PLAIN} at the full budget")
-    theirs = {name: each for name, each in effects_of(authors, metric, ratio).items() if name in own}
+    theirs = {name: each for name, each in changes_of(authors, metric, ratio).items() if name in own}
     settings = [name for name in SETTINGS if any(name in each for each in own.values())]
     figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
     for i, name in enumerate(own):
         color = f"C{i}"
-        for effects, shift, filled in ((own, -0.15, True), (theirs, 0.15, False)):
-            at = [k for k, setting in enumerate(settings) if setting in effects.get(name, {})]
-            y = [effects[name][settings[k]] for k in at]
+        for changes, shift, filled in ((own, -0.15, True), (theirs, 0.15, False)):
+            at = [k for k, setting in enumerate(settings) if setting in changes.get(name, {})]
+            y = [changes[name][settings[k]] for k in at]
             face = color if filled else "none"
             label = name if filled else None
             axes.scatter(np.add(at, shift), y, 28, facecolors=face, edgecolors=color, label=label, zorder=3)

@@ -321,8 +321,8 @@ def test_pictures_show_means_over_seeds_against_the_plain_model(tmp_path):
         ("a", 1, "regular+kept"): {"FID": 9.0, "svm_accuracy": 0.1},
         ("b", 1, "default"): {"FID": 7.0},  # nothing to hold it against
     }
-    assert pictures.effects_of(values, "FID", ratio=True) == {"a": {"default": 0.25}}
-    assert pictures.effects_of(values, "svm_accuracy", ratio=False) == {"a": {"default": pytest.approx(0.3)}}
+    assert pictures.changes_of(values, "FID", ratio=True) == {"a": {"default": 0.25}}
+    assert pictures.changes_of(values, "svm_accuracy", ratio=False) == {"a": {"default": pytest.approx(0.3)}}
     pytest.importorskip("matplotlib")
     text = pictures.draw(values, {}, "FID", tmp_path).read_text()
     assert "<!-- default -->" in text and text == pictures.draw(values, {}, "FID", tmp_path).read_text()
