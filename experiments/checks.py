@@ -12,12 +12,14 @@ import argparse
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from experiments.cells import add_arguments, run, runs_of, trained
 from experiments.held_out import add_measuring, as_table, cell_of, data_of, figures, sizes_of
@@ -112,7 +114,7 @@ def variants_of(
 
 def measured(cell: Cell, device: torch.device, *, probe: bool, data: Path, runs: Path, cache: Path) -> Row:
     dataset = data_of(cell, data)
-    with loss_with(cell["options"]["ssl"], cell["terms"]):
+    with loss_with(cell["terms"]):
         model, seconds = trained(cell, dataset, device, runs)
     row = {"training_seconds": seconds, **figures(model, dataset, cell, cache)}
     if probe:
@@ -121,15 +123,21 @@ def measured(cell: Cell, device: torch.device, *, probe: bool, data: Path, runs:
 
 
 @contextlib.contextmanager
-def loss_with(ssl: str, terms: dict[str, float]) -> Iterator[None]:
-    """Trainings in it have these weights within the loss."""
-    before = dict(SSL_LOSSES)
-    if terms:
-        SSL_LOSSES[ssl] = functools.partial(SSL_LOSSES[ssl], **terms)
+def loss_with(terms: dict[str, float]) -> Iterator[None]:
+    """Losses that this thread computes in it have these weights within; other threads train other cells."""
+    of_thread.terms = terms
     try:
         yield
     finally:
-        SSL_LOSSES.update(before)
+        of_thread.terms = {}
+
+
+def with_terms(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *views: loss(*views, **getattr(of_thread, "terms", {}))
+
+
+of_thread = threading.local()
+SSL_LOSSES |= {ssl: with_terms(SSL_LOSSES[ssl]) for ssl in TERMS}
 
 
 @torch.no_grad()

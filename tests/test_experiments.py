@@ -351,11 +351,16 @@ def test_checks_vary_what_they_are_called_after():
 @pytest.mark.parametrize("ssl", ["barlow", "vicreg", "vibcreg"])
 def test_weights_within_a_loss_are_those_of_the_check_and_then_the_papers_again(ssl):
     a, b = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
-    before = checks.SSL_LOSSES[ssl](a, b)
-    assert torch.equal(checks.SSL_LOSSES[ssl](a, b, **checks.TERMS[ssl]), before)
-    with checks.loss_with(ssl, {next(iter(checks.TERMS[ssl])): 1000.0}):
-        assert checks.SSL_LOSSES[ssl](a, b) > before
-    assert torch.equal(checks.SSL_LOSSES[ssl](a, b), before)
+    loss = checks.SSL_LOSSES[ssl]
+    before, seen = loss(a, b), []
+    with checks.loss_with(checks.TERMS[ssl]):
+        assert torch.equal(loss(a, b), before)
+    with checks.loss_with({next(iter(checks.TERMS[ssl])): 1000.0}):
+        assert loss(a, b) > before
+        other = threading.Thread(target=lambda: seen.append(loss(a, b)))  # trains another cell meanwhile
+        other.start()
+        other.join()
+    assert torch.equal(loss(a, b), before) and torch.equal(seen[0], before)
 
 
 def test_views_of_every_strength_and_what_a_set_is_like():
