@@ -14,6 +14,7 @@
 #include <utility>
 
 #ifdef NCFAST_CUDA_MODULE
+#include "cuda/masked_attention.h"
 #include "cuda/nearest_code.h"
 #else
 #include "cpu/barlow_twins_loss.h"
@@ -153,6 +154,8 @@ PyMethodDef define(const char* name) {
 #ifdef NCFAST_CUDA_MODULE
 
 PyMethodDef functions[] = {
+    define<&ncfast::cuda::masked_attention, 3, 1, 2, 3>("masked_attention"),  // mask, lengths, stream may be null
+    define<&ncfast::cuda::masked_attention_backward, 3, 2, 3, 4>("masked_attention_backward"),
     define<&ncfast::cuda::nearest_code_workspace_bytes>("nearest_code_workspace_bytes"),
     define<&ncfast::cuda::nearest_code, 4, 2, 3>("nearest_code"),  // stream and workspace may be null
     {},

@@ -8,6 +8,7 @@ from ncfast.ops import dispatch
 from ncfast.ops.gradients import of_kernel
 
 MAX_LENGTH = 128  # of a sequence that the kernels take; beyond it PyTorch's own attention is as fast
+CUDA_HEAD_DIM = 64  # that the kernels in CUDA take
 # That the Triton kernels take: a head of theirs stays in registers and shared memory.
 MAX_HEAD_DIM = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
@@ -76,7 +77,8 @@ def masked_attention(
             key is normalised as the others are.
         scale: of the scores; d**-0.5 by default.
         impl: "auto" (the fastest that can run the call), "reference" (PyTorch's scaled_dot_product_attention), "cpp"
-            (float32, S <= 128) or "triton" (S <= 128; float16 and bfloat16, d <= 128; float32, d <= 64).
+            (float32, S <= 128), "cuda" (S <= 128; float16 and bfloat16, d = 64, without q_scale, k_scale and null_kv)
+            or "triton" (S <= 128; float16 and bfloat16, d <= 128; float32, d <= 64).
 
     Returns:
         [B, S, H, d] in the type of qkv. Differentiable in qkv, q_scale, k_scale and null_kv; a second derivative is
@@ -88,7 +90,8 @@ def masked_attention(
     """
     check(qkv, key_mask, lengths, q_scale, k_scale, null_kv)
     S, d = qkv.shape[1], qkv.shape[-1]
-    name = dispatch.choose("masked_attention", impl, why_not(qkv.device, qkv.dtype, S, d))
+    plain = q_scale is None and null_kv is None
+    name = dispatch.choose("masked_attention", impl, why_not(qkv.device, qkv.dtype, S, d, plain=plain))
     if name == "reference":
         return masked_attention_reference(
             qkv, key_mask, lengths=lengths, q_scale=q_scale, k_scale=k_scale, null_kv=null_kv, scale=scale
@@ -158,9 +161,17 @@ class MaskedAttention(torch.autograd.Function):
 
 
 def why_not(
-    device: torch.device, dtype: torch.dtype = torch.float32, length: int = 1, head_dim: int = 1
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    length: int = 1,
+    head_dim: int = 1,
+    *,
+    plain: bool = True,
 ) -> dict[str, str | None]:
-    """Each implementation, fastest first, with None or the reason why it cannot run on these."""
+    """Each implementation, fastest first, with None or the reason why it cannot run on these.
+
+    plain: without q_scale, k_scale and null_kv.
+    """
     unfit = f"sequences of {length}: the kernel takes up to {MAX_LENGTH}" if length > MAX_LENGTH else None
     unfit_cpp = f"{dtype} input: the kernel is float32" if dtype != torch.float32 else unfit
     unfit_triton = unfit
@@ -174,10 +185,21 @@ def why_not(
         wanted, there = shared_memory(dtype, length, head_dim), dispatch.shared_memory_of(device)
         if wanted > there:
             unfit_triton = f"the kernel needs {wanted} bytes of shared memory, and {device} has {there}"
+    unfit_cuda = unfit
+    if dtype not in (torch.float16, torch.bfloat16):
+        unfit_cuda = f"{dtype} input: the kernel is float16 and bfloat16"
+    elif head_dim != CUDA_HEAD_DIM:
+        unfit_cuda = f"heads of {head_dim}: the kernel is for {CUDA_HEAD_DIM}"
+    elif not plain:
+        unfit_cuda = "q_scale, k_scale or null_kv: the kernel has none"
+    elif unfit is None and device.type == "cuda":
+        wanted, there = cuda_shared_memory(length), dispatch.shared_memory_of(device)
+        if wanted > there:
+            unfit_cuda = f"the kernel needs {wanted} bytes of shared memory, and {device} has {there}"
     # On an H100 at S = 76, d = 64 the best of PyTorch's backends takes as long forward and, in float32 forward and
     # backward together, 1.2 times as long, in bfloat16 2.2 times; twice as long with normalised queries and keys and a
     # null key.
-    return dispatch.table(device, cpp=unfit_cpp, triton=unfit_triton)
+    return dispatch.table(device, cuda=unfit_cuda, cpp=unfit_cpp, triton=unfit_triton)
 
 
 def shared_memory(dtype: torch.dtype, length: int, head_dim: int) -> int:
@@ -185,6 +207,12 @@ def shared_memory(dtype: torch.dtype, length: int, head_dim: int) -> int:
     length, head_dim = (max(16, 1 << (size - 1).bit_length()) for size in (length, head_dim))
     elements = length * head_dim
     return max(28 * elements, 128 << 10) if dtype == torch.float32 else 8 * elements + (16 << 10)
+
+
+def cuda_shared_memory(length: int) -> int:
+    """Bytes that the backward kernel in CUDA takes: four tiles of 16-bit rows, weights and their gradients."""
+    rows = -(-length // 16) * 16
+    return rows * (4 * 2 * CUDA_HEAD_DIM + 2 * (2 * rows + 16) + 1)
 
 
 def empty_result(qkv, key_mask, lengths, q_scale, k_scale, null_kv, scale) -> Tensor:
@@ -212,6 +240,32 @@ def run_cpp_backward(grad_out: Tensor, *inputs) -> tuple[Tensor, ...]:
     return gradients
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy that starts at a multiple of 16 bytes."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def run_cuda(*inputs) -> Tensor:
+    return call_cuda("masked_attention", (), inputs, empty_result(*inputs))
+
+
+def run_cuda_backward(grad_out: Tensor, *inputs) -> tuple[Tensor, ...]:
+    grad_qkv, *others = empty_gradients(grad_out, *inputs)
+    return call_cuda("masked_attention_backward", (aligned(grad_out),), inputs, grad_qkv), *others
+
+
+def call_cuda(function: str, grad_out: tuple[Tensor, ...], inputs: tuple, result: Tensor) -> Tensor:
+    """Fills the result."""
+    qkv, key_mask, lengths, *_, scale = inputs
+    B, S, _, H, _ = qkv.shape
+    qkv = aligned(qkv)
+    with torch.cuda.device(qkv.device):
+        stream = torch.cuda.current_stream(qkv.device).cuda_stream
+        sizes = (B, S, H, scale, stream)
+        dispatch.native("_C_cuda", function, *grad_out, qkv, qkv.dtype, key_mask, lengths, *sizes, result)
+    return result
+
+
 # All contiguous: qkv [B, S, 3, H, d]; key_mask bool [B, S] or lengths int64 [B]; q_scale and k_scale [d], both or none,
 # and null_kv [2, H, d], float32 -> [B, S, H, d] as qkv. Backward: the gradients of qkv and, float32, of q_scale,
 # k_scale and null_kv, empty where these are not given.
@@ -220,11 +274,13 @@ OPERATORS = dispatch.operator(
     f"masked_attention({INPUTS}) -> Tensor",
     empty_result,
     cpp=run_cpp,
+    cuda=run_cuda,
     triton=dispatch.triton("masked_attention.masked_attention_triton"),
 )
 BACKWARD_OPERATORS = dispatch.operator(
     f"masked_attention_backward(Tensor grad_out, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     empty_gradients,
     cpp=run_cpp_backward,
+    cuda=run_cuda_backward,
     triton=dispatch.triton("masked_attention.masked_attention_backward_triton"),
 )

@@ -12,10 +12,11 @@ from ncfast.engine.cuda_graph import CudaGraph
 from ncfast.ops import dispatch, masked_attention
 from ncfast.ops.masked_attention import MAX_LENGTH, shared_memory, why_not
 
-IMPLEMENTATIONS = implementations(masked_attention, why_not)
+IMPLEMENTATIONS = implementations(masked_attention, why_not, cuda=True)
 every_implementation = each(IMPLEMENTATIONS)
 every_cpp = each(IMPLEMENTATIONS, "cpp")
-every_kernel = each(IMPLEMENTATIONS, "cpp", "triton")
+every_kernel = each(IMPLEMENTATIONS, "cpp", "triton", "cuda")
+every_cuda = each(IMPLEMENTATIONS, "cuda")
 # What divides by zero in the interpreter is NumPy's to report and the kernel's to expect.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -63,7 +64,7 @@ class Result(NamedTuple):
 def forward_and_backward(run, case):
     """Everything that comes out, on the CPU, or a skip with the reason why `run` does not take this shape."""
     _, S, _, _, d = case.qkv.shape
-    reason = why_not(torch.device(run.device), case.qkv.dtype, S, d)[run.name]
+    reason = why_not(torch.device(run.device), case.qkv.dtype, S, d, plain=not case.learned)[run.name]
     if reason is not None:
         pytest.skip(f"{run.name}: {reason}")
     leaves = {name: x.clone().requires_grad_() for name, x in {"qkv": case.qkv, **case.learned}.items()}
@@ -279,6 +280,23 @@ def test_half_precision(run, dtype, tolerance, learned):
     result = forward_and_backward(run, halves)
     assert result.out.dtype == result.grads["qkv"].dtype == dtype
     check_against_oracle(run, halves, tolerance, 2 * tolerance)
+
+
+@every_cuda
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("S", [1, 15, 16, 33, 64, 76, 97, 128])
+def test_half_precision_in_cuda(run, S, dtype, keys):
+    halves = case(3, S, 2, 64, keys=keys, dtype=dtype)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 3e-3
+    check_against_oracle(run, halves, tolerance, 2 * tolerance)
+    with poisoned_memory():
+        first, second = (forward_and_backward(run, halves) for _ in range(2))
+    assert torch.equal(first.out, second.out) and torch.equal(first.grads["qkv"], second.grads["qkv"])
+    assert first.out.isfinite().all() and first.grads["qkv"].isfinite().all()
+    # What starts between multiples of 16 bytes is copied first.
+    shifted = torch.cat([halves.qkv.new_zeros(1), halves.qkv.flatten()])[1:].view_as(halves.qkv)
+    assert torch.equal(forward_and_backward(run, halves._replace(qkv=shifted)).out, first.out)
 
 
 @every_implementation

@@ -1,4 +1,4 @@
-"""nearest_code's GPU kernels compile, and keep their registers, on a machine without a GPU."""
+"""The kernels in CUDA, and nearest_code's in Triton, compile and keep their registers on a machine without a GPU."""
 
 import re
 import shutil
@@ -9,7 +9,6 @@ import pytest
 from implementations import compile_offline, needs_triton
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = ROOT / "csrc/cuda/nearest_code.cu"
 
 
 @needs_triton
@@ -30,9 +29,20 @@ def test_triton_kernels_compile_offline(z, tmp_path):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 @pytest.mark.parametrize("architecture", ["80", "90a"])
-def test_cuda_kernels_do_not_spill(architecture, tmp_path):
+@pytest.mark.parametrize("source", ["masked_attention", "nearest_code"])
+def test_cuda_kernels_do_not_spill(source, architecture, tmp_path):
     code = f"arch=compute_{architecture},code=sm_{architecture}"
-    command = ["nvcc", "-std=c++17", "-O3", "-gencode", code, "-Xptxas", "-v", "-c", str(SOURCE)]
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-O3",
+        "-gencode",
+        code,
+        "-Xptxas",
+        "-v",
+        "-c",
+        str(ROOT / f"csrc/cuda/{source}.cu"),
+    ]
     done = subprocess.run([*command, "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
