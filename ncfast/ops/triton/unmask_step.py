@@ -85,18 +85,20 @@ def unmask_step_triton(
 def blocks(m: int, K: int) -> dict:
     """Positions and codes of a tile, and positions that are ranked or passed at once.
 
-    Measured on an H200, five steps of 1024 x 75 x 32: this 265 us, tiles of 512 with 8 warps and passes of 64 and 256
-    340, of 128 with 1 warp 347; on an H100, 256 x 256 x 1024: a tile of 2048 with 4 warps 823 us, of 4096 with 8 1270.
+    Measured on an H200, all positions drawn, this and a tile of 512 with 8 warps and passes of 64 and 256: 1024 x 75 x
+    32, 81 and 97 us; 1024 x 75 x 128, 194 and 368; the other way round 256 x 256 x 64, 328 and 160. On an H100, 256 x
+    256 x 1024: a tile of 2048 with 4 warps 823 us, of 4096 with 8 warps 1270.
     """
     codes = max(triton.next_power_of_2(K), 16)
-    wide = codes >= 256
-    tile = 2048 if wide else 256
+    tile, rank, passed, warps = 2048, 64, 256, 4
+    if codes < 256:
+        tile, rank, passed, warps = (256, 32, 128, 2) if m <= 128 else (512, 64, 256, 8)
     return {
         "BLOCK_M": max(1, min(tile // codes, triton.next_power_of_2(max(m, 1)))),
         "BLOCK_K": codes,
-        "BLOCK_RANK": 64 if wide else 32,
-        "BLOCK_N": 256 if wide else 128,
-        "num_warps": 4 if wide else 2,
+        "BLOCK_RANK": rank,
+        "BLOCK_N": passed,
+        "num_warps": warps,
         # A fused multiply-add rounds otherwise than the C++ kernel.
         "enable_fp_fusion": False,
     }
