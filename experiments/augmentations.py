@@ -1,12 +1,15 @@
 """Which views help which data? Operations alone and in pairs, weaker and stronger, beside properties of the sets.
 
-Stage 1 alone. The gain of a view is kNN on its codes less kNN on a plain VQVAE's. The last table has, for each view,
-the rank correlation over sets of its gain with each property: with few sets, a hint of where to look.
+Stage 1 alone. Gains are kNN and SVM on codes less those on a plain VQVAE's of the same set, seed and budget, and the
+ratio of the squared errors. The last table has, for each view, the rank correlation over sets of the gain of kNN with
+each property: with few sets, a hint of where to look. Tables are of all cells in the file that have this loss or none.
 """
 
 import argparse
 import itertools
+import operator
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ import numpy as np
 from benchmarks.common import table
 from experiments.cells import add_arguments, run
 from experiments.held_out import add_measuring, cell_of, sizes_of, spread, work_of
-from experiments.rows import Row
+from experiments.rows import Row, rows_of
 from ncfast.cli.parser import run as run_program
 from ncfast.config import PAPER_METHODS
 from ncfast.data.augment import OPERATIONS, Augment
@@ -24,6 +27,12 @@ from ncfast.errors import UserError
 
 MEASURES = ("reconstruction", "codebook", "knn", "svm")
 PLAIN = "regular"
+# By measure: what its table is called, and how that of a view compares with a plain VQVAE's.
+GAINS: dict[str, tuple[str, Callable[[float, float], float]]] = {
+    "knn_accuracy": ("gain of kNN", operator.sub),
+    "svm_accuracy": ("gain of SVM", operator.sub),
+    "test_reconstruction_mse": ("MSE, times the plain one", operator.truediv),
+}
 WINDOWS = 8  # of a series, whose means tell whether it is stationary
 
 
@@ -50,9 +59,13 @@ def main() -> None:
         for seed in arguments.seeds
         for variant, options in variants.items()
     ]
-    rows = run(cells, work_of(arguments), arguments)
-    known = {Path(name).stem: properties(load_dataset(name, arguments.data)) for name in arguments.sets}
-    print("\n\n".join([gain_table(rows), property_table(known), correlation_table(gains(rows), known)]))
+    run(cells, work_of(arguments), arguments)
+    rows = [row for row in rows_of(arguments.out) if row["cell"]["options"]["ssl"] in ("none", arguments.ssl)]
+    names = dict.fromkeys([*arguments.sets, *(row["cell"]["set"] for row in rows)])
+    known = {Path(name).stem: properties(load_dataset(name, arguments.data)) for name in names}
+    found = {measure: gains(rows, measure) for measure in GAINS}
+    tables = [gain_table(each, GAINS[measure][0]) for measure, each in found.items()]
+    print("\n\n".join([*tables, property_table(known), correlation_table(found["knn_accuracy"], known)]))
 
 
 def variants_of(operations: list[str], strengths: list[float], pairs: bool, ssl: str) -> dict[str, dict[str, object]]:
@@ -65,25 +78,25 @@ def variants_of(operations: list[str], strengths: list[float], pairs: bool, ssl:
     return {PLAIN: {"ssl": "none"}} | {"+".join(view): {"ssl": ssl, "augment": view} for view in chosen}
 
 
-def gains(rows: list[Row]) -> dict[str, dict[str, list[float]]]:
-    """View -> set -> kNN less that of a plain VQVAE of the same seed, of each seed."""
-    accuracy = {
-        (row["cell"]["variant"], Path(row["cell"]["set"]).stem, row["cell"]["seed"]): row["values"]["knn_accuracy"]
+def gains(rows: list[Row], measure: str = "knn_accuracy") -> dict[str, dict[str, list[float]]]:
+    """View -> set -> what it gains over a plain VQVAE of the same seed and budget, of each seed."""
+    values = {
+        (row["cell"]["variant"], Path(row["cell"]["set"]).stem, row["cell"]["seed"], row["cell"]["budget"]): value
         for row in rows
-        if "knn_accuracy" in row["values"]
+        if (value := row["values"].get(measure)) is not None
     }
     found: dict[str, dict[str, list[float]]] = {}
-    for (view, name, seed), value in accuracy.items():
-        if view != PLAIN and (PLAIN, name, seed) in accuracy:
-            found.setdefault(view, {}).setdefault(name, []).append(value - accuracy[PLAIN, name, seed])
-    return found
+    for (view, name, *rest), value in values.items():
+        plain = values.get((PLAIN, name, *rest))
+        if view != PLAIN and plain is not None:
+            found.setdefault(view, {}).setdefault(name, []).append(GAINS[measure][1](value, plain))
+    return dict(sorted(found.items()))
 
 
-def gain_table(rows: list[Row]) -> str:
-    found = gains(rows)
+def gain_table(found: dict[str, dict[str, list[float]]], title: str) -> str:
     sets = list(dict.fromkeys(name for each in found.values() for name in each))
     lines = [[view, *(spread(each.get(name, [])) for name in sets)] for view, each in found.items()]
-    return table(["view, gain of kNN", *sets], lines)
+    return table([f"view, {title}", *sets], lines)
 
 
 def properties(dataset: Dataset) -> dict[str, float]:

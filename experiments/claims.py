@@ -21,7 +21,7 @@ from ncfast.cli.parser import run as run_program
 from ncfast.errors import UserError
 from ncfast.evaluation.comparison import authors
 
-PLAIN, DEFAULT = "regular", "default"
+PLAIN, DEFAULT, VIEWS, ABOVE_VIEWS = "regular", "default", "views", "above views"
 SSL = [name for name in SETTINGS if name not in (PLAIN, DEFAULT)]
 ALL_SSL = "mean of those with SSL"
 NOTE = (
@@ -37,7 +37,8 @@ class Claim(NamedTuple):
     text: str
     metric: str
     up: bool  # whether the claim is that the metric goes up
-    # Of the variants that are compared with what stands before it; "": those with SSL, with `regular`, as is "default".
+    # Of the variants that are compared with what stands before it; "": those with SSL, with `regular`, as are "default"
+    # and, for "views", reconstructed views alone; "above views": those with SSL, with the same views alone.
     suffix: str = ""
     ratio: bool = False  # effects are ratios, not differences
 
@@ -48,6 +49,14 @@ CLAIMS = (
     Claim("SSL: IS up", "IS_mean", True),
     Claim("SSL: FID down", "FID", False, ratio=True),
     Claim("SSL: CAS up", "CAS", True),
+    Claim("views alone: kNN up", "knn_accuracy", True, VIEWS),
+    Claim("views alone: FID down", "FID", False, VIEWS, ratio=True),
+    Claim("views alone: MSE up", "test_reconstruction_mse", True, VIEWS, ratio=True),
+    Claim("SSL above views: kNN up", "knn_accuracy", True, ABOVE_VIEWS),
+    Claim("SSL above views: FID down", "FID", False, ABOVE_VIEWS, ratio=True),
+    Claim("SSL above views: MSE up", "test_reconstruction_mse", True, ABOVE_VIEWS, ratio=True),
+    Claim("SSL: kNN up, codes move while probed", "knn_accuracy_moving", True),
+    Claim("SSL: SVM up, codes move while probed", "svm_accuracy_moving", True),
     Claim("`default`: kNN up", "knn_accuracy", True, DEFAULT),
     Claim("`default`: SVM up", "svm_accuracy", True, DEFAULT),
     Claim("`default`: IS up", "IS_mean", True, DEFAULT),
@@ -89,7 +98,13 @@ def main() -> None:
 
 
 def values_of(rows: Iterable[Row]) -> Values:
-    return {(Path(row["cell"]["set"]).stem, row["cell"]["seed"], row["cell"]["variant"]): row["values"] for row in rows}
+    """Of a variant that several tables have, measures are the first's, and the others' that it has not."""
+    values: Values = {}
+    for row in rows:
+        cell = row["cell"]
+        key = Path(cell["set"]).stem, cell["seed"], cell["variant"]
+        values[key] = row["values"] | values.get(key, {})
+    return values
 
 
 def values_of_authors() -> Values:
@@ -125,8 +140,11 @@ def compared(values: Values, claim: Claim) -> dict[str, str]:
     there = list(dict.fromkeys(variant for _, _, variant in values))
     if not claim.suffix:
         return {name: PLAIN for name in SSL if name in there}
-    if claim.suffix == DEFAULT:
-        return {DEFAULT: PLAIN} if DEFAULT in there else {}
+    if claim.suffix in (DEFAULT, VIEWS):
+        return {name: PLAIN for name in there if name.partition("_")[0] == claim.suffix}
+    if claim.suffix == ABOVE_VIEWS:
+        alone = {name: f"{VIEWS}_{name.partition('_')[2]}" for name in SSL if name in there}
+        return {name: against for name, against in alone.items() if against in there}
     return {name: name.partition("+")[0] for name in there if name.partition("+")[2] == claim.suffix}
 
 

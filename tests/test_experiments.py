@@ -308,9 +308,20 @@ def test_claims_are_tested_over_pairs_and_over_sets():
     values["f", 1, "regular"] = {"FID": 1.0}  # nor has a set that lacks some
     variants, scores = claims.scores_of(values, "FID")
     assert variants == ["regular", "barlowtwins_warp"] and scores.tolist() == [[4.0, 1.5]] * 5
+    text = claims.as_table(values)
+    assert "| views alone: FID down | views_warp | x 0.25 | 1 of 1 |" in text
+    assert "| SSL above views: FID down | barlowtwins_warp | x 1 | 0 of 1 |" in text
+    assert "| SSL above views: kNN" not in text
     theirs = claims.as_table(claims.values_of_authors())
     assert "| SSL: kNN up | barlowtwins_slice | +0.121 | 11 of 13 |" in theirs  # as counted from their files
     assert "| SSL: FID down | barlowtwins_gauss | x 0.764 | 8 of 13 |" in theirs
+
+
+def test_a_table_adds_what_the_one_before_has_not_measured():
+    cell = {"set": "a", "seed": 1, "variant": "regular"}
+    tables = {"FID": 1.0, "knn_accuracy": 0.5}, {"knn_accuracy": 0.7, "knn_accuracy_moving": 0.6}
+    values = claims.values_of([{"cell": cell, "values": each} for each in tables])
+    assert values == {("a", 1, "regular"): {"FID": 1.0, "knn_accuracy": 0.5, "knn_accuracy_moving": 0.6}}
 
 
 def test_pictures_show_means_over_seeds_against_the_plain_model(tmp_path):
@@ -388,14 +399,19 @@ def test_views_of_every_strength_and_what_a_set_is_like():
     assert known["walk"]["drift"] > 0.7 > 0.1 > known["noise"]["drift"]
     assert known["level"]["classes by level"] > 0.99 and known["level"]["classes by shape"] < 0.05
     assert known["shape"]["classes by shape"] > 0.9 and known["shape"]["classes by level"] < 0.05
-    cell = {"seed": 1, "set": "noise"}
+    cell = {"seed": 1, "set": "noise", "budget": 1.0}
     rows = [
-        {"cell": {"seed": 1, "set": name, "variant": variant}, "values": {"knn_accuracy": value}}
+        {
+            "cell": cell | {"set": name, "variant": variant},
+            "values": {"knn_accuracy": value, "test_reconstruction_mse": 2 * value},
+        }
         for name, values in {"noise": (0.5, 0.8), "tone": (0.5, 0.4), "walk": (0.5, 0.6)}.items()
         for variant, value in zip(("regular", "flip:1"), values, strict=True)
     ] + [{"cell": cell | {"variant": "slope:1"}, "values": {}}]
+    rows += [{"cell": cell | {"variant": "slope:1", "budget": 0.5}, "values": {"knn_accuracy": 0.9}}]  # no plain one
     found = augmentations.gains(rows)
     assert found.keys() == {"flip:1"} and found["flip:1"]["noise"] == pytest.approx([0.3])
+    assert augmentations.gains(rows, "test_reconstruction_mse")["flip:1"]["noise"] == pytest.approx([1.6])
     text = augmentations.correlation_table(
         found, {name: {"p": p} for name, p in zip(found["flip:1"], (3, 1, 2), strict=True)}
     )
