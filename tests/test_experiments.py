@@ -337,6 +337,8 @@ def test_pictures_show_means_over_seeds_against_the_plain_model(tmp_path):
     pytest.importorskip("matplotlib")
     text = pictures.draw(values, {}, "FID", tmp_path).read_text()
     assert "<!-- default -->" in text and text == pictures.draw(values, {}, "FID", tmp_path).read_text()
+    text = pictures.draw_views({"flip:1": {"a": [0.1]}, "slope:1": {"a": [0.2], "b": [-0.1]}}, tmp_path).read_text()
+    assert all(f"<!-- {name} -->" in text for name in ("flip:1", "slope:1", "a", "b"))
     assert "| `default`: FID down | default | x 0.5 | 1 of 1 |" in claims.as_table(values)
 
 
