@@ -153,7 +153,7 @@ class Encoder(nn.Sequential):
         count_batches(self, views)
         downs, stack = list(self)[: self.num_down], list(self)[self.num_down :]
         x = F.pad(u, (1, 1, 1, 1), mode="replicate")
-        if self.training and x.is_cuda:  # the layout of the kernels, of convolutions as of norms
+        if self.training:  # the layout of the weights then, and of the kernels, of convolutions as of norms
             x = x.contiguous(memory_format=torch.channels_last)
         for k, (conv, norm, _) in enumerate(downs):
             x = conv(x)

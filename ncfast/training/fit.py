@@ -370,7 +370,8 @@ def train_stages(
                 result = train_stage(first, log=log, state=state, **loop)
             state = None
             del first  # the projector
-            vqvae.eval()
+            # In the order of a model that is loaded: what goes on from here, or draws, then rounds as one that was.
+            vqvae = vqvae.to(memory_format=torch.contiguous_format).eval()
             if folder is not None:
                 write_tensors(folder / "stage1.safetensors", vqvae.state_dict())
                 measured = reconstruction(vqvae, data, dataset, config.precision)

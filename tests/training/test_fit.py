@@ -280,6 +280,8 @@ def test_a_run_with_a_refiner(straight, data_file, tmp_path):
     model.save(tmp_path / "saved")
     assert_same_weights(out, tmp_path / "saved")
     np.testing.assert_array_equal(ncfast.load(tmp_path / "saved").sample(40, seed=3)[0], batch.x)
+    # Training orders weights otherwise, and another order sums otherwise.
+    assert all(p.is_contiguous() for p in model.vqvae.parameters())
     # More epochs of it, then too many of another stage.
     options = [*map(str, six_epochs(data_file)), "--out", str(out), "--resume"]
     train_program.main([*options, "--refiner-epochs=8"])
