@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import ncfast
 from experiments.rows import Cell, Row, add_row, identity, key_and_value, options_of, rows_of
@@ -313,11 +314,19 @@ def stop(workers: Sequence[Worker], seconds: float = 10) -> None:
         worker.process.kill()
 
 
+def end_with_parent() -> None:
+    """A program that is killed cannot end its processes, and they would go on to the end of their cells."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def serve(
     work: Callable[[Cell, torch.device], Row], device: str, threads: int, streams: int, connection: Connection
 ) -> None:
     """What a process of `run` does, until the other end is closed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is open is closed
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is of several processes too, and would be left behind with a warning
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     leave_compiler_out()

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from experiments import augmentations, checks, claims, dependence, held_out, paper_table, pictures, table_time, tsg
 from experiments.cells import (
@@ -59,6 +60,7 @@ def toy(cell, device, *, log):
         os._exit(7)
     if cell["set"] == "slow":
         atexit.register(Path("taken down").touch)
+        tqdm([], disable=True)  # as a training's
         for _ in range(60000):
             time.sleep(0.01)
     if cell["set"].startswith("meet"):  # until all three are there
@@ -170,28 +172,31 @@ def test_what_is_not_finished_in_time_is_stopped(tmp_path, capfd):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children are read from /proc")
-@pytest.mark.parametrize("streams", [1, 2])
-def test_sigterm_leaves_no_process_behind(tmp_path, streams):
+@pytest.mark.parametrize(("streams", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGKILL)])
+def test_no_process_is_left_behind(tmp_path, streams, number):
     program = (
         "import functools, test_experiments as t; t.run(t.cells(['slow']), functools.partial(t.toy, log='log'), "
         f"t.parsed('--out', 'out.jsonl', '--streams', {streams}))"
     )
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment)
+    with open(tmp_path / "printed", "w") as printed:
+        process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment, stderr=printed)
     end = time.monotonic() + 120
     while not (tmp_path / "log").exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.terminate()
+    process.send_signal(number)
     begin = time.monotonic()
-    assert process.wait(60) == 128 + signal.SIGTERM and children
+    assert process.wait(60) == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number) and children
     while any(Path("/proc", child).exists() for child in children) and time.monotonic() < end:
         time.sleep(0.05)
     assert not [child for child in children if Path("/proc", child).exists()]
     assert time.monotonic() - begin < 8  # none had to be killed
     # A thread that is inside a library while the interpreter is taken down may abort the process.
     assert not (tmp_path / "taken down").exists()
+    if number == signal.SIGTERM:
+        assert "leaked" not in (tmp_path / "printed").read_text()
 
 
 def test_a_cell_that_would_take_too_long_lets_others_go_before_it():
