@@ -111,6 +111,11 @@ class TrainingStep:
         self.optimizer.load_state_dict({**state, "param_groups": groups})
         for group in self.optimizer.param_groups:
             group.update(self.hyperparameters)
+        # PyTorch's fused AdamW takes moments to lie as their weights do, without a look; those of version 0.1.0 do not.
+        for parameter, own in self.optimizer.state.items():
+            for name, value in own.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                    own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def begin_epoch(self) -> None:
         if isinstance(self.optimizer, AdamW):  # weights may have been loaded

@@ -113,6 +113,34 @@ def no_streams(monkeypatch):
     monkeypatch.setattr(step_module, "on_stream", lambda stream: contextlib.nullcontext())
 
 
+def test_continues_from_moments_that_lie_otherwise():
+    """As those of version 0.1.0, of which a fused AdamW would take each for that of another weight."""
+
+    def step_of(conv):
+        def losses(rows, generator):
+            return {"loss": conv(x[rows]).square().mean()}
+
+        options = dict(num_series=N, weight_decay=0.01, rates=[0.01] * 4, precision="fp32", device=CPU)
+        return TrainingStep(losses, conv, **options)
+
+    x = torch.randn(N, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    first, second = (nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last) for _ in range(2))
+    steps = step_of(first), step_of(second)
+    for i in range(2):
+        steps[0](i, torch.arange(N), [torch.Generator()])
+    second.load_state_dict(first.state_dict())
+    state = steps[0].state_dict()
+    state["state"] = {
+        key: {name: value.clone(memory_format=torch.contiguous_format) for name, value in own.items()}
+        for key, own in state["state"].items()
+    }
+    steps[1].load_state_dict(state)
+    for i in range(2, 4):
+        for step in steps:
+            step(i, torch.arange(N), [torch.Generator()])
+    assert torch.equal(first.weight, second.weight)
+
+
 def test_each_batch_size_becomes_a_graph_after_a_few_steps(no_streams, monkeypatch):
     monkeypatch.setattr(step_module, "CudaGraph", Replay)
     expected = Problem(60).run(60)
