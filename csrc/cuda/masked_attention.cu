@@ -25,10 +25,7 @@ __device__ __forceinline__ void copy16(void* shared, const void* global, bool th
                "r"(there ? 16 : 0)
                : "memory");
 }
-template <int kPending>
-__device__ __forceinline__ void wait_copies_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
+__device__ __forceinline__ void wait_copies_but_last() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
 __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -224,12 +221,12 @@ __global__ void __launch_bounds__(32 * kTiles, programs(kForwardWarps, kTiles))
   commit_copies();
   copy_rows<T, kTiles, kMasked>(v, head + 2 * row, 3 * row, S, kept);
   commit_copies();
-  wait_copies_but<1>();
+  wait_copies_but_last();
   __syncthreads();
   float s[2 * kTiles][4];
   multiply_rows<T, kTiles>(s, q, first, k);
   const float2 inverse = softmax<kTiles, kMasked>(s, scale * kLog2E, S, kept);
-  wait_copies_but<0>();
+  wait_copies();
   __syncthreads();
   float acc[8][4] = {};
 #pragma unroll
@@ -248,8 +245,7 @@ __global__ void __launch_bounds__(32 * kTiles, programs(kBackwardWarps, kTiles))
   extern __shared__ __align__(1024) char shared[];
   __shared__ bool kept[16 * kTiles];
   constexpr int kTile = 16 * kTiles * kTileRowBytes;
-  constexpr int kStride =
-      32 * kTiles + 16;  // of a row of P and dS: 16 bytes more, so that rows start in banks of their own
+  constexpr int kStride = 32 * kTiles + 16;  // of P and dS: 16 bytes more, so that rows start in banks of their own
   char *q = shared, *k = q + kTile, *g = k + kTile, *v = g + kTile, *p = v + kTile, *ds = p + 16 * kTiles * kStride;
   const int b = blockIdx.x / H, h = blockIdx.x % H, first = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
   const int64_t row = int64_t(H) * kDim;
@@ -262,12 +258,12 @@ __global__ void __launch_bounds__(32 * kTiles, programs(kBackwardWarps, kTiles))
   copy_rows<T, kTiles, kMasked>(v, head + 2 * row, 3 * row, S, kept);
   copy_rows<T, kTiles, false>(g, grad_out + int64_t(b) * S * row + h * kDim, row, S, nullptr);
   commit_copies();
-  wait_copies_but<1>();
+  wait_copies_but_last();
   __syncthreads();
   float s[2 * kTiles][4];
   multiply_rows<T, kTiles>(s, q, first, k);
   const float2 inverse = softmax<kTiles, kMasked>(s, scale * kLog2E, S, kept);
-  wait_copies_but<0>();
+  wait_copies();
   __syncthreads();
   {
     float of_p[2 * kTiles][4];

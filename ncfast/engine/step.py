@@ -111,7 +111,7 @@ class TrainingStep:
         self.optimizer.load_state_dict({**state, "param_groups": groups})
         for group in self.optimizer.param_groups:
             group.update(self.hyperparameters)
-        # PyTorch's fused AdamW takes moments to lie as their weights do, without a look; those of version 0.1.0 do not.
+        # PyTorch's fused AdamW takes moments to lie as their weights do, unchecked; version 0.1.0's do not on a CPU.
         for parameter, own in self.optimizer.state.items():
             for name, value in own.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
