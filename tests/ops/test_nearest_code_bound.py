@@ -9,7 +9,7 @@ import torch
 from implementations import needs_triton
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "nearest_code"
-ROUNDING, KEYS = ((SOURCES / name).read_text() for name in ("rounding.cuh", "group_keys.cuh"))
+ROUNDING, KEYS, RESIDENT = ((SOURCES / name).read_text() for name in ("rounding.cuh", "group_keys.cuh", "resident.cuh"))
 
 
 def constants(pattern, text):
@@ -24,13 +24,14 @@ SUM, SUM_MORE, SUM_UNIT = constants(
 BIAS, BIAS_MORE, BIAS_UNIT, FAR = constants(
     r"\(chunks \* (\d+) \+ (\d+)\) \* 0x1p(-\d+)f \* \(magnitude.*\) \+ codes.bias \* 0x1p(-\d+)f", ROUNDING
 )
+SAMPLED, TOP = (int(constants(rf"int {name} = (\d+);", RESIDENT)[0]) for name in ("kSampledCodes", "kSampledTop"))
 (WINDOW,) = map(float, re.findall(r"float window = ([\d.]+)f \* error", ROUNDING))
 KEY, KEY_LEAST = constants(r"best - \(window \+ 0x1p(-\d+)f \* \(fabsf\(best\) \+ window\) \+ 0x1p(-\d+)f\)", KEYS)
 
 
-def scale_exponents(largest):
-    """[..] float64 powers of two that take `largest` to [2^14, 2^15)."""
-    exponents = torch.where(largest > 0, 14 - torch.frexp(largest).exponent + 1, 0)
+def scale_exponents(largest, top=14):
+    """[..] float64 powers of two that take `largest` to [2^top, 2^(top + 1))."""
+    exponents = torch.where(largest > 0, top - torch.frexp(largest).exponent + 1, 0)
     return exponents.clamp(-126, 126)
 
 
@@ -52,12 +53,15 @@ def tensor_core_sum(z, e, block):
     return total
 
 
-def emulate(z, codebook, block, mean=None):
-    """(scores, exact scores, error bound), in the scaled units of each row: [M, K], [M, K], [M]."""
+def emulate(z, codebook, block, mean=None, step=1):
+    """(scores, exact scores, error bound), in the scaled units of each row: [M, K], [M, K], [M].
+
+    Mean and scale are those of every `step`th code.
+    """
     D = z.shape[1]
-    mean = codebook.mean(0) if mean is None else mean
+    mean = codebook[::step].mean(0) if mean is None else mean
     z_centred, e_centred = z - mean, codebook - mean  # float32
-    b = scale_exponents(e_centred.abs().max())
+    b = scale_exponents(e_centred[::step].abs().max(), 14 if step == 1 else TOP)
     a = torch.minimum(scale_exponents(z_centred.abs().amax(1)), b + 100)  # [M]
     z_scaled, e_scaled = torch.ldexp(z_centred, a[:, None]), torch.ldexp(e_centred, b)
     z_half, e_half = z_scaled.half().double(), e_scaled.half().double()
@@ -203,9 +207,21 @@ def test_any_centre_will_do():
         assert ((scores - exact).abs() <= bound[:, None]).all()
 
 
-def test_the_bound_rules_most_codes_out():
+@pytest.mark.parametrize("name", DATA)
+def test_the_mean_and_the_scale_of_some_codes_will_do(name):
+    z, codebook = data(name)
+    if name == "one_large_code":
+        codebook[3] *= 1e-5  # what fits beside the sample, which does not have it
+    scores, exact, bound = emulate(z, codebook, 16, step=4)
+    assert bound.isfinite().all()
+    slack = 1e-14 * exact.abs().amax(-1)
+    assert ((scores - exact).abs() <= (bound + slack)[:, None]).all()
+
+
+@pytest.mark.parametrize("step", [1, 1024 // SAMPLED])
+def test_the_bound_rules_most_codes_out(step):
     z, codebook = data("gauss", M=300, K=1024, D=64)
-    scores, _, bound = emulate(z, codebook, 16)
+    scores, _, bound = emulate(z, codebook, 16, step=step)
     candidates = (scores >= (scores.amax(-1) - 2 * bound)[:, None]).sum(-1)
     assert (candidates > 1).double().mean() < 0.08
     assert candidates.max() < 5

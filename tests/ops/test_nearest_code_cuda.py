@@ -56,6 +56,12 @@ def data(name, M, K, D):
         z = z * 1e-6
     elif name == "one_far_code":  # further than the sample of codes lets expect
         codebook[K // 2 + 1] *= 1e4
+    elif name == "one_code_not_so_far":
+        codebook[K // 2 + 1] *= 20
+    elif name == "sample_alike":  # it tells nothing of the size of the others
+        codebook *= 1e-6
+        codebook[:: max(1, K // 128)] = 0
+        z *= 1e-6
     elif name in ("1e30", "1e-30"):
         z, codebook = z * float(name), codebook * float(name)
     else:
@@ -84,7 +90,7 @@ def check(z, codebook, indices):
 
 NAMES = [
     *("gauss", "trained", "offset4", "offset1000", "sphere", "vqgan_init", "duplicates", "one_ulp", "integers"),
-    *("far_rows", "near_rows", "one_far_code", "1e30", "1e-30"),
+    *("far_rows", "near_rows", "one_far_code", "one_code_not_so_far", "sample_alike", "1e30", "1e-30"),
 ]
 
 
@@ -105,11 +111,12 @@ def test_half_precision_rows(shape, dtype):
     check(z, codebook, nearest_code(z, codebook, impl="cuda"))
 
 
+@pytest.mark.parametrize("every", [13, 4])  # 4: also all that are sampled of 512 codes
 @pytest.mark.parametrize("shape", [(777, 512, 64), (777, 4096, 256)])
-def test_rows_and_codes_that_are_not_finite(shape):
+def test_rows_and_codes_that_are_not_finite(shape, every):
     z, codebook = data("gauss", *shape)
     spoilt = torch.zeros(shape[1], dtype=torch.bool, device="cuda")
-    spoilt[::13] = True
+    spoilt[::every] = True
     kept = torch.arange(shape[1], device="cuda")[~spoilt]
     expected = kept[nearest_code(z, codebook[~spoilt], impl="cuda")]
     codebook[spoilt, 3] = torch.nan

@@ -31,10 +31,10 @@ struct ResidentLayout {
   }
 };
 
-// The mean of the codes goes to `mean`; returns the exponent that scales them.
+// The mean of every `step`th code goes to `mean`; returns the exponent that scales these codes to 2^top.
 template <bool kAligned>
 __device__ __forceinline__ int centre(const float* codes,  // [K, D]
-                                      int K, int D, int columns,
+                                      int K, int step, int top, int D, int columns,
                                       ColumnStats* partial,  // [strides, columns], 4 a thread, shared
                                       float* mean,           // [columns], shared
                                       CodeFacts* scratch) {  // [warps], shared
@@ -44,15 +44,16 @@ __device__ __forceinline__ int centre(const float* codes,  // [K, D]
   const int strides = threads / (columns / 4);
   const int first_d = thread % (columns / 4) * 4;
   const int stride = thread / (columns / 4);
+  const int count = (K + step - 1) / step;
   if (stride < strides) {
     ColumnStats stats[4];
     constexpr int kAtOnce = 8;  // loads under way
 #pragma unroll 1
-    for (int first = stride; first < K; first += kAtOnce * strides) {
+    for (int first = stride; first < count; first += kAtOnce * strides) {
       float x[kAtOnce][4];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const float* e = codes + int64_t(min(first + i * strides, K - 1)) * D;
+        const float* e = codes + int64_t(min(first + i * strides, count - 1)) * step * D;
         if constexpr (kAligned) {
           const float4 pack = *reinterpret_cast<const float4*>(e + min(first_d, D - 4));
           x[i][0] = pack.x, x[i][1] = pack.y, x[i][2] = pack.z, x[i][3] = pack.w;
@@ -65,8 +66,8 @@ __device__ __forceinline__ int centre(const float* codes,  // [K, D]
       for (int i = 0; i < kAtOnce; ++i) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          const bool there = first + i * strides < K && first_d + c < D;
-          stats[c].add(there ? x[i][c] : NAN, 1.f / K);
+          const bool there = first + i * strides < count && first_d + c < D;
+          stats[c].add(there ? x[i][c] : NAN, 1.f / count);
         }
       }
     }
@@ -82,8 +83,12 @@ __device__ __forceinline__ int centre(const float* codes,  // [K, D]
     mean[d] = stats.mean;
     reach = fmaxf(reach, stats.reach());
   }
-  return scale_exponent(block_max({reach, 0, 0}, scratch).square);
+  return scale_exponent(block_max({reach, 0, 0}, scratch).square, top);
 }
+
+// Mean and scale of so many codes serve for all, of which they leave out of fp16 only what is 2^7 times larger.
+constexpr int kSampledCodes = 128;
+constexpr int kSampledTop = 8;
 
 constexpr int kMostMeasured = 16;  // codes of a row, in float64, before measuring all of them is as well
 
@@ -124,17 +129,24 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
   const int next_row = groups * gridDim.x * kGroupRows;
   prefetch_rows(z, head * M + first_row, M - first_row, D);
 
-  const int exponent =
-      centre<kAligned>(codes, K, D, columns, reinterpret_cast<ColumnStats*>(shared + layout.rows), mean, scratch);
   float* plain = reinterpret_cast<float*>(shared + layout.rows);  // the rows' place is free: the bias before its move
-  CodeFacts facts{0, 0, 0};
+  int exponent;
+  CodeFacts facts;
 #pragma unroll 1
-  for (int first = 0; first < padded; first += threads / 8 * kPackAtOnce) {
-    facts = larger(facts, pack_codes<kAligned, kResidentCodes>(codebook, head * K, first + thread / 8, threads / 8, K,
-                                                               padded, D, chunks, kStepsPerTile, mean,
-                                                               power_of_two(exponent), code_tiles, plain));
+  for (int step = max(1, K / kSampledCodes);; step = 1) {
+    exponent = centre<kAligned>(codes, K, step, step > 1 ? kSampledTop : 14, D, columns,
+                                reinterpret_cast<ColumnStats*>(shared + layout.rows), mean, scratch);
+    facts = {0, 0, 0};
+#pragma unroll 1
+    for (int first = 0; first < padded; first += threads / 8 * kPackAtOnce) {
+      facts = larger(facts, pack_codes<kAligned, kResidentCodes>(codebook, head * K, first + thread / 8, threads / 8, K,
+                                                                 padded, D, chunks, kStepsPerTile, mean,
+                                                                 power_of_two(exponent), code_tiles, plain));
+    }
+    facts = block_max(facts, scratch);
+    // Or else some code is too large for their scale, or all are too small.
+    if (step == 1 || (facts.square >= 1 && facts.square <= FLT_MAX)) break;
   }
-  facts = block_max(facts, scratch);
   for (int code = thread; code < padded; code += threads) bias[bias_place(code)] = plain[code];
 #if NCFAST_HOPPER
   fence_async_proxy();

@@ -36,9 +36,10 @@ struct RowScale {
 constexpr float kPastEnd = -1;
 constexpr float kNotFinite = -2;
 
-// Scales `largest` to between 2^14 and 2^15: fp16 ends at 65504, and what is 2^28 times smaller is still normal.
-__device__ __forceinline__ int scale_exponent(float largest) {
-  const int exponent = largest > 0 && largest <= FLT_MAX ? 14 - ilogbf(largest) : 0;
+// Scales `largest` to between 2^top and 2^(top + 1). fp16 ends at 65504; with 2^14, what is 2^28 times smaller is still
+// normal.
+__device__ __forceinline__ int scale_exponent(float largest, int top = 14) {
+  const int exponent = largest > 0 && largest <= FLT_MAX ? top - ilogbf(largest) : 0;
   return max(-126, min(126, exponent));
 }
 
