@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.augmentations import GAINS, gains
+from experiments.augmentations import GAINS, gains, is_pair
 from experiments.claims import PLAIN, Values, means_of, values_of, values_of_authors
 from experiments.paper_table import SETTINGS
 from experiments.rows import rows_of
@@ -95,7 +95,8 @@ def draw(ours: Values, authors: Values, metric: str, folder: Path) -> Path:
 
 
 def draw_views(found: dict[str, dict[str, list[float]]], folder: Path) -> Path:
-    """Gain of kNN by view and set (`augmentations.gains`), strengths of an operation side by side."""
+    """Gain of kNN by view of one operation and set (`augmentations.gains`), strengths of an operation side by side."""
+    found = {view: each for view, each in found.items() if not is_pair(view)}
     if not found:
         raise UserError(f"no view has {GAINS['knn_accuracy'][0]}: that of {PLAIN} is missing")
     pyplot = plotting()

@@ -422,7 +422,39 @@ def test_views_of_every_strength_and_what_a_set_is_like():
     text = augmentations.correlation_table(
         found, {name: {"p": p} for name, p in zip(found["flip:1"], (3, 1, 2), strict=True)}
     )
-    assert "| flip:1 | 3 | +1.00 |" in text
+    assert "| flip:1 | 3 | +1.00 (p 0) |" in text
+
+
+def gained(gains, seed=1):
+    """Rows of plain models with a kNN of 0.5, and of views with these gains above it: view -> set -> gain."""
+    cell = {"seed": seed, "budget": 1.0}
+    values = {name: 0.0 for each in gains.values() for name in each}
+    return [
+        {"cell": {**cell, "set": name, "variant": view}, "values": dict.fromkeys(augmentations.ACCURACIES, 0.5 + gain)}
+        for view, each in {"regular": values, **gains}.items()
+        for name, gain in each.items()
+    ]
+
+
+def test_shares_of_sets_and_views_and_what_pairs_add():
+    sets = {"a": 0.0, "b": 0.1, "c": 0.2}
+    views = {"flip:1": 0.0, "slope:1": 0.05, "random_crop:1": 0.1}
+    rows = gained({view: {name: x + y for name, y in sets.items()} for view, x in views.items()})
+    rows += gained({"flip:1+slope:1": {"a": 0.045, "b": 0.165}, "flip:1+random_crop:1": {"a": 0.0402}})
+    # Of another seed: its pairs are compared with its own views.
+    rows += gained({"flip:1": {"b": 0.3}, "slope:1": {"b": 0.4}, "flip:1+slope:1": {"b": 0.41}}, seed=2)
+    found = {measure: augmentations.gains(rows, measure) for measure in augmentations.ACCURACIES}
+    for each in found.values():
+        each["flip:1"]["b"], each["slope:1"]["b"] = [0.1], [0.15]  # the first seed alone
+    shares = augmentations.share_table(found, ["knn_accuracy"])
+    assert "| gain of kNN, one operation | 3 | 3 | 0.80 | 0.20 | 0.00 | 0.05 |" in shares
+    pairs = augmentations.pair_table(rows, ["svm_accuracy"])
+    # a: 0.045 - 0.025, 0.0402 - 0.05, above the better -0.005, -0.0598; b: 0.165 - 0.125, 0.41 - 0.35 and 0.015, 0.01
+    assert "| gain of SVM, a | +0.005 | -0.032 | 0 of 2 |" in pairs
+    assert "| gain of SVM, b | +0.050 | +0.012 | 2 of 2 |" in pairs
+    known = {name: {"p": -y} for name, y in sets.items()}
+    text = augmentations.correlation_table(found["knn_accuracy"], known)
+    assert "| mean of the views of one operation | 3 | -1.00" in text
 
 
 @pytest.mark.parametrize("lag", [1, 4, 16])
