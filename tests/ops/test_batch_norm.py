@@ -321,7 +321,7 @@ def test_no_synchronisation_and_a_cuda_graph():
 
 
 @needs_triton
-def test_triton_kernels_compile_offline(tmp_path):
+def test_triton_kernels_compile_offline():
     from ncfast.ops.triton.batch_norm import Plan
 
     plan = Plan(9600, 2, 64)
@@ -344,7 +344,7 @@ def test_triton_kernels_compile_offline(tmp_path):
                 ("batch_norm_apply_kernel", types, {**merged, "RUNNING": True}),
                 ("batch_norm_backward_apply_kernel", types, {**merged, **copies}),
             ]
-    used = compile_offline("ncfast.ops.triton.batch_norm", jobs, tmp_path)
+    used = compile_offline("ncfast.ops.triton.batch_norm", jobs)
     assert all(each["stack"] == 0 for each in used)  # all in registers
 
 

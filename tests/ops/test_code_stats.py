@@ -267,7 +267,7 @@ def test_more_than_2_to_the_31_elements():
 
 
 @needs_triton
-def test_triton_kernels_compile_offline(tmp_path):
+def test_triton_kernels_compile_offline():
     from ncfast.ops.triton import code_stats as kernels
 
     indices = dict.fromkeys(("indices", "ends", "order"), "*i64")
@@ -289,7 +289,7 @@ def test_triton_kernels_compile_offline(tmp_path):
         ("code_stats_scan_kernel", types, kernels.SCAN_BLOCKS),
         ("code_stats_order_kernel", types, kernels.ORDER_BLOCKS),
     ]
-    for used in compile_offline("ncfast.ops.triton.code_stats", jobs, tmp_path):
+    for used in compile_offline("ncfast.ops.triton.code_stats", jobs):
         assert used["stack"] == 0
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @needs_triton
 @pytest.mark.parametrize("z", ["*fp32", "*bf16"])
-def test_triton_kernels_compile_offline(z, tmp_path):
+def test_triton_kernels_compile_offline(z):
     from ncfast.ops.triton.nearest_code import kernel_blocks
 
     types = {"z": z, "codebook": "*fp32", "indices": "*i64"}
@@ -22,7 +22,7 @@ def test_triton_kernels_compile_offline(z, tmp_path):
         ("nearest_code_kernel", types, {**kernel_blocks(K, D), "K": K, "D": D})
         for K, D in ((32, 64), (64, 64), (1024, 256))
     ]
-    for used in compile_offline("ncfast.ops.triton.nearest_code", jobs, tmp_path):
+    for used in compile_offline("ncfast.ops.triton.nearest_code", jobs):
         assert used["stack"] == 0
         assert used["fused_float64"] == 0  # or of equal codes one may be nearer than the other
 

@@ -364,7 +364,7 @@ OFFLINE = [  # N, K, bias, norm, residual and GELU
 
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90])
-def test_triton_kernels_compile_offline(tmp_path, capability):
+def test_triton_kernels_compile_offline(capability):
     from ncfast.ops.triton.fused_linear import SUM_BLOCKS, backward_blocks, forward_blocks
 
     large = capability == 90
@@ -386,7 +386,7 @@ def test_triton_kernels_compile_offline(tmp_path, capability):
         forward |= {"GELU": "gelu" in parts, **shared, **forward_blocks(N, K, large)}
         backward |= shared | backward_blocks(N, K, "norm" in parts, large)
         jobs += [("fused_linear_kernel", types, forward), ("fused_linear_backward_kernel", types, backward)]
-    used = compile_offline("ncfast.ops.triton.fused_linear", jobs, tmp_path, capability)
+    used = compile_offline("ncfast.ops.triton.fused_linear", jobs, capability)
     for job, of in zip(jobs, used, strict=True):
         assert of["shared"] <= (227 << 10 if large else LEAST_SHARED_MEMORY), job
         # A row with its gradient does not quite fit into registers: of 256 it is still the faster way (H100).

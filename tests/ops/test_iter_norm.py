@@ -370,12 +370,12 @@ def test_no_synchronisation_and_a_cuda_graph():
 
 
 @needs_triton
-def test_triton_kernels_compile_offline(tmp_path):
+def test_triton_kernels_compile_offline():
     from ncfast.ops.triton.iter_norm import blocks
 
     types = dict.fromkeys(("x", "y", "saved", "matrices", "grad_y", "grad_x", "grad_mean"), "*fp32") | {"eps": "fp32"}
     jobs = [("iter_norm_kernel", types, blocks(64)), ("iter_norm_backward_kernel", types, blocks(64))]
-    compile_offline("ncfast.ops.triton.iter_norm", jobs, tmp_path)
+    compile_offline("ncfast.ops.triton.iter_norm", jobs)
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def test_captured_by_a_cuda_graph():
 
 
 @needs_triton
-def test_triton_kernels_compile_offline(tmp_path):
+def test_triton_kernels_compile_offline():
     from ncfast.ops.triton.layer_norm import BACKWARD_WARPS, FORWARD_WARPS, blocks
 
     types = dict.fromkeys(("weight", "bias", "add", "bias_sums", "weight_sums"), "*fp32") | {"eps": "fp32"}
@@ -233,7 +233,7 @@ def test_triton_kernels_compile_offline(tmp_path):
         constants = {"D": D, "GELU": gelu} | ({} if gelu else {"add": None})
         jobs.append(("layer_norm_kernel", tensors, constants | blocks(D, FORWARD_WARPS)))
         jobs.append(("layer_norm_backward_kernel", tensors, constants | blocks(D, BACKWARD_WARPS)))
-    used = compile_offline("ncfast.ops.triton.layer_norm", jobs, tmp_path)
+    used = compile_offline("ncfast.ops.triton.layer_norm", jobs)
     for job, of in zip(jobs, used, strict=True):
         assert of["stack"] == 0, job
 

@@ -366,7 +366,7 @@ def test_captured_by_a_cuda_graph():
 
 
 @needs_triton
-def test_triton_kernels_compile_offline(tmp_path):
+def test_triton_kernels_compile_offline():
     from ncfast.ops.triton.masked_attention import blocks
 
     types = {"key_mask": "*i1", "lengths": "*i64", "scale": "fp32", "q_scale": "*fp32", "k_scale": "*fp32"}
@@ -382,7 +382,7 @@ def test_triton_kernels_compile_offline(tmp_path):
                 (kernel, typed, {"H": 2, "d": d, **flags, **blocks(S, d, dtype, backward=backward, plain=not learned)})
             )
         configurations += [(dtype, learned)] * 2
-    used = compile_offline("ncfast.ops.triton.masked_attention", jobs, tmp_path)
+    used = compile_offline("ncfast.ops.triton.masked_attention", jobs)
     for (dtype, learned), of in zip(configurations, used, strict=True):
         assert of["shared"] <= shared_memory(dtype, S, d)
         if dtype == torch.bfloat16:

@@ -541,7 +541,7 @@ def test_more_than_2_to_the_31_elements():
 
 
 @needs_triton
-def test_triton_kernels_compile_offline(tmp_path):
+def test_triton_kernels_compile_offline():
     from ncfast.ops.triton.rotate_to_code import LOSS_BLOCKS, row_blocks
 
     types = {"codebook": "*fp32", "indices": "*i64", "errors": "*fp32", "used_rows": "*i32"}
@@ -551,7 +551,7 @@ def test_triton_kernels_compile_offline(tmp_path):
         typed = types | dict.fromkeys(("z", "q", "grad_q", "grad_z"), dtype)
         blocks = {**row_blocks(D), "ROTATE": rotate, "ONE_TILE": int(D <= 1024)}
         jobs += [("rotate_to_code_kernel", typed, row_blocks(D)), ("rotate_to_code_backward_kernel", typed, blocks)]
-    compile_offline("ncfast.ops.triton.rotate_to_code", jobs, tmp_path)
+    compile_offline("ncfast.ops.triton.rotate_to_code", jobs)
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_no_synchronisation_and_a_cuda_graph():
 
 
 @needs_triton
-def test_triton_kernels_compile_offline(tmp_path):
+def test_triton_kernels_compile_offline():
     from ncfast.ops.triton.thin_conv_transpose import BACKWARD, MERGE, POSITIONS
 
     types = dict.fromkeys(("x", "grad_x"), "*bf16")
@@ -231,7 +231,7 @@ def test_triton_kernels_compile_offline(tmp_path):
             ("thin_conv_transpose_backward_kernel", types, {**BACKWARD, **channels}),
             ("thin_conv_transpose_merge_kernel", types, {**MERGE, **channels}),
         ]
-    used = compile_offline("ncfast.ops.triton.thin_conv_transpose", jobs, tmp_path)
+    used = compile_offline("ncfast.ops.triton.thin_conv_transpose", jobs)
     assert all(each["stack"] == 0 for each in used)  # all in registers
 
 

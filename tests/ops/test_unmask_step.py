@@ -851,7 +851,7 @@ def test_a_gpu_gives_the_integers_of_a_cpu(convention):
 
 
 @needs_triton
-def test_triton_compiles_offline(tmp_path):
+def test_triton_compiles_offline():
     from ncfast.ops.triton.unmask_step import blocks
 
     types = {
@@ -869,4 +869,4 @@ def test_triton_compiles_offline(tmp_path):
         ("unmask_step_kernel", types, {**flags, "GOOGLE": True, "TEMPERED": True, "TOP_K": True, **blocks(256, 1024)}),
         ("unmask_step_kernel", bfloat16, {**absent, **flags, "RANK": False, **blocks(7, 2)}),
     ]
-    compile_offline("ncfast.ops.triton.unmask_step", jobs, tmp_path)
+    compile_offline("ncfast.ops.triton.unmask_step", jobs)

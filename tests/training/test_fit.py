@@ -359,39 +359,45 @@ def test_a_run_goes_on_with_more_epochs_and_other_sampling(finished_run, data_fi
     assert kept == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments", "message"),
-    [
-        ("train", ["--dataset", "NoSuchSet"], "no data set"),
-        ("train", ["--dataset", "DATA", "--out", "RUN"], "already holds a run; add --resume"),
-        (
-            "train",
-            ["--dataset", "DATA", "--out", "RUN", "--resume", "--dim", "16"],
-            "other options (dim was 8 and is 16",
-        ),
-        ("train", ["--dataset", "DATA", "--ssl", "moco"], "invalid choice"),
-        ("train", ["--dataset", "DATA", "--augment", "gausss"], "gauss"),
-        ("train", ["--dataset", "DATA", "--batch-size", "1"], "--batch-size is at least 2"),
-        ("train", ["--dataset", "DATA", "--learning-rate", "nan"], "--learning-rate is at least 0"),
-        ("train", ["--dataset", "DATA", "--n-fft", "6"], "multiple of 4"),
-        ("train", ["--dataset", "DATA", "--n-fft", "64"], "at least n_fft = 64"),
-        ("train", ["--dataset", "DATA", "--device", "tpu"], "--device tpu cannot be used"),
-        ("train", [], "--dataset"),
-        ("train", ["--dataset", "DATA", "--out", "x", "--precision", "tf32", "--device", "cpu"], "TF32 is a format of"),
-    ],
-)
-def test_mistakes_are_one_line_and_exit_code_2(name, arguments, message, data_file, finished_run, tmp_path):
+MISTAKES = [
+    (["--dataset", "NoSuchSet"], "no data set"),
+    (["--dataset", "DATA", "--out", "RUN"], "already holds a run; add --resume"),
+    (["--dataset", "DATA", "--out", "RUN", "--resume", "--dim", "16"], "other options (dim was 8 and is 16"),
+    (["--dataset", "DATA", "--ssl", "moco"], "invalid choice"),
+    (["--dataset", "DATA", "--augment", "gausss"], "gauss"),
+    (["--dataset", "DATA", "--batch-size", "1"], "--batch-size is at least 2"),
+    (["--dataset", "DATA", "--learning-rate", "nan"], "--learning-rate is at least 0"),
+    (["--dataset", "DATA", "--n-fft", "6"], "multiple of 4"),
+    (["--dataset", "DATA", "--n-fft", "64"], "at least n_fft = 64"),
+    (["--dataset", "DATA", "--device", "tpu"], "--device tpu cannot be used"),
+    ([], "--dataset"),
+    (["--dataset", "DATA", "--out", "x", "--precision", "tf32", "--device", "cpu"], "TF32 is a format of"),
+]
+
+
+def mistaken(arguments, data_file, finished_run):
+    """With the options of `finished_run`, but for those under test."""
     places = {"DATA": str(data_file), "RUN": str(finished_run)}
     arguments = [places.get(argument, argument) for argument in arguments]
-    if name == "train":  # the options of `finished_run`, but for those under test
-        options = [*FLAGS, "--stage1-epochs=4", "--stage2-epochs=4"]
-        arguments += [option for option in options if option.split("=")[0] not in arguments]
-    empty = {
-        "NCFAST_DATA": str(tmp_path),
-        "AEON_DATA": str(tmp_path),
-        "PYTHONPATH": str(Path(ncfast.__file__).parents[1]),
-    }
-    result = program(name, *arguments, cwd=tmp_path, env={**os.environ, **empty})
+    options = [*FLAGS, "--stage1-epochs=4", "--stage2-epochs=4"]
+    return [*arguments, *(option for option in options if option.split("=")[0] not in arguments)]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes_are_one_line(arguments, message, data_file, finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("NCFAST_DATA", "AEON_DATA"):
+        monkeypatch.setenv(name, str(tmp_path))
+    with pytest.raises(ncfast.UserError) as error:
+        train_program.main(mistaken(arguments, data_file, finished_run))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES[1:4:2])
+def test_mistakes_have_exit_code_2(arguments, message, data_file, finished_run, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(ncfast.__file__).parents[1])}
+    result = program("train", *mistaken(arguments, data_file, finished_run), cwd=tmp_path, env=environment)
     assert result.returncode == 2, result.stderr
     lines = result.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
