@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +101,25 @@ def poisoned_memory():
 
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def look_through_the_language_once():
+    """Triton's interpreter does it again for each call of a function inside a kernel: a third of its time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    whole = interpreter._patch_lang
+    nothing = types.SimpleNamespace(restore=lambda: None)
+
+    def unless_done(fn):
+        languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        return whole(fn) if any(tl.core.is_builtin(language.load) for language in languages) else nothing
+
+    interpreter._patch_lang = unless_done
+
+
+if GPU == "cpu" and importlib.util.find_spec("triton") is not None:
+    look_through_the_language_once()
 
 # In a process of its own: in this one triton may have been imported as its interpreter. It answers a line with a line.
 COMPILE_TRITON = """
