@@ -9,6 +9,7 @@ Tensors travel by the default group: NCCL between GPUs, so that a step with its 
 between CPUs. Other values travel by gloo.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -116,16 +117,18 @@ class Processes:
 
 
 ALONE = Processes()
-_values: tuple[distributed.ProcessGroup, distributed.ProcessGroup] | None = None  # the default group, and its twin
+# Of a default group whose backend is not gloo, its twin. A group that is kept beyond its end is taken down with Python,
+# while its threads may still want it, which now and then aborts the process.
+_twins: weakref.WeakKeyDictionary[distributed.ProcessGroup, distributed.ProcessGroup] = weakref.WeakKeyDictionary()
 
 
 def current_processes() -> Processes:
     """Those of the default process group, where there is one of several. All of them make the first call together."""
-    global _values
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return ALONE
     world = distributed.group.WORLD
-    if _values is None or _values[0] is not world:
+    values = world if distributed.get_backend() == "gloo" else _twins.get(world)
+    if values is None:
         # Pickled values in tensors of a GPU would depend on the current one, and on NCCL being there.
-        _values = world, world if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")
-    return Processes(distributed.get_rank(), distributed.get_world_size(), world, _values[1])
+        values = _twins[world] = distributed.new_group(backend="gloo")
+    return Processes(distributed.get_rank(), distributed.get_world_size(), world, values)

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import safetensors.torch
 import torch
 from processes import on_processes
 from runs import SMALL, train_arguments, waves
+from torch import distributed
 
 import ncfast
 from ncfast import train
@@ -218,6 +221,24 @@ def mistakes(out):
             ncfast.fit(x, y, **{**options, **more})
         messages.append(str(error.value))
     return messages
+
+
+def left_group(folder, backend):
+    """What one group, which has that name, and then another tell; and whether the first is kept once it was left."""
+    rank, world = distributed.get_rank(), weakref.ref(distributed.group.WORLD)
+    with mock.patch.object(distributed, "get_backend", lambda: backend):
+        told = current_processes().gathered(rank)
+        values = weakref.ref(current_processes().values)
+        assert (values() is world()) == (backend == "gloo") and values() is current_processes().values
+    distributed.destroy_process_group()
+    kept = world() is not None or values() is not None
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/second", rank=rank, world_size=2)
+    return told, current_processes().gathered(10 + rank), kept
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_a_group_that_is_left_is_let_go(tmp_path, backend):
+    assert on_processes(2, tmp_path, left_group, tmp_path, backend) == [([0, 1], [10, 11], False)] * 2
 
 
 @pytest.mark.slow
