@@ -118,7 +118,7 @@ class Processes:
 
 ALONE = Processes()
 # Of a default group whose backend is not gloo, its twin. A group that is kept beyond its end is taken down with Python,
-# while its threads may still want it, which now and then aborts the process.
+# while its threads may still want it, which can abort the process.
 _twins: weakref.WeakKeyDictionary[distributed.ProcessGroup, distributed.ProcessGroup] = weakref.WeakKeyDictionary()
 
 
