@@ -12,12 +12,12 @@ import operator
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from benchmarks.common import table
 from experiments.cells import add_arguments, run
+from experiments.claims import scipy_stats
 from experiments.held_out import add_measuring, cell_of, sizes_of, spread, work_of
 from experiments.rows import Row, rows_of
 from ncfast.cli.parser import run as run_program
@@ -67,8 +67,8 @@ def main() -> None:
     rows = [row for row in rows_of(arguments.out) if row["cell"]["options"]["ssl"] in ("none", arguments.ssl)]
     names = dict.fromkeys([*arguments.sets, *(row["cell"]["set"] for row in rows)])
     known = {Path(name).stem: properties(load_dataset(name, arguments.data)) for name in names}
-    for name, values in plain_values(rows).items():
-        known[name]["plain kNN"] = values
+    for name, value in plain_values(rows).items():
+        known[name]["plain kNN"] = value
     found = {measure: gains(rows, measure) for measure in GAINS}
     tables = [gain_table(each, GAINS[measure][0]) for measure, each in found.items()]
     tables += [share_table(found, ACCURACIES), pair_table(rows, ACCURACIES), property_table(known)]
@@ -95,6 +95,7 @@ def gains(rows: list[Row], measure: str = "knn_accuracy") -> dict[str, dict[str,
 
 
 def gains_of_runs(rows: list[Row], measure: str) -> dict[str, dict[Run, float]]:
+    """The same by view and run."""
     values = {
         (row["cell"]["variant"], Path(row["cell"]["set"]).stem, row["cell"]["seed"], row["cell"]["budget"]): value
         for row in rows
@@ -216,14 +217,6 @@ def between_classes(x: np.ndarray, y: np.ndarray) -> float:
     return float(between / total)
 
 
-def scipy_stats() -> Any:
-    try:
-        from scipy import stats
-    except ModuleNotFoundError:
-        raise UserError("tests and rank correlations need scipy: pip install 'ncfast[eval]'") from None
-    return stats
-
-
 def property_table(known: dict[str, dict[str, float]]) -> str:
     columns = list(dict.fromkeys(name for each in known.values() for name in each))
     lines = [[name, *(f"{each[c]:.3g}" if c in each else "" for c in columns)] for name, each in known.items()]
@@ -235,9 +228,9 @@ def correlation_table(found: dict[str, dict[str, list[float]]], known: dict[str,
     stats = scipy_stats()
     columns = list(dict.fromkeys(name for each in known.values() for name in each))
     _, sets, means = complete(found, pairs=False)
-    whole = {"mean of the views of one operation": {name: [x] for name, x in zip(sets, means.mean(0), strict=True)}}
+    whole = {"mean of the views of one operation": dict(zip(sets, means.T.tolist(), strict=True))} if sets else {}
     lines = []
-    for view, each in {**(whole if len(means) else {}), **found}.items():
+    for view, each in (whole | found).items():
         cells = []
         for column in columns:
             pairs = [(statistics.fmean(v), known[name][column]) for name, v in each.items() if column in known[name]]

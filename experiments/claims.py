@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -201,11 +201,15 @@ class Result(NamedTuple):
 
 def wilcoxon(effects: Sequence[float]) -> float:
     """Two-sided p that they are as often up as down and as far; 1 where none differs from 0."""
+    return float(scipy_stats().wilcoxon(effects).pvalue) if any(effects) else 1.0
+
+
+def scipy_stats() -> Any:
     try:
         from scipy import stats
     except ModuleNotFoundError:
         raise UserError("the tests need scipy: pip install 'ncfast[eval]'") from None
-    return float(stats.wilcoxon(effects).pvalue) if any(effects) else 1.0
+    return stats
 
 
 def rank_biserial(effects: Sequence[float]) -> float:

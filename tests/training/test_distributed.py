@@ -143,7 +143,7 @@ def test_two_processes_train_the_model_of_one(tmp_path):
     limits = {(ssl, 41, torch.float64): (1e-10,) for ssl in METHODS} | {("vibcreg", 41, torch.float32): (1e-5, 1e-4)}
     ranks = on_processes(2, tmp_path, several_trained, list(limits))
     for (case, tolerances), first, second in zip(limits.items(), *ranks, strict=True):
-        print(case)
+        print(case)  # shown where it fails
         expected = trained(*case)
         assert_close_states(first, expected, *tolerances)
         assert all(torch.equal(first[stage][name], second[stage][name]) for stage in (1, 2, 3) for name in first[stage])

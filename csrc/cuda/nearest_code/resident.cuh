@@ -86,7 +86,7 @@ __device__ __forceinline__ int centre(const float* codes,  // [K, D]
   return scale_exponent(block_max({reach, 0, 0}, scratch).square, top);
 }
 
-// Mean and scale of so many codes serve for all, of which they leave out of fp16 only what is 2^7 times larger.
+// Mean and scale of so many codes serve for all; only what is 2^7 times larger than these does not fit into fp16.
 constexpr int kSampledCodes = 128;
 constexpr int kSampledTop = 8;
 
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(resident_threads(kHopper), 1)
   CodeFacts facts;
 #pragma unroll 1
   for (int step = max(1, K / kSampledCodes);; step = 1) {
-    exponent = centre<kAligned>(codes, K, step, step > 1 ? kSampledTop : 14, D, columns,
+    exponent = centre<kAligned>(codes, K, step, step > 1 ? kSampledTop : kTop, D, columns,
                                 reinterpret_cast<ColumnStats*>(shared + layout.rows), mean, scratch);
     facts = {0, 0, 0};
 #pragma unroll 1

@@ -36,9 +36,10 @@ struct RowScale {
 constexpr float kPastEnd = -1;
 constexpr float kNotFinite = -2;
 
-// Scales `largest` to between 2^top and 2^(top + 1). fp16 ends at 65504; with 2^14, what is 2^28 times smaller is still
+// Scales `largest` to between 2^top and 2^(top + 1). fp16 ends at 65504; of kTop, what is 2^28 times smaller is still
 // normal.
-__device__ __forceinline__ int scale_exponent(float largest, int top = 14) {
+constexpr int kTop = 14;
+__device__ __forceinline__ int scale_exponent(float largest, int top = kTop) {
   const int exponent = largest > 0 && largest <= FLT_MAX ? top - ilogbf(largest) : 0;
   return max(-126, min(126, exponent));
 }
