@@ -1,7 +1,9 @@
 """Runs a function of a test on several gloo processes."""
 
+import os
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -23,3 +25,23 @@ def run_rank(rank, world, folder, function, arguments):
     )
     torch.save(function(*arguments), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    # Not by way of Python's end: a thread of a group that is still kept then, as torch.compile keeps it, aborts the
+    # process when it comes to let go of a tensor.
+    os._exit(0)
+
+
+def once_per_world(tmp_path_factory, function):
+    """world -> what function() returns on each of that many processes; run once, also where it fails."""
+    done = {}
+
+    def of(world):
+        if world not in done:
+            try:
+                done[world] = on_processes(world, tmp_path_factory.mktemp(f"ranks{world}"), function)
+            except Exception as error:  # every test of these ranks would wait for the same
+                done[world] = error
+        if isinstance(done[world], Exception):
+            pytest.fail(str(done[world]), pytrace=False)
+        return done[world]
+
+    return of

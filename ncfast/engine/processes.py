@@ -20,6 +20,10 @@ from torch import Tensor, distributed
 from ncfast.errors import UserError
 from ncfast.ops.collectives import GatheredRows
 
+if distributed.is_available():
+    # Defaults of its functions are the default group of when it is imported, which they keep: before there is one.
+    import torch.distributed.nn.functional
+
 T = TypeVar("T")
 
 
@@ -27,17 +31,27 @@ T = TypeVar("T")
 class Processes:
     """This process among those that train together.
 
+    No group is kept here: an object like this lives on in the frames of an error, and with it the group, beyond
+    `destroy_process_group`. Its threads let go of their tensors with Python's lock held, and one that asks for it while
+    Python ends aborts the process.
+
     Attributes:
         rank: its number, counted from 0.
         size: how many there are.
-        group: of them; None of one process alone, for which nothing below sends anything.
-        values: the group by which `gathered` sends.
     """
 
     rank: int = 0
     size: int = 1
-    group: distributed.ProcessGroup | None = None
-    values: distributed.ProcessGroup | None = None
+
+    @property
+    def group(self) -> distributed.ProcessGroup | None:
+        """Of all of them; None of one process alone, for which nothing below sends anything."""
+        return None if self.is_alone else distributed.group.WORLD
+
+    @property
+    def values(self) -> distributed.ProcessGroup | None:
+        """The group by which `gathered` sends."""
+        return None if self.is_alone else _twins.get(self.group, self.group)
 
     @property
     def is_first(self) -> bool:
@@ -117,8 +131,7 @@ class Processes:
 
 
 ALONE = Processes()
-# Of a default group whose backend is not gloo, its twin. A group that is kept beyond its end is taken down with Python,
-# while its threads may still want it, which can abort the process.
+# Of a default group whose backend is not gloo, its twin, as long as the default group lives.
 _twins: weakref.WeakKeyDictionary[distributed.ProcessGroup, distributed.ProcessGroup] = weakref.WeakKeyDictionary()
 
 
@@ -127,8 +140,7 @@ def current_processes() -> Processes:
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return ALONE
     world = distributed.group.WORLD
-    values = world if distributed.get_backend() == "gloo" else _twins.get(world)
-    if values is None:
+    if distributed.get_backend() != "gloo" and world not in _twins:
         # Pickled values in tensors of a GPU would depend on the current one, and on NCCL being there.
-        values = _twins[world] = distributed.new_group(backend="gloo")
-    return Processes(distributed.get_rank(), distributed.get_world_size(), world, values)
+        _twins[world] = distributed.new_group(backend="gloo")
+    return Processes(distributed.get_rank(), distributed.get_world_size())

@@ -3,7 +3,6 @@ import gc
 import math
 import pickle
 import weakref
-from datetime import timedelta
 from functools import partial
 from itertools import pairwise
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import once_per_world
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1073,11 +1072,8 @@ SCENARIOS = {
 SAME_AS_ONE_PROCESS = ["default", "cosine", "heads", "separate", "masked", "affine"]
 
 
-def run_rank(rank, world, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=30)
-    )
+def rank_results():
+    rank, world = dist.get_rank(), dist.get_world_size()
     results = {}
     for name, (options, forward) in SCENARIOS.items():
         vq = build(**options)
@@ -1090,28 +1086,13 @@ def run_rank(rank, world, folder):
         if rank == 0 and "affine_param" not in options:  # those statistics follow the vectors in evaluation too
             vq.eval()(randn(1, 3, 8))  # validation on one rank must not wait for the others
         dist.barrier()
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """number of ranks -> the states that each scenario left on each rank, step by step."""
-    done = {}
-
-    def of(world):
-        if world not in done:
-            folder = tmp_path_factory.mktemp(f"ranks{world}")
-            try:
-                mp.spawn(run_rank, (world, str(folder)), nprocs=world)
-                done[world] = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
-            except Exception as error:  # once is enough: every test of these ranks would wait for the same
-                done[world] = error
-        if isinstance(done[world], Exception):
-            pytest.fail(str(done[world]), pytrace=False)
-        return done[world]
-
-    return of
+    return once_per_world(tmp_path_factory, rank_results)
 
 
 @pytest.mark.slow

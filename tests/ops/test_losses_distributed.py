@@ -1,12 +1,11 @@
 """The losses over processes: against one process that has all rows. One gloo process a rank."""
 
 import itertools
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import once_per_world
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -84,12 +83,8 @@ class Messages:
             setattr(dist, name, original)
 
 
-def run_rank(rank, world, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    group = dist.group.WORLD
+def rank_results():
+    rank, world, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     results = {}
 
     # Values and gradients, of the rows and of a shared layer.
@@ -161,29 +156,13 @@ def run_rank(rank, world, folder):
             except ValueError as error:
                 messages[label] = str(error)
         results["errors", name] = messages
-    dist.barrier()
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """number of ranks -> what each rank found"""
-    done = {}
-
-    def of(world):
-        if world not in done:
-            folder = tmp_path_factory.mktemp(f"ranks{world}")
-            try:
-                mp.spawn(run_rank, (world, str(folder)), nprocs=world)
-                done[world] = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
-            except Exception as error:  # once is enough: every test of these ranks would wait for the same
-                done[world] = error
-        if isinstance(done[world], Exception):
-            pytest.fail(str(done[world]), pytrace=False)
-        return done[world]
-
-    return of
+    return once_per_world(tmp_path_factory, rank_results)
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("world", SHARDS)]

@@ -227,11 +227,16 @@ def left_group(folder, backend):
     """What one group, which has that name, and then another tell; and whether the first is kept once it was left."""
     rank, world = distributed.get_rank(), weakref.ref(distributed.group.WORLD)
     with mock.patch.object(distributed, "get_backend", lambda: backend):
-        told = current_processes().gathered(rank)
-        values = weakref.ref(current_processes().values)
+        processes = current_processes()
+        told, values = processes.gathered(rank), weakref.ref(processes.values)
         assert (values() is world()) == (backend == "gloo") and values() is current_processes().values
+        options = {"stage1_epochs": 1, "stage2_epochs": 1, "quiet": True, **SMALL}
+        ncfast.fit(*waves(20), **options)
+        with pytest.raises(UserError) as error:  # its frames live as long as this, with all that they hold
+            ncfast.fit(*waves(20), **options, seed=rank)
     distributed.destroy_process_group()
     kept = world() is not None or values() is not None
+    assert "different options" in str(error.value)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/second", rank=rank, world_size=2)
     return told, current_processes().gathered(10 + rank), kept
 
