@@ -64,3 +64,13 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def narrow_fcn():
+    """The evaluator's network with a seventeenth of its products, for modules that ask little of it."""
+    from ncfast.evaluation import fcn
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcn, "LAYERS", ((16, 8), (32, 5), (128, 3)))
+        yield

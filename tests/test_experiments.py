@@ -35,6 +35,8 @@ from ncfast.data.sources import load_dataset
 from ncfast.errors import UserError
 from ncfast.jobs.reproduction import hold_out
 
+pytestmark = pytest.mark.usefixtures("narrow_fcn")
+
 CPU = torch.device("cpu")
 TINY = {"ssl": "none", "dim": 8, "residual_blocks": 1, "codebook_size": 8, "prior_dim": 16, "prior_layers": 1}
 TINY |= {"prior_head_dim": 8, "stage1_epochs": 1, "stage2_epochs": 1, "decoding_steps": 2}

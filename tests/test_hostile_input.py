@@ -287,7 +287,7 @@ DAMAGED_CONFIG = {
             ("config", "n_fft"): (10, 10**6),
             ("config", "codebook_levels"): (0, 2),
             ("config", "refiner"): ("x", None),
-            ("config", "refiner_dim"): (0, 5, 2**12),
+            ("config", "refiner_dim"): (0, 5, 2**8),
             ("config", "prior_layers"): (10**9,),
             ("config", "weight_decay"): (HUGE, NAN),
             ("config", "unknown"): (1,),

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from implementations import GPU, compile_offline, needs_triton
+from implementations import GPU
+from offline import compile_offline, needs_triton
 from torch import nn
 from torch.nn import functional as F
 

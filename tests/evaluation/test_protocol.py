@@ -22,6 +22,8 @@ from ncfast.evaluation.published import Interval, ScoreRecipe, to_unit_range
 from ncfast.evaluation.table import row
 from ncfast.evaluation.ts2vec import context_fid, train_ts2vec
 
+pytestmark = pytest.mark.usefixtures("narrow_fcn")
+
 SMALL = {
     "dim": 8,
     "residual_blocks": 1,
@@ -34,9 +36,10 @@ SMALL = {
     "stage1_epochs": 8,
     "stage2_epochs": 2,
     "ssl": "none",
+    "refiner_dim": 8,
 }
 QUICK = Recipe(epochs=10, batch_size=16)  # of real series; there are 17 times as many generated ones
-QUICKER = Recipe(epochs=2, batch_size=64)
+QUICKER = Recipe(epochs=4, batch_size=32, learning_rate=1e-2)
 NEED_SKLEARN = ("knn", "svm")
 OTHERS = [name for name in MEASURES if name not in (*NEED_SKLEARN, *SLOW_MEASURES)]
 

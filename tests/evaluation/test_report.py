@@ -17,6 +17,8 @@ from ncfast.evaluation.material import Material
 from ncfast.evaluation.protocol import measure
 from ncfast.evaluation.report import render, write_report
 
+pytestmark = pytest.mark.usefixtures("narrow_fcn")
+
 SMALL = {"dim": 8, "residual_blocks": 1, "codebook_size": 8, "prior_dim": 32, "prior_layers": 1, "prior_head_dim": 16}
 
 

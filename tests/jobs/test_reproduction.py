@@ -20,6 +20,8 @@ from ncfast.data.stats import DataStats
 from ncfast.evaluation import comparison
 from ncfast.jobs import reproduction as cells_module
 
+pytestmark = pytest.mark.usefixtures("narrow_fcn")
+
 TINY = [*FLAGS, "--stage1-epochs=3", "--stage2-epochs=4", "--fcn-epochs=2", "--decoding-steps=2"]
 
 

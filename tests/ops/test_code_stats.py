@@ -1,15 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from implementations import (
-    GPU,
-    Implementation,
-    compile_offline,
-    each,
-    implementations,
-    needs_triton,
-    poisoned_memory,
-)
+from capture import replay_of
+from implementations import GPU, Implementation, each, implementations, poisoned_memory
+from offline import compile_offline, needs_triton
 
 from ncfast.ops import code_stats
 from ncfast.ops.code_stats import why_not
@@ -236,22 +230,10 @@ def test_no_gradient_and_no_change_of_the_inputs(run):
 @pytest.mark.parametrize(("M", "K"), [(20_000, 4), (5000, 3000)])
 def test_no_synchronisation_and_a_cuda_graph(M, K):
     z, indices = (x.cuda() for x in data(M, K, 40))
-    expected = code_stats(z, indices, K, impl="triton")
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        code_stats(z, indices, K, impl="triton")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = code_stats(z, indices, K, impl="triton")
-    for _ in range(2):
-        graph.replay()
-        assert torch.equal(captured[0], expected[0]) and torch.equal(captured[1], expected[1])
+    replay = replay_of(lambda: code_stats(z, indices, K, impl="triton"))
+    _, sums = replay()
     z.mul_(2)
-    graph.replay()
-    assert torch.equal(captured[1], 2 * expected[1])
+    assert torch.equal(replay()[1], 2 * sums)
 
 
 @pytest.mark.gpu

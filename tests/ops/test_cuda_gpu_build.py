@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from implementations import compile_offline, needs_triton
+from offline import compile_offline, needs_triton
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from implementations import GPU, compile_offline, each, implementations, needs_triton, poisoned_memory
+from implementations import GPU, each, implementations, poisoned_memory
+from offline import compile_offline, needs_triton
 
 from ncfast.engine.cuda_graph import CudaGraph
 from ncfast.ops import dispatch, fused_linear

@@ -2,7 +2,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from implementations import compile_offline, each, implementations, isa, needs_triton, poisoned_memory
+from capture import replay_of
+from implementations import each, implementations, isa, poisoned_memory
+from offline import compile_offline, needs_triton
 
 from ncfast.ops import iter_norm
 from ncfast.ops.iter_norm import why_not
@@ -353,20 +355,7 @@ def test_no_synchronisation_and_a_cuda_graph():
         y = iter_norm(leaf, groups=16, impl="triton")
         return (y, *torch.autograd.grad(y, leaf, grad_y))
 
-    expected = step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for _ in range(2):
-        graph.replay()
-        for ours, theirs in zip(captured, expected, strict=True):
-            assert torch.equal(ours, theirs)
+    replay_of(step)
 
 
 @needs_triton

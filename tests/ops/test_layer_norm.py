@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from implementations import GPU, compile_offline, each, implementations, needs_triton, poisoned_memory
+from implementations import GPU, each, implementations, poisoned_memory
+from offline import compile_offline, needs_triton
 
 from ncfast.engine.cuda_graph import CudaGraph
 from ncfast.ops import dispatch, layer_norm

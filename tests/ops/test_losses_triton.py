@@ -9,8 +9,9 @@ import importlib
 import loss_oracle
 import pytest
 import torch
-from implementations import GPU, compile_offline, needs_triton, poisoned_memory
+from implementations import GPU, poisoned_memory
 from loss_oracle import CONVENTIONS, LOSSES, OPTIONS, Oracle, views
+from offline import compile_offline, needs_triton
 
 from ncfast.ops import dispatch
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from implementations import GPU, compile_offline, each, implementations, isa, needs_triton, poisoned_memory
+from implementations import GPU, each, implementations, isa, poisoned_memory
+from offline import compile_offline, needs_triton
 
 from ncfast.engine.cuda_graph import CudaGraph
 from ncfast.ops import dispatch, masked_attention

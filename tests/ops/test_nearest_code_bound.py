@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from implementations import needs_triton
+from offline import needs_triton
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "nearest_code"
 ROUNDING, KEYS, RESIDENT = ((SOURCES / name).read_text() for name in ("rounding.cuh", "group_keys.cuh", "resident.cuh"))

@@ -3,7 +3,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from implementations import compile_offline, each, implementations, isa, needs_triton, poisoned_memory
+from capture import replay_of
+from implementations import each, implementations, isa, poisoned_memory
+from offline import compile_offline, needs_triton
 
 from ncfast.ops import rotate_to_code
 from ncfast.ops.rotate_to_code import why_not
@@ -505,20 +507,7 @@ def test_no_synchronisation_and_a_cuda_graph():
         q, loss = rotate_to_code(x, codes, indices, impl="triton")
         return (q, loss, *torch.autograd.grad((q, loss), (x, codes), (grad_q, torch.ones_like(loss))))
 
-    expected = step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for _ in range(2):
-        graph.replay()
-        for ours, theirs in zip(captured, expected, strict=True):
-            assert torch.equal(ours, theirs)
+    replay_of(step)
 
 
 @pytest.mark.gpu

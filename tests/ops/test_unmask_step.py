@@ -6,7 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from implementations import GPU, compile_offline, each, implementations, isa, needs_triton, poisoned_memory
+from capture import replay_of
+from implementations import GPU, each, implementations, isa, poisoned_memory
+from offline import compile_offline, needs_triton
 
 from ncfast.ops import dispatch, philox, unmask_step
 from ncfast.ops.unmask_step import why_not
@@ -815,22 +817,10 @@ def test_no_synchronisation_and_a_cuda_graph(convention):
             impl="triton",
         )
 
-    call()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        expected = [part.clone() for part in call()]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    graph.replay()
-    for ours, theirs in zip(captured, expected, strict=True):
-        assert torch.equal(ours, theirs)
+    replay, expected = replay_of(call), call()
     seed.fill_(6)
     sample += 1
-    graph.replay()
-    replayed = [part.clone() for part in captured]
+    replayed = replay()
     for ours, theirs in zip(replayed, call(), strict=True):
         assert torch.equal(ours, theirs)
     assert not torch.equal(replayed[0], expected[0])
