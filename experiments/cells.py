@@ -28,7 +28,7 @@ from tqdm import tqdm
 import ncfast
 from experiments.rows import Cell, Row, add_row, identity, key_and_value, options_of, rows_of
 from ncfast.cli.parser import end
-from ncfast.cli.startup import choose_device, leave_compiler_out
+from ncfast.cli.startup import choose_device
 from ncfast.config import PRESETS, Config, make_config
 from ncfast.data.dataset import Dataset
 from ncfast.engine.checkpoint import read_json
@@ -329,7 +329,6 @@ def serve(
     tqdm.set_lock(threading.RLock())  # its own is of several processes too, and would be left behind with a warning
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
-    leave_compiler_out()
     where = choose_device(device)[0]
     receiving, sending = threading.Lock(), threading.Lock()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ncfast.cli.flags import add_config_arguments, add_data_arguments, given_config_values, reading_options
 from ncfast.cli.parser import Parser, run
-from ncfast.cli.startup import choose_device, leave_compiler_out, start_driver
+from ncfast.cli.startup import choose_device, start_driver
 from ncfast.config import PRESETS, Config, epochs_text, make_config
 from ncfast.errors import UserError
 from ncfast.version import __version__
@@ -56,7 +56,6 @@ def main(command_line: list[str] | None = None) -> None:
     start_driver("cpu" if "cpu" in (sys.argv if command_line is None else command_line) else "auto")
     from ncfast.cli.torchrun import launched
 
-    leave_compiler_out()
     with launched() as processes:
         train_program(processes, command_line)
 

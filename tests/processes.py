@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ncfast.cli.startup import leave_compiler_out
+
 
 def on_processes(world, folder, function, *arguments):
     """What function(*arguments) returns on each of `world` processes of a default group, in order of rank.
@@ -19,6 +21,7 @@ def on_processes(world, folder, function, *arguments):
 
 
 def run_rank(rank, world, folder, function, arguments):
+    leave_compiler_out()
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=60)

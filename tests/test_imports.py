@@ -56,11 +56,11 @@ def test_help_imports_nothing(program, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_and_generating_import_no_compiler(tmp_path):
+def test_programs_import_no_compiler(tmp_path):
     import numpy as np
 
     x, y = waves()
-    np.savez(tmp_path / "waves.npz", X_train=x, y_train=y)
+    np.savez(tmp_path / "waves.npz", X_train=x, y_train=y, X_test=x, y_test=y)
     run = str(tmp_path / "run")
     arguments = ["--dataset", str(tmp_path / "waves.npz"), "--ssl", "vibcreg", "--out", run, "--device", "cpu", *FLAGS]
     arguments += ["--stage1-epochs", "1", "--stage2-epochs", "1"]
@@ -70,6 +70,22 @@ def test_training_and_generating_import_no_compiler(tmp_path):
     arguments = ["--run", run, "--num-samples", "9", "--out", str(tmp_path / "x.h5"), "--device", "cpu"]
     modules = imported(f"from ncfast import generate; generate.main({arguments})", tmp_path)
     assert "h5py" in modules and not set(HEAVY) & modules
+    arguments = [
+        "evaluate",
+        "--run",
+        run,
+        "--measures",
+        "fid",
+        "--num-samples",
+        "9",
+        "--repeats",
+        "1",
+        "--fcn-epochs",
+        "1",
+    ]
+    arguments += ["--cache", str(tmp_path / "cache"), "--device", "cpu"]
+    modules = imported(f"import sys; from ncfast import evaluate; sys.argv = {arguments}; evaluate.main()", tmp_path)
+    assert "torch.optim.adamw" in modules and not {"torch._dynamo", "torch._inductor", "sympy"} & modules
 
 
 def test_measures_are_those_of_the_help():

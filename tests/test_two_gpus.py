@@ -156,10 +156,12 @@ def train_all(rank, folder):
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     device = torch.device("cuda", rank)
-    results = {ssl: [trained(ssl, 41, torch.float32, device) for _ in range(2)] for ssl in METHODS}
+    results = {ssl: [trained(ssl, 41, torch.float32, device=device) for _ in range(2)] for ssl in METHODS}
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # that a step could not be captured
-        results["graph"] = [trained("vibcreg", 41, torch.float32, device, 120, graph) for graph in (True, False)]
+        results["graph"] = [
+            trained("vibcreg", 41, torch.float32, device=device, steps=120, graph=graph) for graph in (True, False)
+        ]
     torch.save(results, f"{folder}/{rank}.pt")
     gc.collect()
     dist.destroy_process_group()
@@ -183,7 +185,7 @@ def test_two_processes_train_the_model_of_one(ranks, ssl):
     (first, again), (other, _) = ranks[0][ssl], ranks[1][ssl]
     assert_equal_states(first, again)
     assert_equal_states(first, other)
-    assert_close_states(first, trained(ssl, 41, torch.float32, torch.device(FIRST)), 1e-5, 1e-4)
+    assert_close_states(first, trained(ssl, 41, torch.float32, device=torch.device(FIRST)), 1e-5, 1e-4)
 
 
 def test_a_graph_of_two_processes_takes_the_same_steps(ranks):

@@ -46,6 +46,7 @@ def choose_device(name: str, local_rank: int | None = None) -> "tuple[torch.devi
     import torch
 
     check_instruction_set()
+    leave_compiler_out()
     device, reason = find_device(name, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

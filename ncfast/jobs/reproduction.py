@@ -20,7 +20,7 @@ from torch import distributed
 
 import ncfast
 from ncfast.cli.flags import given_config_values, reading_options
-from ncfast.cli.startup import choose_device, leave_compiler_out
+from ncfast.cli.startup import choose_device
 from ncfast.cli.torchrun import local_rank
 from ncfast.config import METHODS, Config, make_config
 from ncfast.data.dataset import Dataset
@@ -72,7 +72,6 @@ def reproduce(arguments: argparse.Namespace, command_line: Sequence[str]) -> Non
         print(f"wrote {arguments.out / 'results.csv'} and {arguments.out / 'table.md'}")
         return
     device = device_of_process(arguments.device)
-    leave_compiler_out()
     failed = work(cells, measures, device, arguments)
     write_results(cells, arguments, device)
     if failed:

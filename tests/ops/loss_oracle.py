@@ -74,10 +74,10 @@ def views(N, D, *, offset=0.0, seed=0):
     return za, za + 0.4 * torch.randn(N, D, generator=generator) - 0.1
 
 
-def check(run, name, za, zb, *, convention="ncvqvae", upstream=1.0, tolerance=1e-5, **options):
+def check(run, name, za, zb, *, convention="ncvqvae", upstream=1.0, tolerance=1e-5, oracle=None, **options):
     """`run(name, za, zb, ...)` -> loss, gradients, on the CPU."""
     N, D = za.shape
-    oracle = Oracle(name, za, zb, {**CONVENTIONS[name][convention], **options})
+    oracle = oracle or Oracle(name, za, zb, {**CONVENTIONS[name][convention], **options})
     loss, *grads = run(name, za, zb, convention=convention, upstream=upstream, **options)
     torch.testing.assert_close(loss.double(), oracle.loss, rtol=tolerance, atol=1e-7)
     for grad, exact, uncancelled in zip(grads, oracle.grads, oracle.uncancelled, strict=True):

@@ -1,5 +1,6 @@
 """Training over several processes: against one process with the same batches. One gloo process a rank."""
 
+import importlib
 import json
 import os
 import re
@@ -35,7 +36,7 @@ from ncfast.training import fit, stages
 
 CPU = torch.device("cpu")
 METHODS = ("none", "barlow", "vicreg", "vibcreg", "byol", "sigreg")
-STEPS = 20
+STEPS = 9  # three epochs
 OPTIONS = {**SMALL, "refiner": "flow", "refiner_dim": 8}
 # Warped views at full weight magnify what float32 rounds to 3e-5 in so many steps; in float64 they are equal to 1e-10.
 LIGHT_VIEWS = {"view_weight": 0.1, "augment": "gauss"}
@@ -76,8 +77,11 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
         choose_device("cuda:0", 1)
 
 
-def trained(ssl, num_series, dtype, device=CPU, steps=STEPS, graph=True):
-    """Weights, buffers and mean losses of so many steps of each stage; over the processes there are."""
+def trained(ssl, num_series, dtype, later=True, device=CPU, steps=STEPS, graph=True):
+    """Weights, buffers and mean losses of so many steps of each stage; over the processes there are.
+
+    later: stages 2 and 3 too, which have nothing of the SSL method.
+    """
     processes = current_processes()
     dataset = from_arrays(*waves(num_series))
     epochs = -(-steps // len(batch_ends(num_series, SMALL["batch_size"])))
@@ -93,20 +97,20 @@ def trained(ssl, num_series, dtype, device=CPU, steps=STEPS, graph=True):
         first = stages.make_stage1(config, stages.new_vqvae(config, data), x, device, processes)
         first.modules.to(dtype)
         with synchronised(first.modules["vqvae"], processes.group):
-            losses1 = train_stage(first, **loop).losses
+            losses = train_stage(first, **loop).losses
+        results = {1: {**on_cpu(first.modules.state_dict()), **tensors(losses)}}
+        if not later:
+            return results
         # Another VQVAE, the same for all, as the tokens that are drawn are discontinuous in its weights.
         vqvae = stages.new_vqvae(config, data).to(device, dtype).eval()
-        second = stages.make_stage2(config, vqvae, stages.new_prior(config, vqvae, data), x, labels, device, processes)
-        second.modules.to(dtype)
-        losses2 = train_stage(second, **loop).losses
-        third = stages.make_stage3(config, vqvae, stages.new_refiner(config, data), x, device, processes)
-        third.modules.to(dtype)
-        losses3 = train_stage(third, **loop).losses
-    return {
-        1: {**on_cpu(first.modules.state_dict()), **tensors(losses1)},
-        2: {**on_cpu(second.modules.state_dict()), **tensors(losses2)},
-        3: {**on_cpu(third.modules.state_dict()), **tensors(losses3)},
-    }
+        prior, refiner = stages.new_prior(config, vqvae, data), stages.new_refiner(config, data)
+        second = stages.make_stage2(config, vqvae, prior, x, labels, device, processes)
+        third = stages.make_stage3(config, vqvae, refiner, x, device, processes)
+        for number, stage in ((2, second), (3, third)):
+            stage.modules.to(dtype)
+            losses = train_stage(stage, **loop).losses
+            results[number] = {**on_cpu(stage.modules.state_dict()), **tensors(losses)}
+    return results
 
 
 def on_cpu(state):
@@ -123,7 +127,8 @@ def several_trained(cases):
 
 def assert_close_states(found, expected, tolerance, projector_tolerance=None):
     """Largest differences, over the largest value of a tensor where that is above 1."""
-    for stage in (1, 2, 3):
+    assert found.keys() == expected.keys()
+    for stage in expected:
         assert found[stage].keys() == expected[stage].keys()
         for name, value in expected[stage].items():
             of_projector = projector_tolerance is not None and name.startswith("ssl.")
@@ -140,13 +145,14 @@ def assert_close_states(found, expected, tolerance, projector_tolerance=None):
 def test_two_processes_train_the_model_of_one(tmp_path):
     # The last batch of an epoch is 4 + 5 rows. Some gradients of the projector are so small that Adam magnifies their
     # rounding: float64 shows that it is that. Of float32 one method has all that there is.
-    limits = {(ssl, 41, torch.float64): (1e-10,) for ssl in METHODS} | {("vibcreg", 41, torch.float32): (1e-5, 1e-4)}
+    limits = {(ssl, 41, torch.float64, ssl == "vibcreg"): (1e-10,) for ssl in METHODS}
+    limits |= {("vibcreg", 41, torch.float32): (1e-5, 1e-4)}
     ranks = on_processes(2, tmp_path, several_trained, list(limits))
     for (case, tolerances), first, second in zip(limits.items(), *ranks, strict=True):
         print(case)  # shown where it fails
         expected = trained(*case)
         assert_close_states(first, expected, *tolerances)
-        assert all(torch.equal(first[stage][name], second[stage][name]) for stage in (1, 2, 3) for name in first[stage])
+        assert all(torch.equal(first[stage][name], second[stage][name]) for stage in first for name in first[stage])
 
 
 @pytest.mark.slow
@@ -226,6 +232,7 @@ def mistakes(out):
 def left_group(folder, backend):
     """What one group, which has that name, and then another tell; and whether the first is kept once it was left."""
     rank, world = distributed.get_rank(), weakref.ref(distributed.group.WORLD)
+    importlib.import_module("torch._dynamo")  # as PyTorch's optimisers do
     with mock.patch.object(distributed, "get_backend", lambda: backend):
         processes = current_processes()
         told, values = processes.gathered(rank), weakref.ref(processes.values)
