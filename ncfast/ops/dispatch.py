@@ -44,12 +44,11 @@ def constant_when_compiled(function: Callable) -> Callable:
     return function
 
 
+@constant_when_compiled  # inside what torch.compile traces, torch 2.10 and 2.11 say that all of it is exported
 def exporting() -> bool:
     """Whether torch.export or torch.onnx.export, its older way too, is making a program of what runs."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
     onnx = sys.modules.get("torch.onnx")
-    return onnx is not None and onnx.is_in_onnx_export()
+    return torch.compiler.is_exporting() or (onnx is not None and onnx.is_in_onnx_export())
 
 
 def choose(operation: str, impl: str | None, why_not: dict[str, str | None]) -> str:

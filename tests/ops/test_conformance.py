@@ -291,6 +291,25 @@ def test_compiles_into_one_graph_once(name, dynamic, impl):
             torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].compiles])
+def test_runs_the_same_operators_when_compiled(name):
+    """The implementation that "auto" takes is that of a call that is not compiled, on every torch."""
+    case = CASES[name]
+    inputs = [x.to(GPU) for x in case.inputs(SIZES[0], 0)]
+    torch._dynamo.reset()
+
+    def function(first, *others):
+        return case.function(first * 1, *others, impl="auto")
+
+    with Calls() as calls:
+        function(*inputs)
+    graphs = []
+    torch.compile(function, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)(*inputs)
+    targets = [node.target for module in graphs[0].modules() if hasattr(module, "graph") for node in module.graph.nodes]
+    compiled = {target.name() for target in targets if getattr(target, "namespace", None) == "ncfast"}
+    assert compiled == {operator.name() for operator, _, _ in calls.made}
+
+
 def product(case, inputs, impl):
     """Product of the Hessian with a vector."""
     leaves = inputs[: case.trained]
