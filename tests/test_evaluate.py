@@ -20,8 +20,16 @@ from ncfast.training.fit import resolve_config, train
 
 pytestmark = pytest.mark.usefixtures("narrow_fcn")
 
-SMALL = {"dim": 8, "residual_blocks": 1, "codebook_size": 8, "prior_dim": 32, "prior_layers": 1, "prior_head_dim": 16}
-SMALL |= {"refiner_dim": 8, "decoding_steps": 4}
+SMALL = {
+    "dim": 8,
+    "residual_blocks": 1,
+    "codebook_size": 8,
+    "prior_dim": 32,
+    "prior_layers": 1,
+    "prior_head_dim": 16,
+    "refiner_dim": 8,
+    "decoding_steps": 4,
+}
 QUICK = ["--fcn-epochs=1", "--num-samples=20", "--repeats=2", "--device=cpu"]
 
 

@@ -70,20 +70,8 @@ def test_programs_import_no_compiler(tmp_path):
     arguments = ["--run", run, "--num-samples", "9", "--out", str(tmp_path / "x.h5"), "--device", "cpu"]
     modules = imported(f"from ncfast import generate; generate.main({arguments})", tmp_path)
     assert "h5py" in modules and not set(HEAVY) & modules
-    arguments = [
-        "evaluate",
-        "--run",
-        run,
-        "--measures",
-        "fid",
-        "--num-samples",
-        "9",
-        "--repeats",
-        "1",
-        "--fcn-epochs",
-        "1",
-    ]
-    arguments += ["--cache", str(tmp_path / "cache"), "--device", "cpu"]
+    arguments = ["evaluate", "--run", run, "--cache", str(tmp_path / "cache"), "--device", "cpu"]
+    arguments += ["--measures", "fid", "--num-samples", "9", "--repeats", "1", "--fcn-epochs", "1"]
     modules = imported(f"import sys; from ncfast import evaluate; sys.argv = {arguments}; evaluate.main()", tmp_path)
     assert "torch.optim.adamw" in modules and not {"torch._dynamo", "torch._inductor", "sympy"} & modules
 

@@ -39,7 +39,7 @@ def start_driver(device: str) -> None:
 
 def choose_device(name: str, local_rank: int | None = None) -> "tuple[torch.device, str]":
     """The device and why: "auto" is the GPU when torch sees one. A GPU becomes the current one: nothing lands on
-    another by default.
+    another by default. For programs alone: torch's compiler is left out, and on a CPU freed memory kept.
 
     local_rank: of several processes on this machine, which take a GPU each.
     """

@@ -36,6 +36,8 @@ from ncfast.models.trained import read_config
 from ncfast.training import fit, run_folder, stages
 from ncfast.training.self_supervision import SSL_LOSSES
 
+pytestmark = pytest.mark.usefixtures("narrow_fcn")
+
 
 @pytest.fixture(scope="module")
 def data_file(tmp_path_factory):
@@ -358,8 +360,6 @@ def test_a_run_goes_on_with_more_epochs_and_other_sampling(finished_run, data_fi
     (tmp_path / "state.pt").rename(out / "state.pt")
     assert kept == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
-
-pytestmark = pytest.mark.usefixtures("narrow_fcn")
 
 MISTAKES = [
     (["--dataset", "NoSuchSet"], "no data set"),
