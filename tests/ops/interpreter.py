@@ -6,6 +6,7 @@ Nothing is computed otherwise: what it finds out of its language and of a type i
 import functools
 import types
 
+import numpy as np
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -17,6 +18,7 @@ def quicken():
     one_type_of_a_shape(tl.block_type)
     shapes_of_types(tl.tensor)
     same_shapes_stay(TritonSemantic)
+    at_once(interpreter)
 
 
 def look_once(patch_lang, fn):
@@ -75,3 +77,21 @@ def same_shapes_stay(semantic):
         return broadcast(self, lhs, rhs)
 
     semantic.broadcast_impl_value = broadcast_impl_value
+
+
+def at_once(interpreter):
+    """What a sort and code_stats' scan are made of, which it takes element by element."""
+    scan, reduce = interpreter.ScanOps.generic_scan, interpreter.ReduceOps.generic_reduce
+
+    def generic_scan(self, input):
+        if self.combine_fn.fn.__name__ != "larger":
+            return scan(self, input)
+        return [self.to_tensor(np.maximum.accumulate(x.handle.data, axis=self.axis), x.dtype) for x in input]
+
+    def generic_reduce(self, input):
+        if self.combine_fn.fn.__name__ != "_xor_combine":
+            return reduce(self, input)
+        options = {"axis": self.axis, "keepdims": self.keep_dims}
+        return [self.to_tensor(np.bitwise_xor.reduce(x.handle.data, **options), x.dtype) for x in input]
+
+    interpreter.ScanOps.generic_scan, interpreter.ReduceOps.generic_reduce = generic_scan, generic_reduce

@@ -5,7 +5,7 @@ from capture import replay_of
 from implementations import GPU, Implementation, each, implementations, poisoned_memory
 from offline import compile_offline, needs_triton
 
-from ncfast.ops import code_stats
+from ncfast.ops import code_stats, dispatch
 from ncfast.ops.code_stats import why_not
 
 
@@ -18,8 +18,18 @@ def code_stats_sorted(*arguments, **options):
         return code_stats(*arguments, **options)
 
 
+def code_stats_sorted_by_library(*arguments, **options):
+    """For very many."""
+    from ncfast.ops.triton import code_stats as kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "MANY_CODES", 0)
+        return code_stats_sorted(*arguments, **options)
+
+
 IMPLEMENTATIONS = implementations(code_stats, why_not)
 IMPLEMENTATIONS["triton-sorted"] = Implementation(code_stats_sorted, why_not, "triton", GPU)
+IMPLEMENTATIONS["triton-library"] = Implementation(code_stats_sorted_by_library, why_not, "triton", GPU)
 every_implementation, every_cpp = each(IMPLEMENTATIONS), each(IMPLEMENTATIONS, "cpp")
 every_kernel = each(IMPLEMENTATIONS, "cpp", "triton")
 # What overflows in the interpreter is NumPy's to report and the kernel's to expect.
@@ -77,6 +87,15 @@ def test_odd_sizes(run, K, D):
     z, indices = data(500, K, D)
     for M in (1, 63, 500) if run.slow else (0, 1, 7, 63, 129, 500):
         Oracle(z[:M], indices[:M], K).check(run(z[:M], indices[:M], K))
+
+
+@every_implementation
+@pytest.mark.parametrize("K", [9000, 70_000, 2**17 + 1])
+def test_many_codes(run, K):
+    if run.slow and K > 9000:
+        pytest.skip("triton: the interpreter takes the small sizes")
+    z, indices = data(300 if run.slow else 5000, K, 5)
+    Oracle(z, indices, K).check(run(z, indices, K))
 
 
 @every_implementation
@@ -226,8 +245,32 @@ def test_no_gradient_and_no_change_of_the_inputs(run):
     assert torch.equal(z, before[0]) and torch.equal(indices, before[1])
 
 
+class LeftOut:
+    """A kernel that is not compiled yet, while `engine.compile_ahead` runs."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: None
+
+
+@each(IMPLEMENTATIONS, "triton-sorted")
+@pytest.mark.parametrize("names", [("order",), ("scan",), ("rank",), ("rank", "scan"), ("scan", "order")])
+def test_a_kernel_that_is_left_out_sends_no_other_astray(run, names, monkeypatch):
+    from ncfast.ops.triton import code_stats as kernels
+
+    monkeypatch.setattr(dispatch, "kernels_left_out", True)
+    for name in names:
+        monkeypatch.setattr(kernels, f"code_stats_{name}_kernel", LeftOut())
+    # NaN before and after what may be read.
+    z = torch.full((2, 500, 4), torch.nan)
+    z[1] = 1
+    indices = torch.full((2, 500), -1)
+    indices[1, :300], indices[1, 300:] = 2, 0
+    _, sums = run(z, indices, 3)
+    assert sums.isfinite().all() and (sums.abs() <= 500).all()
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("M", "K"), [(20_000, 4), (5000, 3000)])
+@pytest.mark.parametrize(("M", "K"), [(20_000, 4), (5000, 3000), (5000, 2**17 + 1)])
 def test_no_synchronisation_and_a_cuda_graph(M, K):
     z, indices = (x.cuda() for x in data(M, K, 40))
     replay = replay_of(lambda: code_stats(z, indices, K, impl="triton"))
@@ -253,7 +296,7 @@ def test_triton_kernels_compile_offline():
     from ncfast.ops.triton import code_stats as kernels
 
     indices = dict.fromkeys(("indices", "ends", "order"), "*i64")
-    indices |= dict.fromkeys(("partial_counts", "ranks", "sizes", "before", "totals"), "*i32")
+    indices |= dict.fromkeys(("partial_counts", "ranks", "sizes", "before", "totals", "begins", "part_totals"), "*i32")
     types = {**indices, **dict.fromkeys(("partials", "counts", "sums"), "*fp32")}
     blocks = {**kernels.sum_blocks(65536, 1024, 64), "CHUNK": kernels.CHUNK}
     jobs = [
@@ -261,15 +304,15 @@ def test_triton_kernels_compile_offline():
         for z in ("*fp32", "*bf16")
         for name, each in (
             ("code_stats_product_kernel", {**kernels.product_blocks(128, 64), "INTERPRETED": False}),
-            ("code_stats_chunk_kernel", {name: size for name, size in blocks.items() if name != "BLOCK_K"}),
+            ("code_stats_chunk_kernel", {"CHUNK": kernels.CHUNK, **kernels.blocks_of_chunk(64)}),
             ("code_stats_sum_kernel", blocks),
         )
     ]
     jobs += [
         ("code_stats_add_kernel", types, {"D": 64, **kernels.ADD_BLOCKS}),
-        ("code_stats_rank_kernel", types, kernels.RANK_BLOCKS),
-        ("code_stats_scan_kernel", types, kernels.SCAN_BLOCKS),
-        ("code_stats_order_kernel", types, kernels.ORDER_BLOCKS),
+        ("code_stats_rank_kernel", types, kernels.blocks_of_rank(1024)),
+        ("code_stats_scan_kernel", types, kernels.blocks_of_scan(1024)),
+        ("code_stats_order_kernel", types, {"ROWS": 256, "BLOCK_K": 8, "PARTS": 128, **kernels.ORDER_BLOCKS}),
     ]
     for used in compile_offline("ncfast.ops.triton.code_stats", jobs):
         assert used["stack"] == 0
