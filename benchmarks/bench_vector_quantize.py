@@ -53,9 +53,13 @@ def modules(K: int, D: int, options: dict, device: str = "cpu") -> dict[str, nn.
     return both
 
 
-def calls(module: nn.Module, mode: str, M: int, D: int, device: str = "cpu") -> list[Callable[[], object]]:
+def calls(
+    module: nn.Module, mode: str, M: int, D: int, device: str = "cpu", compiled: bool = False
+) -> list[Callable[[], object]]:
     """The module on vectors of each call's own."""
     module = copy.deepcopy(module).train(mode != "eval")
+    if compiled:
+        module = torch.compile(module)
     B = 16 if M % 16 == 0 else 1
     return [one_call(module, mode, torch.randn(B, M // B, D, device=device)) for _ in range(copies(4 * M * D, device))]
 

@@ -40,6 +40,7 @@ BENCHMARKS = {
     "sampling": 5,
     "attention": 8,
     "vector_quantize": 4,
+    "compiled": 6,
     "unmask_step": 1,
     "code_stats": 1,
     "rotate_to_code": 2,
