@@ -19,8 +19,8 @@ def cases(device: str, seconds: float) -> Iterator[list[dict]]:
     for name in CASES:
         M, K, D, options = SHAPES[name]
         running, compiling = {}, {}
+        torch.compiler.reset()
         for whose, module in modules(K, D, options, device).items():
-            torch.compiler.reset()
             running[whose] = calls(module, MODE, M, D, device, compiled=True)
             begin = time.perf_counter()
             running[whose][0]()

@@ -54,7 +54,7 @@ def calls(device: str = "cuda") -> Iterator[tuple[str, str, Call, float]]:
         for isa in ("", "mma"):
             yield f"nearest_code {M} x {K} x {D} {isa}", f"cuda {isa}", lookup, 0
         yield f"nearest_code {M} x {K} x {D}", "triton", lookup, 0
-    for M, K, D in ((1000, 7, 33), (500, 600, 16)):
+    for M, K, D in ((1000, 7, 33), (500, 600, 16), (60_000, 200, 5)):
         z, indices = randn(M, D), randint(K + 1, M) - 1
         yield f"code_stats {M} x {K} x {D}", "triton", lambda impl: ops.code_stats(z, indices, K, impl=impl), 1e-5  # noqa: B023
     for rotate in (False, True):

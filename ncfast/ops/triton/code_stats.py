@@ -1,7 +1,7 @@
-"""Counts and sums per code in Triton, in an order that shapes alone decide, without an atomic.
+"""Counts and sums per code in Triton, in an order that shapes and indices alone decide, without an atomic.
 
-Few codes and few rows: each program multiplies a stretch of rows with their one-hot matrix. Otherwise the rows are
-sorted by code, by counting, then summed in that order.
+Few codes and few rows: each program multiplies a chunk of rows with their one-hot matrix. Otherwise the rows are sorted
+by code, by counting or, for very many codes, by PyTorch, and summed piece by piece of that order.
 """
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ncfast.ops import dispatch
 
-FEW_CODES, FEW_COMPARISONS = 128, 2**21  # above which products take longer than sorting
-MANY_CODES = 2**17  # above which counts for every chunk of rows take more memory, and more time, than a library's sort
+# Above either, codes or rows times codes, products take longer than sorting.
+FEW_CODES, FEW_COMPARISONS = 128, 2**21
+# Above it the counts of all chunks would take more than 256 bytes for each row.
+MANY_CODES = 2**16
 
 
 def code_stats_triton(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -96,7 +98,7 @@ def code_stats_product_kernel(
     BLOCK_D: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Counts and sums of one stretch of rows.
+    """Counts and sums of one chunk of rows.
 
     A float32 number is exactly the sum of three of bfloat16. A tensor core cuts what it adds up where IEEE rounds, so
     each tile has sums of its own, small parts first, which are added in float32.
@@ -152,7 +154,7 @@ def code_stats_add_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program adds one code's counts and sums of all chunks, in float64 as there may be very many."""
+    """One program adds one code's counts and sums of all chunks, in float64."""
     head = (tl.program_id(0) // K).to(tl.int64)
     code = (tl.program_id(0) % K).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -173,21 +175,21 @@ def sum_sorted(z: Tensor, indices: Tensor, counts: Tensor, sums: Tensor) -> None
     """Whichever kernels `engine.compile_ahead` leaves out, the others read and write inside their tensors."""
     (H, M, D), K = z.shape, counts.shape[1]
     totals, ends, order = (sorted_by_counting if K <= MANY_CODES else sorted_by_library)(indices, counts)
-    chunks, chunk_blocks, blocks = triton.cdiv(M, CHUNK), blocks_of_chunk(D), sum_blocks(M, K, D)
-    partials = torch.empty(H, chunks, 2, D, dtype=torch.float32, device=z.device)
+    pieces, piece_blocks, blocks = triton.cdiv(M, PIECE), blocks_of_piece(D), sum_blocks(M, K, D)
+    partials = torch.empty(H, pieces, 2, D, dtype=torch.float32, device=z.device)
     with torch.cuda.device_of(z):
-        if M > CHUNK:
-            code_stats_chunk_kernel[(H * chunks, max(1, triton.cdiv(D, chunk_blocks["BLOCK_D"])))](
-                z, indices, order, totals, ends, partials, M, K, D, CHUNK=CHUNK, **chunk_blocks
+        if M > PIECE:
+            code_stats_piece_kernel[(H * pieces, max(1, triton.cdiv(D, piece_blocks["BLOCK_D"])))](
+                z, indices, order, totals, ends, partials, M, K, D, PIECE=PIECE, **piece_blocks
             )
         code_stats_sum_kernel[(H * triton.cdiv(K, blocks["BLOCK_K"]), max(1, triton.cdiv(D, blocks["BLOCK_D"])))](
-            z, order, totals, ends, partials, sums, M, K, D, CHUNK=CHUNK, **blocks
+            z, order, totals, ends, partials, sums, M, K, D, PIECE=PIECE, **blocks
         )
 
 
 def sorted_by_counting(indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Writes counts. Returns how many rows each code has, int32 [H, K], where they end in the order, int64 [H, K], and
-    the order, int64 [H, M]: the rows that count, sorted by code.
+    the order, int64 [H, M]: the rows that count, sorted by code, before what nobody reads.
     """
     (H, M), K, device = indices.shape, counts.shape[1], indices.device
     rank_blocks, scan_blocks = blocks_of_rank(K), blocks_of_scan(K)
@@ -218,12 +220,12 @@ def sorted_by_library(indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, 
 
 
 # Rows that one program sums. Fewer would keep more of a GPU busy and leave more partial sums to add.
-CHUNK = 128
+PIECE = 128
 ORDER_BLOCKS = {"BLOCK_M": 256, "num_warps": 4, **FUSED}
 
 
 def blocks_of_rank(K: int) -> dict:
-    """The more codes, the more rows to a chunk: at most 128 counts for each row."""
+    """The more codes, the more rows to a chunk: at most 64 counts for each row, as there are at most MANY_CODES."""
     rows = min(max(triton.next_power_of_2(K) // 32, 256), 1024)
     return {"ROWS": rows, "num_warps": min(rows // 64, 8), **FUSED}
 
@@ -234,7 +236,7 @@ def blocks_of_scan(K: int) -> dict:
     return {"BLOCK_C": 2048 // codes, "BLOCK_K": codes, "num_warps": 4, **FUSED}
 
 
-def blocks_of_chunk(D: int) -> dict:
+def blocks_of_piece(D: int) -> dict:
     return {"BLOCK_D": min(max(triton.next_power_of_2(D), 16), 64), "num_warps": 4, **FUSED}
 
 
@@ -359,41 +361,40 @@ def code_stats_order_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "K"])
-def code_stats_chunk_kernel(
+def code_stats_piece_kernel(
     z,  # [H, M, D]
     indices,  # [H, M]
     order,  # [H, M]
     totals,  # [H, K]
     ends,  # [H, K]
-    partials,  # [H, chunks, 2, D]
+    partials,  # [H, pieces, 2, D]
     M,
     K,
     D: tl.constexpr,
-    CHUNK: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """For codes with more than CHUNK rows, their sums over each CHUNK sorted rows.
+    """For codes with more than PIECE rows, their sums over each PIECE sorted rows.
 
-    No more than two such codes have rows in a chunk: the one of its first row, and the one of its last.
+    No more than two such codes have rows in a piece: the one of its first row, and the one of its last.
     """
-    chunks = tl.cdiv(M, CHUNK)
-    head = (tl.program_id(0) // chunks).to(tl.int64)
-    begin = (tl.program_id(0) % chunks).to(tl.int64) * CHUNK
+    pieces = tl.cdiv(M, PIECE)
+    head = (tl.program_id(0) // pieces).to(tl.int64)
+    begin = (tl.program_id(0) % pieces).to(tl.int64) * PIECE
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     indices += head * M
     order += head * M
     totals += head * K
     ends += head * K
 
-    end = tl.minimum(begin + CHUNK, tl.load(ends + K - 1))
+    end = tl.minimum(begin + PIECE, tl.load(ends + K - 1))
     if begin < end:
         first, last = tl.load(indices + tl.load(order + begin)), tl.load(indices + tl.load(order + end - 1))
         first_size, last_size = tl.load(totals + first), tl.load(totals + last)
-        if (first_size > CHUNK) | (last_size > CHUNK):
-            first_end = tl.where(first_size > CHUNK, tl.minimum(tl.load(ends + first), end), begin)
-            last_begin = tl.where((last > first) & (last_size > CHUNK), tl.load(ends + last) - last_size, end)
-            place = begin + tl.arange(0, CHUNK)
-            of_first, of_last = place < first_end, (place >= last_begin) & (place < end)
+        if (first_size > PIECE) | (last_size > PIECE):
+            place = begin + tl.arange(0, PIECE)
+            of_first = place < tl.minimum(tl.load(ends + first), end)
+            of_last = (place >= tl.load(ends + last) - last_size) & (place < end)
             row = tl.load(order + place, mask=of_first | of_last, other=0)
             mask = (of_first | of_last)[:, None] & (d < D)[None, :]
             x = tl.load(z + (head * M + row)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -408,17 +409,17 @@ def code_stats_sum_kernel(
     order,  # [H, M]
     totals,  # [H, K]
     ends,  # [H, K]
-    partials,  # [H, chunks, 2, D]
+    partials,  # [H, pieces, 2, D]
     sums,  # [H, K, D]
     M,
     K,
     D: tl.constexpr,
-    CHUNK: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program writes BLOCK_K codes: the sum of each one's rows, or of its chunks if it has more than CHUNK rows."""
+    """One program writes BLOCK_K codes: the sum of each one's rows, or of its pieces if it has more than PIECE rows."""
     blocks = tl.cdiv(K, BLOCK_K)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     codes = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -428,7 +429,7 @@ def code_stats_sum_kernel(
     size = tl.load(totals + head * K + codes, mask=codes < K, other=0)
     end = tl.load(ends + head * K + codes, mask=codes < K, other=0)
     begin = tl.maximum(end - size, 0)  # below only where the kernel that writes `ends` was left out (compile_ahead)
-    is_large = size > CHUNK
+    is_large = size > PIECE
 
     last = tl.where(is_large, begin, end)
     total = tl.zeros([BLOCK_K, BLOCK_M, BLOCK_D], tl.float32)
@@ -440,17 +441,17 @@ def code_stats_sum_kernel(
         total += tl.load(z + row[:, :, None] * D + d[None, None, :], mask=mask, other=0.0).to(tl.float32)
     result = tl.sum(total, axis=1)  # [BLOCK_K, BLOCK_D]
 
-    if tl.max(size, axis=0) > CHUNK:
-        partials += head * tl.cdiv(M, CHUNK) * 2 * D
-        begin_chunk = begin // CHUNK
-        end_chunk = tl.where(is_large, tl.cdiv(end, CHUNK), begin_chunk)
-        # In float64, as with very many rows there are very many chunks.
+    if tl.max(size, axis=0) > PIECE:
+        partials += head * tl.cdiv(M, PIECE) * 2 * D
+        first_piece = begin // PIECE
+        end_piece = tl.where(is_large, tl.cdiv(end, PIECE), first_piece)
+        # In float64, as with very many rows there are very many pieces.
         wide = tl.zeros([BLOCK_K, BLOCK_M, BLOCK_D], tl.float64)
-        for first in range(0, tl.max(end_chunk - begin_chunk, axis=0), BLOCK_M):
-            chunk = begin_chunk[:, None] + first + tl.arange(0, BLOCK_M)[None, :]
-            # In the chunk where it begins, a code holds the last row and, unless they begin together, not the first.
-            part = chunk * 2 + (chunk * CHUNK < begin[:, None]).to(tl.int64)
-            mask = (chunk < end_chunk[:, None])[:, :, None] & (d < D)[None, None, :]
+        for first in range(0, tl.max(end_piece - first_piece, axis=0), BLOCK_M):
+            piece = first_piece[:, None] + first + tl.arange(0, BLOCK_M)[None, :]
+            # In the piece where it begins, a code holds the last row and, unless they begin together, not the first.
+            part = piece * 2 + (piece * PIECE < begin[:, None]).to(tl.int64)
+            mask = (piece < end_piece[:, None])[:, :, None] & (d < D)[None, None, :]
             wide += tl.load(partials + part[:, :, None] * D + d[None, None, :], mask=mask, other=0.0)
         result = tl.where(is_large[:, None], tl.sum(wide, axis=1).to(tl.float32), result)
     mask = (codes < K)[:, None] & (d < D)[None, :]
