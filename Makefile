@@ -9,7 +9,7 @@
 # make gpu    on a GPU machine, with its own Python and no network: build, GPU tests, GPU benchmarks -> gpu.json, gpu.md
 VENV ?= .venv
 PYTHON ?= python3
-MINUTES ?= 5.5
+MINUTES ?= 8
 TORCHES ?= 2.10.0 2.14.1
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt

@@ -31,7 +31,6 @@ def code_stats_sorted_by_library(*arguments, **options):
 
 IMPLEMENTATIONS = implementations(code_stats, why_not)
 IMPLEMENTATIONS["triton-sorted"] = Implementation(code_stats_sorted, why_not, "triton", GPU)
-IMPLEMENTATIONS["triton-library"] = Implementation(code_stats_sorted_by_library, why_not, "triton", GPU)
 every_implementation, every_cpp = each(IMPLEMENTATIONS), each(IMPLEMENTATIONS, "cpp")
 every_kernel = each(IMPLEMENTATIONS, "cpp", "triton")
 # What overflows in the interpreter is NumPy's to report and the kernel's to expect.
@@ -245,6 +244,20 @@ def test_no_gradient_and_no_change_of_the_inputs(run):
     counts, sums = run(z, indices, 3)
     assert not counts.requires_grad and not sums.requires_grad
     assert torch.equal(z, before[0]) and torch.equal(indices, before[1])
+
+
+def test_sorted_by_a_library_for_triton():
+    run = Implementation(code_stats_sorted_by_library, why_not, "triton", GPU)
+    parts = [data(300, 20, 5, seed=seed) for seed in range(2)]
+    parts[1][1].fill_(1)
+    for z, indices in parts:
+        for M in (1, 63, 300):
+            Oracle(z[:M], indices[:M], 20).check(run(z[:M], indices[:M], 20))
+    counts, sums = run(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)), 20)
+    for head, (z, indices) in enumerate(parts):
+        Oracle(z, indices, 20).check((counts[head], sums[head]))
+    counts, sums = run(torch.ones(300, 5), torch.full((300,), -1), 20)
+    assert not counts.any() and not sums.any()
 
 
 @each(IMPLEMENTATIONS, "triton-sorted")
