@@ -34,10 +34,12 @@ def interleaved(
 ) -> dict[str, float]:
     """Median seconds of each call. They take turns, so that what else the machine does falls on all of them alike.
 
-    Rounds go on for `seconds`, at least `rounds` of them, after one that only warms up. A short call is made twice and
+    Rounds go on for `seconds`, at least `rounds` of them, after two that only warm up. A short call is made twice and
     timed once: it starts with its own data in cache and its own threads awake, whoever had the turn before.
     """
     times = {name: [] for name in calls}
+    for call in calls.values():  # compiles what it needs, which would pass for a long call
+        call()
     first = {name: timed(call, device) for name, call in calls.items()}
     repeats = dict.fromkeys(calls, 1)
     if device == "cuda":  # an idle GPU waits for the host's first launch, which must not count

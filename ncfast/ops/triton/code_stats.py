@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ncfast.ops import dispatch
 
-# Above either, codes or rows times codes, products take longer than sorting.
+# Products hold the sums of so many codes in registers; with more rows times codes than that, sorting takes less time.
 FEW_CODES, FEW_COMPARISONS = 128, 2**21
 # Above it the counts of all chunks would take more than 256 bytes for each row.
 MANY_CODES = 2**16
